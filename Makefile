@@ -1,0 +1,71 @@
+# The targets that people need: make help.
+
+PYTHON ?= python3
+PROMPT ?= Why does the moon have phases? Explain it in three short sentences.
+# More arguments for 'teegpu run' or pytest, as in: make test ARGS="-k wire"
+ARGS ?=
+# Another index for PyTorch. The CPU build is much smaller: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help run setup test lint format clean distclean
+
+help:
+	@echo "make run [PROMPT=\"...\"]   set up, fetch the default model once, and answer the prompt"
+	@echo "make test [ARGS=\"...\"]    set up and run the tests"
+	@echo "make setup                install everything into $(VENV), development tools included"
+	@echo "make lint | format        check, or rewrite, the code's form"
+	@echo "make clean | distclean    remove what tools left behind | and $(VENV) too"
+
+# Through the environment, so that the shell does not read what the prompt says.
+run: export TEXT := $(PROMPT)
+run: $(VENV)/.runtime
+	@$(BIN)/teegpu run "$$TEXT" $(ARGS)
+
+setup: $(VENV)/.dev
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Each step is marked when it is done: an interrupted one is done again, a finished one is not.
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "There is no '$(PYTHON)'. On Debian: apt install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "teegpu needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	         "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) can't make virtual environments. On Debian: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.made pyproject.toml constraints.txt
+	@$(BIN)/python -c 'import torch' 2>/dev/null || test -n "$(TORCH_INDEX)" || test -e /dev/nvidia0 || \
+	  echo "No NVIDIA device here: 'make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu' downloads less." >&2
+	$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find teegpu transports tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,79 @@
+"""What a user can be told, and the exit code that goes with it.
+
+    TeegpuError                    1   anything below that has no code of its own
+    ├── UsageError                 2   a flag or argument that can't be
+    ├── ConfigError                2   a setting that can't be: unknown key, wrong type, unknown name
+    ├── ModelError                 3   a model that can't be found, fetched, read or used
+    │   ├── UnsupportedModelError      its architecture is not one of ours
+    │   └── PromptError                the prompt is empty, or longer than the model's context
+    ├── ConnectionFailedError      4   no server, lost server, reply too late
+    ├── MismatchError              5   the server speaks another protocol version or serves another model
+    ├── ServerRefusedError         6   the server understood and said no: its reason is in the message
+    ├── BadReplyError              7   the server answered something that can't be right
+    └── WireError                  7   bytes that are not a valid message (ours or theirs)
+
+Success is 0, an interrupt (Ctrl-C, SIGTERM) 130, a reader that went away (broken pipe) 141, a bug of ours 70.
+
+Each message is one line: what happened, which setting is meant, what to do. ``cli.main`` prints it and exits with
+``exit_code``; nothing else in the package catches these to print them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+class TeegpuError(Exception):
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(TeegpuError):
+    exit_code = 2
+
+
+class ConfigError(TeegpuError):
+    exit_code = 2
+
+
+class ModelError(TeegpuError):
+    exit_code = 3
+
+
+class UnsupportedModelError(ModelError):
+    pass
+
+
+class PromptError(ModelError):
+    pass
+
+
+class ConnectionFailedError(TeegpuError):
+    exit_code = 4
+
+
+class MismatchError(TeegpuError):
+    exit_code = 5
+
+
+class ServerRefusedError(TeegpuError):
+    exit_code = 6
+
+
+class BadReplyError(TeegpuError):
+    exit_code = 7
+
+
+class WireError(TeegpuError):
+    exit_code = 7
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``", did you mean 'x'?"`` for the name in ``known`` that is closest to ``name``, or an empty string."""
+    from difflib import get_close_matches
+
+    match = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean '{match[0]}'?" if match else ""
