@@ -1,0 +1,5 @@
+"""``python -m teegpu``."""
+
+from teegpu.cli.main import main
+
+main()

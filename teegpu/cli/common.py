@@ -1,0 +1,75 @@
+"""What several commands share: the ``--config`` option, consoles, transports' errors in our words, and SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from teegpu import errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings file, in place of ./config.toml.", show_default=False),
+]
+"""The type of a command's ``config_file`` parameter; None where it is not given."""
+
+
+def result_console() -> Console:
+    """A console for results, on stdout. Words that look like markup stay as they are."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False)
+
+
+def message_console() -> Console:
+    """A console for everything that is not a result, on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, highlight=False)
+
+
+def from_transport(error: Exception) -> errors.TeegpuError | None:
+    """What a transport's error means for the user, or None where ``error`` is not one."""
+    # an error of that module can only exist where the module has been imported: --help need not do so
+    known = sys.modules.get("transports.errors")
+    if known is None or not isinstance(error, known.TransportError):
+        return None
+    kinds: list[tuple[Any, type[errors.TeegpuError]]] = [
+        ((known.ConnectError, known.ConnectionLostError, known.ReplyTimeoutError), errors.ConnectionFailedError),
+        ((known.UnknownTransportError, known.BadAddressError), errors.ConfigError),
+        (known.FrameError, errors.BadReplyError),
+        (known.LimitError, errors.UsageError),
+    ]
+    kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), errors.ConnectionFailedError)
+    return kind(str(error))
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Within it, SIGTERM raises ``KeyboardInterrupt`` like Ctrl-C does, so that one way of cleaning up serves both.
+
+    Outside of the main thread, where signals can't be handled, it changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        # None stands for a handler that was not installed from Python and can't be put back from here
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

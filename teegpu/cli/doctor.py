@@ -1,0 +1,210 @@
+"""``teegpu doctor``: is everything there that a run needs?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import teegpu
+from teegpu import machine
+from teegpu.cli.common import ConfigFile, from_transport, result_console
+from teegpu.config import SETTINGS, Config, RunSettings, load
+from teegpu.errors import ConfigError, ModelError, TeegpuError
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "gguf",
+    "pyzmq",
+    "msgpack",
+    "zstandard",
+    "numpy",
+    "rich",
+    "typer",
+)
+
+BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. ``status`` is ``ok``, ``warn`` or ``fail``; ``exit_code`` counts where it is ``fail``."""
+
+    name: str
+    status: str
+    detail: str
+    exit_code: int = 0
+
+
+def doctor(
+    endpoint: Annotated[
+        str | None, typer.Option(help="The server to ask, in place of run.endpoint.", metavar="ADDRESS")
+    ] = None,
+    config_file: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a table.")] = False,
+) -> None:
+    """Check this machine, the model and the server.
+
+    Exits with 0 when nothing failed, 2 when the settings can't be read, 3 when the model can't be used, 4 when the
+    server does not answer.
+    """
+    checks = []
+    for check in examine(endpoint, config_file):
+        checks.append(check)
+        if not as_json:
+            _print(check)
+    if as_json:
+        rows = [{"name": check.name, "status": check.status, "detail": check.detail} for check in checks]
+        failed = any(check.status == "fail" for check in checks)
+        typer.echo(json.dumps({"ok": not failed, "checks": rows}, indent=2, ensure_ascii=False))
+    raise typer.Exit(next((check.exit_code for check in checks if check.status == "fail"), 0))
+
+
+def examine(endpoint: str | None = None, config_file: Path | None = None) -> Iterator[Check]:
+    """Every finding, as it is made. With settings that can't be read the rest is examined for the defaults."""
+    try:
+        config = load({"run.endpoint": endpoint}, config_file)
+        changed = [key for key, value in config.values().items() if value != SETTINGS[key].default]
+        settings = Check("settings", "ok", f"changed from the default: {', '.join(changed) or 'none'}")
+    except ConfigError as error:
+        config = Config(run=RunSettings(endpoint=endpoint or ""))
+        settings = Check("settings", "fail", str(error), error.exit_code)
+    yield from versions()
+    yield settings
+    yield from hardware(config)
+    yield trusted_execution()
+    yield model(config)
+    yield server(config)
+
+
+def versions() -> Iterator[Check]:
+    yield Check("teegpu", "ok", f"{teegpu.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    found, missing = [], []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    yield Check("packages", "ok", ", ".join(found))
+    if missing:
+        yield Check("packages", "fail", f"not installed: {', '.join(missing)}; 'pip install teegpu' brings them", 1)
+
+
+def hardware(config: Config) -> Iterator[Check]:
+    cores = machine.available_cores()
+    memory = machine.memory_bytes() / 2**30
+    yield Check("machine", "ok", f"{machine.cpu_name()}, {cores} core(s) for this process, {memory:.1f} GiB of memory")
+    features = machine.cpu_features()
+    bf16 = "with" if BF16_INSTRUCTIONS & set(features) else "without"
+    yield Check("processor", "ok", f"{bf16} bf16 instructions; of those that matter: {', '.join(features) or 'none'}")
+    yield threads(config, cores)
+    yield devices(config)
+
+
+def threads(config: Config, cores: int) -> Check:
+    embedded = not config.run.endpoint
+    split = machine.thread_split(embedded, cores)
+    runner, server = config.run.threads or split[0], config.server.threads or split[1]
+    if not embedded:
+        return Check("threads", "ok", f"runner {runner}; the server at {config.run.endpoint} has its own")
+    detail = f"runner {runner}, embedded server {server}, on {cores} core(s)"
+    if machine.oversubscribed(runner, server, cores):
+        return Check("threads", "warn", f"{detail}: more threads than cores; set run.threads and server.threads to 0")
+    return Check("threads", "ok", detail)
+
+
+def devices(config: Config) -> Check:
+    import torch
+
+    wanted = config.server.device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.startswith("cuda"):
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= count:
+            detail = f"server.device is {wanted}, but PyTorch finds {count} CUDA device(s): set it to auto or cpu"
+            return Check("devices", "fail", detail, 1)
+    if not count:
+        return Check("devices", "ok", "no CUDA device: a server on this machine computes on the CPU")
+    names = []
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        names.append(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    return Check("devices", "ok", "; ".join(names))
+
+
+def trusted_execution() -> Check:
+    tee = machine.tee()
+    if tee.kind == "none":
+        return Check("TEE", "warn", f"none: {tee.note}")
+    return Check("TEE", "ok", f"{tee.kind} ({', '.join(tee.evidence)}): {tee.note}")
+
+
+def model(config: Config) -> Check:
+    from teegpu.model import catalog, reader
+
+    name, cache = config.model.name, config.model.cache_path
+    try:
+        folder = catalog.find_local(name, cache_dir=cache)
+        if folder is None:
+            return absent_model(config)
+        spec = reader.read_spec(folder)
+    except ModelError as error:
+        return Check("model", "fail", str(error), error.exit_code)
+    return Check("model", "ok", f"{name}: {spec.architecture}, {spec.layers} layers, in {folder.path}")
+
+
+def absent_model(config: Config) -> Check:
+    """For a model that can't be used as it is. Raises ``ModelError`` where a run could not get it either."""
+    from teegpu.model import catalog
+
+    name = config.model.name
+    if Path(name).expanduser().is_file() and name.lower().endswith(".gguf"):
+        return Check("model", "warn", f"{name} has still to be converted; 'teegpu run' does it when it is first used")
+    remote = name in catalog.ENTRIES or (name.count("/") == 1 and name[0] not in "/.~")
+    if config.model.offline or not remote:
+        catalog.resolve(name, cache_dir=config.model.cache_path, offline=True)
+    return Check("model", "warn", f"{name} has still to be fetched; 'teegpu run' does it when it is first used")
+
+
+def server(config: Config) -> Check:
+    endpoint = config.run.endpoint
+    if not endpoint:
+        return Check("server", "ok", "none configured (run.endpoint): each run starts its own")
+    from teegpu.tee import gpu_client
+
+    try:
+        answer = gpu_client.probe(endpoint, config)
+    except Exception as error:
+        told = error if isinstance(error, TeegpuError) else from_transport(error)
+        if told is None:
+            raise
+        return Check("server", "fail", str(told), told.exit_code)
+    detail = (
+        f"{endpoint} answers in {answer['rtt_seconds'] * 1e3:.2f} ms: {answer['model']} ({answer['digest'][:12]}) on "
+        f"{answer['device']} in {answer['dtype']}, version {answer['version']}"
+    )
+    return Check("server", "ok", detail)
+
+
+def _print(check: Check) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    row = Table.grid(padding=(0, 2))
+    row.add_column(width=4)
+    row.add_column(width=9)
+    row.add_column(overflow="fold")
+    # the word alone says it all: colour is only for those who see it
+    row.add_row(Text(check.status, styles[check.status]), check.name, check.detail)
+    result_console().print(row)

@@ -1,0 +1,201 @@
+"""The ``teegpu`` command: its sub-commands, loaded when they are called, and the one place where errors are printed.
+
+``teegpu --help`` must be quick, so the sub-commands are known here by name and summary alone. A command's module is
+imported when it is invoked, when its own help is asked for, or when the shell completes its options.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import teegpu
+from teegpu import errors
+from teegpu.cli.common import from_transport
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sub-command: what top-level help says of it, and the name it has in its module ``teegpu.cli.<command>``.
+
+    The module's object is a function with a command's parameters, or a ``typer.Typer`` with commands of its own.
+    """
+
+    summary: str
+    exported: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "run": Entry("Answer a prompt with the help of a GPU server.", "run"),
+    "serve": Entry("Be the GPU server: hold the weights, compute for runners.", "serve"),
+    "model": Entry("List, fetch, inspect and make models.", "app"),
+    "config": Entry("Show the settings in force, or write a settings file.", "app"),
+    "doctor": Entry("Check this machine, the model and the server.", "doctor"),
+    "link": Entry("Emulate a link of given delay and bandwidth.", "link"),
+}
+
+EPILOG = (
+    "Exit codes: 0 done, 2 usage or settings, 3 model or prompt, 4 no connection to the server, 5 server of another "
+    "model or version, 6 refused by the server, 7 invalid message, 70 a bug, 130 interrupted, 141 reader of the output "
+    "gone."
+)
+
+
+MACHINE_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE})
+"""Faults of the machine rather than of the program: a full or read-only disk, no file descriptors left."""
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are stand-ins with a name and a summary until one of them is really called."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, entry in COMMANDS.items():
+            self.commands[name] = TyperCommand(name, help=entry.summary, short_help=entry.summary)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in COMMANDS else command, rest
+
+
+def load_command(name: str) -> TyperCommand | TyperGroup:
+    """The sub-command ``name`` itself; its module is imported. Raises ``KeyError`` for a name not in ``COMMANDS``."""
+    entry = COMMANDS[name]
+    module: ModuleType = importlib.import_module(f"teegpu.cli.{name}")
+    exported: typer.Typer | Callable[..., None] = vars(module)[entry.exported]
+    if isinstance(exported, typer.Typer):
+        group = typer.main.get_group(exported)
+        group.name = name
+        return group
+    single = typer.Typer(add_completion=False)
+    single.command(name)(exported)
+    command = typer.main.get_command(single)
+    if not isinstance(command, TyperCommand):
+        raise TypeError(f"teegpu.cli.{name}.{entry.exported} makes no command")
+    return command
+
+
+app = typer.Typer(
+    name="teegpu",
+    cls=LazyGroup,
+    help="Split LLM inference: what is private is computed in a trusted process, matrix products on an untrusted GPU "
+    "server.",
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"teegpu {teegpu.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _teegpu(
+    ctx: typer.Context,
+    version: Annotated[  # noqa: ARG001 (its callback has done it all)
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), nl=False)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code (always raises ``SystemExit``)."""
+    sys.exit(run(args))
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. What went wrong is printed to stderr."""
+    try:
+        # in this mode usage errors are raised to us, and an exit code, if any, is returned
+        result = typer.main.get_command(app).main(args=args, prog_name="teegpu", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter shuts down
+        return code
+    except SystemExit as stop:
+        # shell completion ends this way; so does a broken pipe, which Typer turns into exit code 1 before we see it
+        if isinstance(stop.__context__, BrokenPipeError):
+            return _reader_gone()
+        return stop.code if isinstance(stop.code, int) else 1
+    except BrokenPipeError:
+        return _reader_gone()
+    except KeyboardInterrupt:
+        return errors.EXIT_INTERRUPTED
+    except typer.TyperException as error:
+        return _usage_error(error)
+    except Exception as error:  # noqa: BLE001 (whatever is left over is told as what it is: a bug)
+        told = error if isinstance(error, errors.TeegpuError) else from_transport(error)
+        if told is not None:
+            _tell(f"teegpu: {told}")
+            return told.exit_code
+        if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
+            return _machine_fault(error)
+        return _bug()
+
+
+def _usage_error(error: typer.TyperException) -> int:
+    context = vars(error).get("ctx")
+    message = error.format_message().strip()
+    if message:  # empty where a group was called without a command: its help has been printed instead
+        where = context.command_path if context is not None else "teegpu"
+        _tell(f"{where}: {message.rstrip('.')} (see '{where} --help')")
+    return error.exit_code
+
+
+def _machine_fault(error: OSError) -> int:
+    where = f"{error.filename}: " if error.filename else ""
+    _tell(f"teegpu: {where}{error.strerror}")
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard(sys.stdout)
+    return errors.TeegpuError.exit_code
+
+
+def _bug() -> int:
+    import traceback
+
+    _tell(traceback.format_exc().rstrip())
+    _tell("teegpu: this is a bug in teegpu; please report it with the lines above")
+    return errors.EXIT_BUG
+
+
+def _tell(line: str) -> None:
+    """Print to stderr; where nobody can read it, there is nobody to tell."""
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        _discard(sys.stderr)
+
+
+def _reader_gone() -> int:
+    if sys.stdout is not None:
+        _discard(sys.stdout)
+    return errors.EXIT_BROKEN_PIPE
+
+
+def _discard(stream: Any) -> None:
+    """Point ``stream`` to nowhere, so that flushing what is left in it at exit can't fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, stream.fileno())
+    finally:
+        os.close(nowhere)

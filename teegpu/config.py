@@ -1,0 +1,255 @@
+"""The settings in force: where they may come from, and the strict reading of each.
+
+What settings there are stands in ``teegpu.settings``; the project's ``config.toml`` is generated from that table by
+``render``.
+
+A value is taken from the first of these that has it: command-line flag, environment variable
+``TEEGPU_<SECTION>_<KEY>``, the file given with ``--config`` (or else ``config.toml`` in the current folder), the user's
+``$XDG_CONFIG_HOME/teegpu/config.toml``, the default. ``Config.source`` says which one it was.
+
+Nothing here needs torch, or any package: the command line is built on it and must start quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from teegpu.errors import ConfigError, nearest
+from teegpu.settings import (
+    PLANS,
+    SECTIONS,
+    SERVER_DTYPES,
+    SETTINGS,
+    TRANSPORTS,
+    WIRE_DTYPES,
+    CompressionSettings,
+    LimitSettings,
+    LinkSettings,
+    ModelSettings,
+    RunSettings,
+    SamplingSettings,
+    ServerSettings,
+    Setting,
+    Value,
+)
+
+__all__ = [
+    "PLANS",
+    "SERVER_DTYPES",
+    "SETTINGS",
+    "TRANSPORTS",
+    "WIRE_DTYPES",
+    "CompressionSettings",
+    "Config",
+    "LimitSettings",
+    "LinkSettings",
+    "ModelSettings",
+    "RunSettings",
+    "SamplingSettings",
+    "ServerSettings",
+    "files",
+    "load",
+    "render",
+    "to_toml",
+    "user_file",
+    "variable_name",
+]
+
+ENVIRONMENT_PREFIX = "TEEGPU_"
+FILE_NAME = "config.toml"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings, checked. ``sources`` is where each that is not a default came from; use ``source``."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    link: LinkSettings = field(default_factory=LinkSettings)
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def source(self, key: str) -> str:
+        """Where the value of ``key`` (``"run.transport"``) came from: ``default``, ``flag``, a variable, or a file.
+
+        Raises ``KeyError`` for a key that is no setting.
+        """
+        if key not in SETTINGS:
+            raise KeyError(key)
+        return self.sources.get(key, "default")
+
+    def values(self) -> dict[str, Value]:
+        """Every value by its dotted key, in the order of ``config.toml``."""
+        return {
+            f"{section}.{item.name}": vars(vars(self)[section])[item.name]
+            for section, kind in SECTIONS.items()
+            for item in fields(kind)
+        }
+
+
+def user_file(environ: Mapping[str, str] | None = None) -> Path:
+    """The user's own configuration file, whether it exists or not."""
+    environ = os.environ if environ is None else environ
+    base = environ.get("XDG_CONFIG_HOME", "")
+    # the XDG specification: a path that is not absolute is to be ignored
+    root = Path(base) if Path(base).is_absolute() else Path(environ.get("HOME") or Path.home()) / ".config"
+    return root / "teegpu" / FILE_NAME
+
+
+def files(
+    config_file: Path | None = None, *, environ: Mapping[str, str] | None = None, folder: Path | None = None
+) -> list[Path]:
+    """The files that ``load`` reads, strongest last. Raises ``ConfigError`` where ``config_file`` does not exist."""
+    if config_file is not None and not config_file.exists():
+        raise ConfigError(f"--config {config_file}: there is no such file")
+    project = config_file if config_file is not None else (folder or Path()) / FILE_NAME
+    return [path for path in (user_file(environ), project) if path.exists()]
+
+
+def load(
+    flags: Mapping[str, object] | None = None,
+    config_file: Path | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> Config:
+    """The settings in force.
+
+    ``flags`` are those of the command line by dotted key; None means that the flag was not given. ``config_file`` is
+    what ``--config`` says. ``environ`` and ``folder`` stand in for the process's own.
+
+    Raises ``ConfigError`` for a file that can't be read, an unknown section, key or variable, and a value of the wrong
+    type or outside its limits; the message names the place and the nearest known name. Raises ``KeyError`` for a flag
+    that is no setting, which is a mistake in the calling code.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Value] = {}
+    sources: dict[str, str] = {}
+
+    for path in files(config_file, environ=environ, folder=folder):
+        for key, raw in _read(path):
+            values[key] = _checked(key, raw, str(path))
+            sources[key] = str(path)
+
+    for variable, key in _variables(environ):
+        try:
+            values[key] = SETTINGS[key].parse(environ[variable])
+        except ValueError as error:
+            raise ConfigError(f"{variable}={environ[variable]!r} {error}") from None
+        sources[key] = variable
+
+    for key, raw in (flags or {}).items():
+        if key not in SETTINGS:
+            raise KeyError(key)
+        if raw is not None:
+            values[key] = _checked(key, raw, "the command line")
+            sources[key] = "flag"
+
+    chosen: dict[str, dict[str, Value]] = {section: {} for section in SECTIONS}
+    for key, value in values.items():
+        section, name = key.split(".")
+        chosen[section][name] = value
+    sections: dict[str, Any] = {section: kind(**chosen[section]) for section, kind in SECTIONS.items()}
+    return Config(**sections, sources=sources)
+
+
+def _checked(key: str, raw: object, place: str) -> Value:
+    try:
+        return SETTINGS[key].check(raw)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {key} = {_shown(raw)} {error}") from None
+
+
+def _shown(raw: object) -> str:
+    return to_toml(raw) if isinstance(raw, (str, bool, int, float)) else repr(raw)
+
+
+def _read(path: Path) -> Iterator[tuple[str, object]]:
+    """Each key with its raw value. Raises ``ConfigError`` for an unreadable file and unknown names."""
+    import tomllib
+
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a valid TOML file: {error}") from None
+    for section, table in document.items():
+        if not isinstance(table, dict):
+            home = [key for key in SETTINGS if key.endswith(f".{section}")]
+            hint = f"; did you mean it in section [{home[0].split('.')[0]}]?" if home else ""
+            raise ConfigError(f"{path}: '{section}' stands outside of any section{hint}")
+        if section not in SECTIONS:
+            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, list(SECTIONS))}")
+        for name, raw in table.items():
+            key = f"{section}.{name}"
+            if key not in SETTINGS:
+                raise ConfigError(f"{path}: unknown key '{key}'{nearest(key, list(SETTINGS))}")
+            yield key, raw
+
+
+def variable_name(key: str) -> str:
+    """``TEEGPU_RUN_WIRE_DTYPE`` for ``run.wire_dtype``."""
+    return ENVIRONMENT_PREFIX + key.replace(".", "_").upper()
+
+
+def _variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    known = {variable_name(key): key for key in SETTINGS}
+    for variable in sorted(environ):
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        if variable not in known:
+            hint = nearest(variable, list(known))
+            raise ConfigError(f"environment variable {variable} is no setting{hint}; 'teegpu config show' lists them")
+        yield variable, known[variable]
+
+
+def to_toml(value: object) -> str:
+    """``value`` (of a setting's type) as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are a subset of TOML's; only DEL is allowed bare by the one and not by the other
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(to_toml(item) for item in value)}]"
+    return repr(value)
+
+
+PROJECT_HEADER = """\
+Settings of teegpu, with their defaults. This file is read when teegpu is started in the folder where it lies.
+
+A value is taken from the first of these that has it: command-line flag, environment variable
+TEEGPU_<SECTION>_<KEY> (TEEGPU_RUN_TRANSPORT), the file given with --config or else this file, the user's own
+$XDG_CONFIG_HOME/teegpu/config.toml, the default. 'teegpu config show' prints each value and where it came from.
+"""
+
+USER_HEADER = """\
+Settings of teegpu. The values here are the defaults, commented out: remove the '#' before one to change it. What stays
+commented out follows the defaults of the installed version. 'teegpu config show' prints what is in force, and why.
+"""
+
+
+def render(*, active: bool) -> str:
+    """The text of a configuration file with every setting, its comment and its default.
+
+    ``active`` writes the values as settings (the project's ``config.toml``); otherwise they are commented out.
+    """
+    lines = [f"# {line}".rstrip() for line in (PROJECT_HEADER if active else USER_HEADER).splitlines()]
+    for section, kind in SECTIONS.items():
+        lines += ["", f"# {(kind.__doc__ or '').strip()}", f"[{section}]"]
+        for item in fields(kind):
+            known: Setting = item.metadata["setting"]
+            comment = known.comment + (f" One of: {', '.join(known.choices)}." if known.choices else "")
+            lines += [f"# {line}" for line in textwrap.wrap(comment, 116, break_on_hyphens=False)]
+            lines.append(f"{'' if active else '#'}{item.name} = {to_toml(known.default)}")
+    return "\n".join(lines) + "\n"

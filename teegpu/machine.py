@@ -1,0 +1,212 @@
+"""What this machine gives a process: cores, memory, processor features, and whether it is inside a TEE.
+
+Everything is read from the kernel's own interfaces. Functions take ``root``, the folder under which ``/proc``, ``/sys``
+and ``/dev`` are looked for, so that any machine can be described in a test.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+ROOT = Path("/")
+
+RUNNER_SHARE = 3 / 8
+"""Share of the cores for the runner beside an embedded server. The server does the matrix products, most of the
+arithmetic; the runner's part (norms, attention, encoding) is bound by memory, and gains little from many threads."""
+
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16")
+"""Processor flags that decide how fast matrix products are, as the kernel names them (x86 and Arm)."""
+
+
+def _text(path: Path) -> str:
+    """The text of a kernel file; empty where it does not exist or can't be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    except OSError:
+        return ""
+
+
+# Cores and threads
+
+
+def available_cores(root: Path = ROOT) -> int:
+    """Cores that this process may use: its affinity, within the CPU quota of its control group. At least 1."""
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        allowed = os.cpu_count() or 1
+    # rounded down: one thread too many is stopped by the quota in the middle of the others' work
+    return max(1, min([allowed, *(int(quota) for quota in _cpu_quotas(root))]))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """Each CPU quota, in cores, of this process's control group and of those above it (versions 1 and 2)."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        mount = root / "sys/fs/cgroup"
+        if not controllers:
+            for folder in _and_above(mount, group):
+                yield from _quota(*(_text(folder / "cpu.max").split() or ["max"]))
+        elif "cpu" in controllers.split(","):
+            for folder in _and_above(mount / "cpu", group):
+                yield from _quota(_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
+
+
+def _and_above(mount: Path, group: str) -> Iterator[Path]:
+    # a path that leads out of a container's own view ("/../..") stands for nothing that can be read here
+    parts = [part for part in PurePosixPath(group).parts if part not in ("/", "..")]
+    for length in range(len(parts), -1, -1):
+        yield mount.joinpath(*parts[:length])
+
+
+def _quota(quota: str, period: str = "100000") -> Iterator[float]:
+    if quota.isdigit() and period.isdigit() and int(period) > 0:  # "max" and -1 mean: none
+        yield int(quota) / int(period)
+
+
+def thread_split(embedded: bool, cores: int | None = None) -> tuple[int, int]:
+    """Threads for (runner, server) where ``cores`` are to be used; None: those that are available.
+
+    With ``embedded`` both share the machine, so they share its cores: 1 → (1, 1), 2 → (1, 1), 4 → (2, 2), 8 → (3, 5),
+    16 → (6, 10), 64 → (24, 40). Otherwise each has a machine to itself, and all of its cores.
+    """
+    cores = available_cores() if cores is None else max(1, cores)
+    if not embedded:
+        return cores, cores
+    runner = max(1, round(cores * RUNNER_SHARE))
+    return runner, max(1, cores - runner)
+
+
+def oversubscribed(runner_threads: int, server_threads: int, cores: int) -> bool:
+    """Whether runner and server, on one machine, compute with more threads than it has cores.
+
+    They then take each other's cores away in the middle of a product, which costs several times their work. One thread
+    each is the least there is, and never counts.
+    """
+    return runner_threads + server_threads > max(2, cores)
+
+
+# Memory
+
+
+def peak_memory_bytes(root: Path = ROOT) -> int:
+    """The most memory that this process has had resident, in bytes."""
+    for line in _text(root / "proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    # ru_maxrss counts what the parent had when it forked, so it is the second choice; in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_bytes(root: Path = ROOT) -> int:
+    """The machine's memory in bytes; 0 where the kernel does not say."""
+    for line in _text(root / "proc/meminfo").splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+# Processor
+
+
+def _cpuinfo(root: Path) -> dict[str, str]:
+    """The first processor's entries."""
+    found: dict[str, str] = {}
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        key, separator, value = line.partition(":")
+        if separator:
+            found.setdefault(key.strip(), value.strip())
+    return found
+
+
+def _cpu_flags(root: Path) -> frozenset[str]:
+    info = _cpuinfo(root)
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
+
+
+def cpu_name(root: Path = ROOT) -> str:
+    """The processor as it calls itself, or its architecture where it has no name."""
+    return _cpuinfo(root).get("model name") or platform.machine()
+
+
+def cpu_features(root: Path = ROOT) -> tuple[str, ...]:
+    """Those of ``CPU_FEATURES`` that the processor has."""
+    flags = _cpu_flags(root)
+    return tuple(feature for feature in CPU_FEATURES if feature in flags)
+
+
+# Trusted execution
+
+
+@dataclass(frozen=True, slots=True)
+class Tee:
+    """What the kernel says of the trusted execution environment around this process.
+
+    ``kind`` is ``none``, ``sgx``, ``tdx`` or ``sev-snp``; ``evidence`` is what it was told by; ``note`` says what it
+    means. This is detection, not attestation: a kernel that lies would be believed. Only a quote signed by the
+    processor, checked by somebody else, proves anything, and teegpu does not ask for one yet.
+    """
+
+    kind: str
+    evidence: tuple[str, ...]
+    note: str
+
+
+_NOT_ATTESTED = "as the kernel says; not attested"
+
+
+def tee(root: Path = ROOT) -> Tee:
+    """Whether this process is inside SGX, a TDX guest or an SEV-SNP guest."""
+    flags = _cpu_flags(root)
+    providers = [_text(path) for path in sorted(root.glob("sys/kernel/config/tsm/report/*/provider"))]
+
+    # Gramine offers this file to what runs inside an enclave, and to nothing else
+    if (root / "dev/attestation/attestation_type").exists():
+        return Tee("sgx", ("/dev/attestation/attestation_type",), _NOT_ATTESTED)
+
+    tdx = _existing(root, "dev/tdx_guest", "dev/tdx-guest")
+    tdx += ["processor flag tdx_guest"] * ("tdx_guest" in flags)
+    tdx += ["configfs-tsm provider tdx_guest"] * ("tdx_guest" in providers)
+    if tdx:
+        return Tee("tdx", tuple(tdx), _NOT_ATTESTED)
+
+    # the flag sev_snp is no evidence: it says what the processor can do, and hosts show it too
+    snp = _existing(root, "dev/sev-guest", "sys/devices/system/cpu/sev/vmpl")
+    snp += ["configfs-tsm provider sev_guest"] * ("sev_guest" in providers)
+    if snp:
+        return Tee("sev-snp", tuple(snp), _NOT_ATTESTED)
+
+    note = "development mode: whoever controls this machine can read what is private"
+    able = _existing(root, "dev/sgx_enclave", "dev/sev")
+    if able:
+        note += f"; {' and '.join(able)}: this machine can host a TEE, but this process is not inside one"
+    return Tee("none", (), note)
+
+
+def tee_kind(root: Path = ROOT) -> str:
+    """``none``, ``sgx``, ``tdx`` or ``sev-snp``: see ``tee``."""
+    return tee(root).kind
+
+
+def _existing(root: Path, *paths: str) -> list[str]:
+    return [f"/{path}" for path in paths if (root / path).exists()]
+
+
+def describe(root: Path = ROOT) -> dict[str, Any]:
+    """The machine for a run's record: nothing in it names the machine or its user."""
+    return {
+        "architecture": platform.machine(),
+        "cpu": cpu_name(root),
+        "cpu_features": list(cpu_features(root)),
+        "cores": available_cores(root),
+        "memory_bytes": memory_bytes(root),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }

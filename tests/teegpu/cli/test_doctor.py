@@ -1,0 +1,235 @@
+"""``teegpu doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import transports.errors
+from teegpu import errors, machine
+from teegpu.cli import doctor
+from teegpu.cli.main import run
+from teegpu.config import Config, load
+from teegpu.model.folder import ModelFolder
+from teegpu.tee import gpu_client
+
+ANSWER = {
+    "version": "9.8.7",
+    "model": "some-model",
+    "digest": "0123456789abcdef",
+    "device": "cuda:0",
+    "dtype": "bf16",
+    "rtt_seconds": 0.00123,
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A server answers everywhere; → the endpoints asked."""
+    asked: list[str] = []
+
+    def probe(endpoint: str, config: Config) -> dict[str, object]:
+        asked.append(endpoint)
+        return ANSWER
+
+    monkeypatch.setattr(gpu_client, "probe", probe)
+    return asked
+
+
+def report(capsys: pytest.CaptureFixture[str], *args: str, code: int = 0) -> dict[str, tuple[str, str]]:
+    """What ``doctor --json`` finds: name → (status, detail)."""
+    assert run(["doctor", "--json", *args]) == code
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] == (code == 0)
+    return {check["name"]: (check["status"], check["detail"]) for check in document["checks"]}
+
+
+def test_nothing_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys)
+    assert list(found) == [
+        *("teegpu", "packages", "settings", "machine", "processor"),
+        *("threads", "devices", "TEE", "model", "server"),
+    ]
+    assert f"torch {importlib.metadata.version('torch')}" in found["packages"][1]
+    assert found["model"][0] == "warn"
+    assert "has still to be fetched" in found["model"][1]
+    assert found["server"] == ("ok", "none configured (run.endpoint): each run starts its own")
+
+
+def test_rows_are_readable_without_colour(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ok    teegpu     ")
+    assert any(line.startswith("warn  model ") for line in lines)
+    assert max(len(line) for line in lines) <= 80
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_server_that_answers(capsys: pytest.CaptureFixture[str], answered: list[str]) -> None:
+    found = report(capsys, "--endpoint", "tcp://host:1")
+    assert answered == ["tcp://host:1"]
+    expected = "tcp://host:1 answers in 1.23 ms: some-model (0123456789ab) on cuda:0 in bf16, version 9.8.7"
+    assert found["server"] == ("ok", expected)
+    assert "the server at tcp://host:1 has its own" in found["threads"][1]
+
+
+def test_the_configured_endpoint_is_asked(
+    capsys: pytest.CaptureFixture[str], answered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEEGPU_RUN_ENDPOINT", "tcp://host:2")
+    assert report(capsys)["settings"] == ("ok", "changed from the default: run.endpoint")
+    assert answered == ["tcp://host:2"]
+
+
+def test_no_server(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEEGPU_LINK_CONNECT_TIMEOUT_SECONDS", "0.2")
+    monkeypatch.setenv("TEEGPU_LINK_HELLO_TIMEOUT_SECONDS", "0.2")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    status, detail = report(capsys, "--endpoint", f"tcp://127.0.0.1:{port}", code=4)["server"]
+    assert status == "fail"
+    assert str(port) in detail
+
+
+def test_a_real_server(capsys: pytest.CaptureFixture[str], tiny_model: Callable[..., ModelFolder]) -> None:
+    folder = tiny_model("llama")
+    serve = ["serve", "--bind", "tcp://127.0.0.1:0", "--device", "cpu", "--dtype", "fp32", "--model", str(folder.path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "teegpu", *serve], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            banner = ""
+            while not (ready := re.search(r"tcp://127\.0\.0\.1:[1-9]\d*", banner)):
+                line = process.stdout.readline()
+                assert line, f"the server ended: {banner}"
+                banner += line
+            status, detail = report(capsys, "--endpoint", ready[0])["server"]
+        finally:
+            process.terminate()
+    assert status == "ok"
+    assert re.fullmatch(
+        rf"{ready[0]} answers in \d+\.\d\d ms: .* \([0-9a-f]{{12}}\) on cpu in fp32, version .*", detail
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (transports.errors.ConnectError("nobody there"), 4),
+        (transports.errors.BadAddressError("nobody there"), 2),
+        (errors.MismatchError("nobody there"), 5),
+    ],
+)
+def test_a_server_that_fails(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(endpoint: str, config: Config) -> dict[str, object]:
+        raise error
+
+    monkeypatch.setattr(gpu_client, "probe", probe)
+    assert report(capsys, "--endpoint", "tcp://host:1", code=code)["server"] == ("fail", "nobody there")
+
+
+def test_a_bug_in_the_probe_stays_a_bug(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_client, "probe", lambda *_: 1 / 0)
+    assert run(["doctor", "--endpoint", "tcp://host:1"]) == 70
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_settings_that_can_not_be_read(capsys: pytest.CaptureFixture[str], answered: list[str]) -> None:
+    Path("config.toml").write_text("[rnu]\n")
+    found = report(capsys, "--endpoint", "tcp://host:1", code=2)
+    assert found["settings"] == ("fail", "config.toml: unknown section [rnu], did you mean 'run'?")
+    assert answered == ["tcp://host:1"]
+
+
+def test_a_model_that_is_there(capsys: pytest.CaptureFixture[str], tiny_model: Callable[..., ModelFolder]) -> None:
+    path = tiny_model("llama").path
+    Path("mine.toml").write_text(f"[model]\nname = '{path}'\n")
+    assert report(capsys, "--config", "mine.toml")["model"] == ("ok", f"{path}: llama, 2 layers, in {path}")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("name = 'smolm2-135m'", "unknown model 'smolm2-135m', did you mean 'smollm2-135m'?"),
+        ("name = './none'", "there is no model at './none'"),
+        ("name = 'smollm2-135m'\noffline = true", "model 'smollm2-135m' is not in"),
+        ("name = '.'", "config.json"),
+    ],
+)
+def test_a_model_that_can_not_be_had(text: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.toml").write_text(f"[model]\n{text}\n")
+    status, detail = report(capsys, code=3)["model"]
+    assert status == "fail"
+    assert part in detail
+
+
+def test_a_model_that_has_to_be_converted(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("some.gguf").write_bytes(b"GGUF")
+    Path("config.toml").write_text("[model]\nname = 'some.gguf'\n")
+    assert report(capsys)["model"][1].startswith("some.gguf has still to be converted")
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_cores", lambda: 4)
+    check = doctor.threads(Config(), 4)
+    assert (check.status, check.detail) == ("ok", "runner 2, embedded server 2, on 4 core(s)")
+    crowded = doctor.threads(load({"run.threads": 4}, environ={}), 4)
+    assert (crowded.status, crowded.exit_code) == ("warn", 0)
+    assert "more threads than cores; set run.threads and server.threads to 0" in crowded.detail
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.toml").write_text("[server]\ndevice = 'cuda:99'\n")
+    status, detail = report(capsys, code=1)["devices"]
+    assert status == "fail"
+    assert detail.startswith("server.device is cuda:99, but PyTorch finds ")
+
+
+@pytest.mark.gpu
+def test_devices_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert torch.cuda.get_device_name(0) in report(capsys)["devices"][1]
+
+
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PACKAGES", ("typer", "no-such-package-here"))
+    failed = [check for check in doctor.versions() if check.status == "fail"]
+    assert [check.detail for check in failed] == [
+        "not installed: no-such-package-here; 'pip install teegpu' brings them"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["sgx", "tdx", "sev-snp"])
+def test_inside_a_tee(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "tee", lambda: machine.Tee(kind, ("/dev/x",), "not attested"))
+    check = doctor.trusted_execution()
+    assert (check.status, check.detail) == ("ok", f"{kind} (/dev/x): not attested")
+
+
+def test_outside_of_a_tee(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "tee", lambda: machine.Tee("none", (), "development mode"))
+    assert doctor.trusted_execution() == doctor.Check("TEE", "warn", "none: development mode")
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "teegpu", "doctor"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

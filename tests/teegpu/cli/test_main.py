@@ -1,0 +1,283 @@
+"""The frame of the command line: lazy commands, exit codes, one line per error, completion."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+
+import teegpu
+import transports.errors
+from teegpu import errors
+from teegpu.cli import main as cli
+from teegpu.cli.common import from_transport, sigterm_as_interrupt
+
+COMMAND = [sys.executable, "-m", "teegpu"]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None] | typer.Typer], None]:
+    """``command(function)`` makes ``teegpu probe`` run it."""
+
+    def install(exported: Callable[..., None] | typer.Typer) -> None:
+        module = ModuleType("teegpu.cli.probe")
+        vars(module)["exported"] = exported
+        monkeypatch.setitem(sys.modules, "teegpu.cli.probe", module)
+        monkeypatch.setitem(cli.COMMANDS, "probe", cli.Entry("Only for this test.", "exported"))
+
+    return install
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def probe() -> None:
+        raise error
+
+    return probe
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"teegpu {teegpu.__version__}\n"
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_help_lists_every_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(args) == 0
+    out = capsys.readouterr().out
+    for name, entry in cli.COMMANDS.items():
+        assert f" {name} " in out
+        assert entry.summary in " ".join(out.replace("│", "").split())
+    assert "Exit codes: 0 done" in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_exists_and_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([name, "--help"]) == 0
+    assert f"Usage: teegpu {name}" in capsys.readouterr().out
+
+
+def test_a_function_is_a_command(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    def probe(count: int, loud: bool = False) -> None:
+        typer.echo(f"{count} {loud}")
+
+    command(probe)
+    assert cli.run(["probe", "3", "--loud"]) == 0
+    assert capsys.readouterr().out == "3 True\n"
+
+
+def test_an_app_is_a_group(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def only() -> None:
+        typer.echo("done")
+
+    command(app)
+    assert cli.run(["probe", "only"]) == 0
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_an_exit_code_of_a_command(command: Callable[..., None]) -> None:
+    command(failing(typer.Exit(4)))
+    assert cli.run(["probe"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["rnu"], "teegpu: No such command 'rnu'. Did you mean 'run'? (see 'teegpu --help')\n"),
+        (["--nonsense"], "teegpu: No such option: --nonsense (see 'teegpu --help')\n"),
+        (
+            ["config", "shwo"],
+            "teegpu config: No such command 'shwo'. Did you mean 'show'? (see 'teegpu config --help')\n",
+        ),
+        (["config", "init", "a", "b"], "teegpu config init: "),
+    ],
+)
+def test_usage_errors_are_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
+
+
+def test_a_group_without_a_command_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["config"]) == 2
+    captured = capsys.readouterr()
+    assert "Usage: teegpu config" in captured.out
+    assert captured.err == ""
+
+
+def subclasses(kind: type[Exception]) -> list[type[Exception]]:
+    return [kind, *(deeper for direct in kind.__subclasses__() for deeper in subclasses(direct))]
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in subclasses(errors.TeegpuError) if kind.__module__ == errors.__name__]
+)
+def test_our_errors_are_one_line_and_an_exit_code(
+    kind: type[errors.TeegpuError], command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(failing(kind("what happened; what to do")))
+    assert cli.run(["probe"]) == kind.exit_code
+    assert capsys.readouterr().err == "teegpu: what happened; what to do\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (transports.errors.ConnectError, 4),
+        (transports.errors.ConnectionLostError, 4),
+        (transports.errors.ReplyTimeoutError, 4),
+        (transports.errors.UnknownTransportError, 2),
+        (transports.errors.BadAddressError, 2),
+        (transports.errors.FrameError, 7),
+        (transports.errors.LimitError, 2),
+    ],
+)
+def test_transport_errors(
+    kind: type[Exception], code: int, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(failing(kind("the link said no")))
+    assert cli.run(["probe"]) == code
+    assert capsys.readouterr().err == "teegpu: the link said no\n"
+
+
+def test_every_transport_error_has_an_exit_code() -> None:
+    for kind in subclasses(transports.errors.TransportError):
+        assert isinstance(from_transport(kind("x")), errors.TeegpuError)
+    assert from_transport(ValueError("x")) is None
+
+
+def test_an_interrupt_is_130_and_quiet(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    command(failing(KeyboardInterrupt()))
+    assert cli.run(["probe"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [ValueError("off by one"), EOFError("struct"), FileNotFoundError(2, "no such", "x")])
+def test_anything_else_is_a_bug(
+    error: Exception, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(failing(error))
+    assert cli.run(["probe"]) == 70
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert type(error).__name__ in err
+    assert err.endswith("teegpu: this is a bug in teegpu; please report it with the lines above\n")
+
+
+def test_a_full_disk_is_no_bug(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    command(failing(OSError(errno.ENOSPC, "No space left on device", "/some/file")))
+    assert cli.run(["probe"]) == 1
+    assert capsys.readouterr().err == "teegpu: /some/file: No space left on device\n"
+
+
+def test_main_ends_the_process_with_the_code(command: Callable[..., None]) -> None:
+    command(failing(errors.PromptError("empty")))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["probe"])
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["config", "show"], ["config", "show", "--json"]])
+def test_a_reader_that_went_away(args: list[str], tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([*COMMAND, *args], stdout=writing, stderr=subprocess.PIPE, cwd=tmp_path, check=False)
+    finally:
+        os.close(writing)
+    assert done.returncode == 141
+    assert b"Traceback" not in done.stderr
+    assert b"BrokenPipe" not in done.stderr
+
+
+def test_a_full_disk_behind_stdout(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "config", "show"], stdout=full, stderr=subprocess.PIPE, cwd=tmp_path, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"teegpu: No space left on device\n")
+
+
+def test_no_stderr_to_write_to(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([*COMMAND, "rnu"], stdout=subprocess.PIPE, stderr=writing, cwd=tmp_path, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_python_m_teegpu() -> None:
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"teegpu {teegpu.__version__}\n"
+
+
+def test_sigterm_interrupts_where_asked_for() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with sigterm_as_interrupt(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_in_a_thread_changes_nothing() -> None:
+    seen: list[object] = []
+
+    def look() -> None:
+        with sigterm_as_interrupt():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def completions(words: str, position: int) -> list[str]:
+    environment = os.environ | {"_TEEGPU_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+    done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_completion_of_commands() -> None:
+    assert completions("teegpu ", 1) == list(cli.COMMANDS)
+    assert completions("teegpu mo", 1) == ["model"]
+
+
+def test_completion_of_what_a_command_takes() -> None:
+    assert completions("teegpu config ", 2) == ["show", "init", "path"]
+    assert completions("teegpu config init --", 3) == ["--force", "--active", "--help"]
+    assert "--endpoint" in completions("teegpu doctor --e", 2)
+
+
+def test_the_completion_script_works_in_bash(tmp_path: Path) -> None:
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = subprocess.run(
+        [*COMMAND, "--show-completion", "bash"], env=environment, capture_output=True, text=True, check=True
+    )
+    program = tmp_path / "teegpu"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m teegpu "$@"\n')
+    program.chmod(0o755)
+    test = 'COMP_WORDS=(teegpu do); COMP_CWORD=1; _teegpu_completion teegpu; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(
+        ["bash", "-c", f"{shown.stdout}\n{test}"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "doctor\n"

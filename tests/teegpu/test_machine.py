@@ -1,0 +1,187 @@
+"""Machines made of files: cores, quotas, processors and trusted environments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from teegpu import machine
+
+
+def files(root: Path, contents: dict[str, str]) -> Path:
+    for name, text in contents.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+
+
+@pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize(
+    ("contents", "cores"),
+    [
+        ({}, 8),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 8),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "400000 100000\n"}, 4),
+        # the group above is the tighter one
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/cpu.max": "400000 100000\n",
+                "sys/fs/cgroup/a/cpu.max": "300000 100000\n",
+            },
+            3,
+        ),
+        # a part of a core is no core, but there is always one
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        # a container that sees a path outside of its own view
+        ({"proc/self/cgroup": "0::/../other\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "1600000 100000\n"}, 8),
+        (
+            {
+                "proc/self/cgroup": "3:cpu,cpuacct:/job\n1:memory:/\n",
+                "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "500000\n",
+                "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n",
+            },
+            5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "1:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            8,
+        ),
+        ({"proc/self/cgroup": "nonsense\n", "sys/fs/cgroup/cpu.max": "nonsense\n"}, 8),
+    ],
+)
+def test_available_cores(contents: dict[str, str], cores: int, tmp_path: Path) -> None:
+    assert machine.available_cores(files(tmp_path, contents)) == cores
+
+
+def test_available_cores_here() -> None:
+    assert 1 <= machine.available_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("cores", "split"),
+    [(1, (1, 1)), (2, (1, 1)), (3, (1, 2)), (4, (2, 2)), (8, (3, 5)), (16, (6, 10)), (64, (24, 40))],
+)
+def test_embedded_split(cores: int, split: tuple[int, int]) -> None:
+    assert machine.thread_split(True, cores) == split
+
+
+@pytest.mark.parametrize("cores", range(1, 129))
+def test_an_embedded_split_never_oversubscribes(cores: int) -> None:
+    runner, server = machine.thread_split(True, cores)
+    assert min(runner, server) >= 1
+    assert not machine.oversubscribed(runner, server, cores)
+    assert cores == 1 or runner + server == cores
+
+
+@pytest.mark.parametrize("cores", [1, 2, 16, 64])
+def test_alone_each_has_all_cores(cores: int) -> None:
+    assert machine.thread_split(False, cores) == (cores, cores)
+
+
+def test_split_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_cores", lambda: 8)
+    assert machine.thread_split(True) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("runner", "server", "cores", "over"),
+    [(1, 1, 2, False), (2, 1, 2, True), (2, 2, 2, True), (1, 1, 1, False), (2, 1, 1, True), (8, 8, 16, False)],
+)
+def test_oversubscribed(runner: int, server: int, cores: int, over: bool) -> None:
+    assert machine.oversubscribed(runner, server, cores) is over
+
+
+def cpuinfo(flags: str) -> dict[str, str]:
+    return {
+        "proc/cpuinfo": f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t: none\n"
+    }
+
+
+@pytest.mark.parametrize(
+    ("contents", "kind", "evidence"),
+    [
+        ({}, "none", ()),
+        ({"dev/attestation/attestation_type": "dcap"}, "sgx", ("/dev/attestation/attestation_type",)),
+        ({"dev/tdx_guest": ""}, "tdx", ("/dev/tdx_guest",)),
+        ({"dev/tdx-guest": ""}, "tdx", ("/dev/tdx-guest",)),
+        (cpuinfo("fpu tdx_guest"), "tdx", ("processor flag tdx_guest",)),
+        (
+            {"sys/kernel/config/tsm/report/one/provider": "tdx_guest\n"},
+            "tdx",
+            ("configfs-tsm provider tdx_guest",),
+        ),
+        ({"dev/sev-guest": ""}, "sev-snp", ("/dev/sev-guest",)),
+        ({"sys/devices/system/cpu/sev/vmpl": "0\n"}, "sev-snp", ("/sys/devices/system/cpu/sev/vmpl",)),
+        (
+            {"dev/sev-guest": "", "sys/kernel/config/tsm/report/one/provider": "sev_guest\n"},
+            "sev-snp",
+            ("/dev/sev-guest", "configfs-tsm provider sev_guest"),
+        ),
+        # a host that can make enclaves or guests is not inside of one
+        ({"dev/sgx_enclave": ""}, "none", ()),
+        ({"dev/sev": "", **cpuinfo("sev sev_es sev_snp")}, "none", ()),
+    ],
+)
+def test_tee(contents: dict[str, str], kind: str, evidence: tuple[str, ...], tmp_path: Path) -> None:
+    root = files(tmp_path, contents)
+    found = machine.tee(root)
+    assert (found.kind, found.evidence) == (kind, evidence)
+    assert machine.tee_kind(root) == kind
+    assert ("not attested" in found.note) == (kind != "none")
+    assert ("development mode" in found.note) == (kind == "none")
+
+
+def test_a_host_is_told_what_it_could_do(tmp_path: Path) -> None:
+    root = files(tmp_path, {"dev/sgx_enclave": ""})
+    assert "/dev/sgx_enclave: this machine can host a TEE, but this process is not inside one" in machine.tee(root).note
+
+
+def test_processor(tmp_path: Path) -> None:
+    root = files(tmp_path, cpuinfo("fpu amx_bf16 avx2 avx512_bf16 other"))
+    assert machine.cpu_features(root) == ("avx2", "avx512_bf16", "amx_bf16")
+    assert machine.cpu_name(root) == "Some CPU"
+
+
+def test_an_arm_processor(tmp_path: Path) -> None:
+    root = files(tmp_path, {"proc/cpuinfo": "processor : 0\nFeatures : fp asimd bf16 sve\n"})
+    assert machine.cpu_features(root) == ("sve", "bf16")
+    assert machine.cpu_name(root)
+
+
+def test_memory(tmp_path: Path) -> None:
+    root = files(tmp_path, {"proc/meminfo": "MemTotal:  2048 kB\n", "proc/self/status": "Name: x\nVmHWM:\t 512 kB\n"})
+    assert machine.memory_bytes(root) == 2 * 2**20
+    assert machine.peak_memory_bytes(root) == 2**19
+    assert machine.memory_bytes(tmp_path / "nothing") == 0
+
+
+def test_peak_memory_grows_with_use() -> None:
+    before = machine.peak_memory_bytes()
+    block = bytearray(os.urandom(1)) * (before + 2**26)
+    assert machine.peak_memory_bytes() >= len(block)
+
+
+def test_peak_memory_without_proc(tmp_path: Path) -> None:
+    assert machine.peak_memory_bytes(tmp_path) > 2**20
+
+
+def test_describe(tmp_path: Path) -> None:
+    described = machine.describe(files(tmp_path, cpuinfo("avx2")))
+    assert described["cpu"] == "Some CPU"
+    assert described["cpu_features"] == ["avx2"]
+    assert set(described) == {"architecture", "cpu", "cpu_features", "cores", "memory_bytes", "kernel", "python"}

@@ -1,0 +1,172 @@
+"""The house rules that imports can break: who may know whom, and what the command line may not load."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LAYERS = (
+    {"__main__"},
+    {"cli"},
+    {"bench", "monitor", "report"},
+    {"tee", "gpu"},
+    {"options"},
+    {"wire", "model", "metrics", "transports"},
+    {"config", "settings", "errors", "machine"},
+)
+"""From the top of the house down. A part imports from below itself, never from beside or above."""
+
+HEAVY = {"torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "gguf", "zmq", "numpy", "textual"}
+
+
+def level(part: str) -> int:
+    for depth, parts in enumerate(LAYERS):
+        if part in parts:
+            return depth
+    raise ValueError(f"{part!r} has no place in LAYERS")
+
+
+def part_of(module: str) -> str | None:
+    """``teegpu.wire.codec`` → ``wire``; ``transports.zeromq`` → ``transports``; anything foreign → None."""
+    first, _, rest = module.partition(".")
+    if first == "transports":
+        return first
+    return rest.partition(".")[0] or None if first == "teegpu" else None
+
+
+def module_name(path: Path) -> str:
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def imported(source: str, module: str, *, package: bool) -> Iterator[str]:
+    """Every module that ``source`` imports, wherever in it, absolute; ``from a import b`` gives ``a.b``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = module.split(".")
+                above = above[: len(above) - node.level + package]
+                base = ".".join([*above, base] if base else above)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def breaches(source: str, module: str, *, package: bool = False) -> list[str]:
+    """The imports in ``source`` (of ``module``) that the order of the house does not allow."""
+    own = part_of(module)
+    found = []
+    for target in imported(source, module, package=package):
+        other = part_of(target)
+        if own == "transports":
+            allowed = not target.startswith("teegpu")
+        elif own is None or other is None or other == "__version__" or own == other:
+            allowed = True
+        elif level(own) == len(LAYERS) - 1:
+            allowed = level(other) == level(own)
+        else:
+            allowed = level(other) > level(own)
+        if not allowed:
+            found.append(f"{module} imports {target}")
+    return found
+
+
+def sources() -> list[Path]:
+    return sorted([*(ROOT / "teegpu").rglob("*.py"), *(ROOT / "transports").rglob("*.py")])
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("teegpu.tee.decoder", "from teegpu.gpu import server"),
+        ("teegpu.tee.decoder", "def f():\n    import teegpu.gpu.executor"),
+        ("teegpu.gpu.server", "from teegpu.tee.sampling import sample"),
+        ("teegpu.gpu.server", "from ..tee import sampling"),
+        ("teegpu.wire.codec", "from teegpu import tee"),
+        ("teegpu.model.spec", "from teegpu.cli.main import app"),
+        ("teegpu.report.tables", "import teegpu.bench.ladder"),
+        ("teegpu.config", "from teegpu.wire.limits import Limits"),
+        ("transports.zeromq", "from teegpu.errors import TeegpuError"),
+        ("transports.zeromq", "import teegpu"),
+    ],
+)
+def test_a_breach_is_seen(module: str, line: str) -> None:
+    assert len(breaches(line, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("teegpu.cli.run", "from teegpu.gpu.server import Server\nfrom teegpu.tee import generate"),
+        ("teegpu.tee.gpu_client", "import transports\nfrom teegpu.wire.codec import encode\nfrom . import plans"),
+        ("teegpu.config", "from teegpu.errors import ConfigError\nfrom teegpu import settings"),
+        ("teegpu.gpu.server", "from teegpu import __version__\nimport torch"),
+        ("transports.zeromq", "import zmq\nfrom .base import Client"),
+    ],
+)
+def test_what_points_down_is_allowed(module: str, line: str) -> None:
+    assert breaches(line, module) == []
+
+
+def test_imports_point_down_only() -> None:
+    found = [
+        breach
+        for path in sources()
+        for breach in breaches(path.read_text("utf-8"), module_name(path), package=path.name == "__init__.py")
+    ]
+    assert found == []
+
+
+def test_every_part_has_its_place_in_the_house() -> None:
+    parts = {part_of(module_name(path)) for path in sources()} - {None}
+    assert parts <= set().union(*LAYERS)
+
+
+def loaded_after(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has loaded after ``code``."""
+    report = (
+        "\nimport json, sys\nsys.stderr.write(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr))
+
+
+def test_help_loads_nothing_heavy() -> None:
+    assert not HEAVY & loaded_after("from teegpu.cli.main import run\nassert run(['--help']) == 0")
+
+
+def test_the_help_of_commands_loads_nothing_heavy() -> None:
+    code = (
+        "from teegpu.cli.main import COMMANDS, run\nfor name in COMMANDS:\n    assert run([name, '--help']) == 0, name"
+    )
+    assert not HEAVY & loaded_after(code)
+
+
+def test_importing_transports_loads_no_zmq() -> None:
+    assert not HEAVY & loaded_after("import transports\ntransports.names()")
+
+
+def test_heavy_modules_would_be_seen() -> None:
+    assert "numpy" in loaded_after("import numpy")
+
+
+def test_help_is_quick() -> None:
+    script = Path(sys.executable).with_name("teegpu")
+    command = [str(script)] if script.exists() else [sys.executable, "-m", "teegpu"]
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([*command, "--help"], stdout=subprocess.DEVNULL, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
