@@ -1,0 +1,36 @@
+"""Frames in, frames out. ``connect`` and ``listen`` are all that a user of this package needs to call.
+
+Importing it imports no transport: a name's module is loaded when the name is used.
+"""
+
+from __future__ import annotations
+
+from transports.base import (
+    Buffer,
+    Client,
+    ClientOptions,
+    Compression,
+    FrameKind,
+    Incoming,
+    Message,
+    Reply,
+    Server,
+    ServerOptions,
+)
+from transports.registry import connect, listen, names
+
+__all__ = [
+    "Buffer",
+    "Client",
+    "ClientOptions",
+    "Compression",
+    "FrameKind",
+    "Incoming",
+    "Message",
+    "Reply",
+    "Server",
+    "ServerOptions",
+    "connect",
+    "listen",
+    "names",
+]
