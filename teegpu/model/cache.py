@@ -1,0 +1,153 @@
+"""The folder of fetched and converted models: what is in it is whole, whatever interrupted the work.
+
+``<root>/models/<slug>`` is a finished model. It is built in ``<root>/models/.<slug>~…``, flushed to disk and renamed
+into place in one step; a lock in ``<root>/locks`` keeps two processes from building the same one. What a killed
+process left behind is removed by the next one that builds.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from teegpu.errors import ModelError
+
+MARKER = "teegpu.json"  # written last: where the model came from
+
+Notify = Callable[[str, float | None], None]
+"""Told what is being done, and the share that is done, from 0 to 1, or None where that is unknown."""
+
+
+def say_nothing(text: str, share: float | None) -> None:
+    """Drop the news."""
+
+
+class ModelCache:
+    """The models below ``root``. Reading it never writes; ``install`` creates folders as needed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._models = root / "models"
+        self._locks = root / "locks"
+
+    def find(self, slug: str) -> Path | None:
+        """The folder of a finished model, or None."""
+        path = self._models / slug
+        return path if (path / MARKER).is_file() else None
+
+    def install(
+        self, slug: str, build: Callable[[Path], dict[str, object]], notify: Notify, *, replace: bool = False
+    ) -> Path:
+        """The folder of the model ``slug``, built when it is not there or ``replace`` is set.
+
+        ``build(work)`` has an empty folder for itself, makes the model in ``work/model`` and returns what the marker
+        shall say of its origin. Raises what ``build`` raises, and ``ModelError`` when the cache can't be written.
+        """
+        with self._explaining():
+            self._models.mkdir(parents=True, exist_ok=True)
+            self._locks.mkdir(parents=True, exist_ok=True)
+        with self._locked(slug, notify):
+            found = self.find(slug)
+            if found is not None and not replace:
+                return found
+            self._remove_leftovers(slug)
+            with self._explaining():
+                work = Path(tempfile.mkdtemp(prefix=f".{slug}~", dir=self._models))
+            try:
+                with self._explaining():
+                    origin = build(work)
+                    model = work / "model"
+                    (model / MARKER).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+                    _flush_tree(model)
+                    return self._move_into_place(model, slug, work)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+
+    def _move_into_place(self, model: Path, slug: str, work: Path) -> Path:
+        target = self._models / slug
+        if target.exists():
+            target.rename(work / "replaced")
+        model.rename(target)
+        _flush_folder(self._models)
+        return target
+
+    @contextmanager
+    def _locked(self, slug: str, notify: Notify) -> Iterator[None]:
+        """Hold the lock of ``slug``. The kernel lets go of it when the process ends, however it ends."""
+        with self._explaining():
+            descriptor = os.open(self._locks / f"{slug}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            with self._explaining():
+                if not _try_lock(descriptor):
+                    notify("waiting for another process that is preparing this model", None)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _remove_leftovers(self, locked_slug: str) -> None:
+        for leftover in self._models.glob(".*~*"):
+            slug = leftover.name[1:].rpartition("~")[0]
+            if slug == locked_slug:
+                shutil.rmtree(leftover, ignore_errors=True)
+                continue
+            with self._explaining():
+                descriptor = os.open(self._locks / f"{slug}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if _try_lock(descriptor):  # nobody is building it any more
+                    shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise cache_error(self.root, error) from error
+
+
+def cache_error(root: Path, error: OSError) -> ModelError:
+    """The error of a cache that can't be written, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ModelError(
+            f"no space left for the model in {root}: free some, or set model.cache_dir "
+            "(TEEGPU_MODEL_CACHE_DIR) to a folder on another disk"
+        )
+    return ModelError(
+        f"the model cache {root} can't be written ({error.strerror or error}): set model.cache_dir "
+        "(TEEGPU_MODEL_CACHE_DIR) to a folder that can be"
+    )
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,109 @@
+"""Fixtures that every test shares: isolation from the user's files, the default model, and tiny random models."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teegpu.model.folder import ModelFolder, default_cache_dir
+
+# Before any test isolates itself: the one place where a model of 98 MB is worth keeping from run to run.
+_USER_CACHE = default_cache_dir()
+
+TinyModel = Callable[..., ModelFolder]
+
+
+@pytest.fixture(autouse=True)
+def isolated_user_files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or writes the user's cache, state, config or data, or sees a TEEGPU_* setting. → the new root."""
+    root = tmp_path_factory.mktemp("home")
+    for kind in ("cache", "state", "config", "data"):
+        monkeypatch.setenv(f"XDG_{kind.upper()}_HOME", str(root / kind))
+    monkeypatch.setenv("HF_HOME", str(root / "huggingface"))
+    for name in [name for name in os.environ if name.startswith("TEEGPU_")]:
+        monkeypatch.delenv(name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ModelFolder:
+    """SmolLM2-135M-Instruct, from the user's real cache; pulled into it when it is not there."""
+    from teegpu.model import catalog
+
+    return catalog.resolve("smollm2-135m", cache_dir=_USER_CACHE, offline=False, progress=None)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """``tiny_model(architecture, **overrides)`` → a folder with a random fp32 model and a byte-level tokenizer
+    (ids 0 to 255 are bytes, 256 BOS, 257 EOS, 258 to 260 the chat roles).
+
+    ``overrides`` are arguments of transformers' config class, for example ``sliding_window=16``,
+    ``rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}``, ``attention_bias=True``,
+    ``tie_word_embeddings=True``, ``num_hidden_layers=3``; ``seed=1`` gives other weights of the same shape. Equal
+    arguments give the same folder, so tests must not change it (copy it first).
+    """
+    made: dict[str, ModelFolder] = {}
+
+    def make(architecture: str, **overrides: Any) -> ModelFolder:
+        key = json.dumps([architecture, overrides], sort_keys=True)
+        if key not in made:
+            path = tmp_path_factory.mktemp(f"tiny-{architecture}")
+            _write_tiny_model(path, architecture, overrides)
+            made[key] = ModelFolder(f"tiny-{architecture}", path)
+        return made[key]
+
+    return make
+
+
+def _write_tiny_model(path: Path, architecture: str, overrides: dict[str, Any]) -> None:
+    import torch
+    import transformers
+
+    from teegpu.model.byte_tokenizer import byte_tokenizer
+
+    classes = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }
+    seed = overrides.get("seed", 0)
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 272,
+        "max_position_embeddings": 256,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "tie_word_embeddings": False,
+    }
+    if architecture == "mistral":
+        settings["sliding_window"] = None
+    settings |= {name: value for name, value in overrides.items() if name != "seed"}
+    config_class, model_class = classes[architecture]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config_class(**settings)).to(torch.float32)
+        # transformers starts with norms of one and biases of zero, which would hide a forgotten norm or bias.
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+                elif name.endswith("bias"):
+                    parameter.uniform_(-0.5, 0.5)
+                elif "embed" in name or "lm_head" in name:
+                    parameter.normal_(0.0, 1.0)
+                else:
+                    parameter.normal_(0.0, 0.25)
+    model.save_pretrained(path)
+    byte_tokenizer(settings["vocab_size"]).save_pretrained(path)
