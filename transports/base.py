@@ -10,7 +10,7 @@ Nobody constructs a client or a server: ``transports.connect`` and ``transports.
 from __future__ import annotations
 
 import abc
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -110,11 +110,15 @@ class Client(abc.ABC):
     no event loop. An overlapping client (``overlaps``) suspends there, and needs a running asyncio loop.
 
     Both forms may be used on one client, one after the other, never at once.
+
+    ``on_sent`` is called with each message once it has been compressed and handed to the link, before the wait for its
+    reply: whoever keeps account of time knows then where sending ends and waiting begins.
     """
 
     name: ClassVar[str]
     overlaps: ClassVar[bool] = False
     endpoint: str
+    on_sent: Callable[[Message], None] | None = None
 
     @abc.abstractmethod
     def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
@@ -147,7 +151,8 @@ class Client(abc.ABC):
 
 @dataclass(slots=True)
 class Incoming:
-    """A request as the server receives it. ``client`` and ``token`` are the transport's own; hand them back as they are.
+    """A request as the server receives it. ``client`` and ``token`` are the transport's own; hand them back as they
+    are.
 
     ``arrived_ns`` is a reading of ``time.perf_counter_ns`` on the server; ``down`` what decompression cost.
     """

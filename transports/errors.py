@@ -2,6 +2,7 @@
 
     TransportError
     ├── UnknownTransportError      no transport of that name (the message lists those that exist)
+    ├── LinkSpecError              an emulated link's description can't be read, or such a link can't be
     ├── BadAddressError            the address can't be used: syntax, port taken, no permission
     ├── ConnectError               no server answered within connect_timeout_seconds
     ├── ConnectionLostError        the connection ended while a request was in flight, or the client is closed
@@ -25,6 +26,10 @@ class TransportError(Exception):
 
 
 class UnknownTransportError(TransportError):
+    pass
+
+
+class LinkSpecError(TransportError):
     pass
 
 

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transports.errors import BadAddressError, ConnectionLostError
-from transports.linkspec import LinkSpec, LinkSpecError
+from transports.errors import BadAddressError, ConnectionLostError, LinkSpecError
+from transports.linkspec import LinkSpec
 
 __all__ = ["EmulatedLink", "LinkMeasurement", "LinkSpec", "LinkSpecError", "LinkStats", "measure"]
 

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from transports.errors import TransportError
+from transports.errors import LinkSpecError
 
 KEYS = ("rtt", "bandwidth", "up", "down", "jitter")
 SECONDS_PER_UNIT = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -28,10 +28,6 @@ UNLIMITED = ("unlimited", "none", "loopback")
 MAX_RTT_SECONDS = 60.0
 MIN_BYTES_PER_SECOND = 125.0  # 1 kbit/s
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)")
-
-
-class LinkSpecError(TransportError):
-    """A description of a link that can't be read, or of a link that can't be."""
 
 
 @dataclass(frozen=True, slots=True)

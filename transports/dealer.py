@@ -1,0 +1,340 @@
+"""What the zmq clients have in common: requests in flight matched by id, and the blocking way to wait for them.
+
+A blocking wait first spins on the socket for ``spin_seconds``, because a sleep and its wake-up cost as much as a small
+request's whole round trip; then it sleeps in poll until a message, a lost connection or the next deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import zmq
+
+from transports import addresses, envelope
+from transports.base import Buffer, Client, ClientOptions, Compression, Message, Reply
+from transports.connection import Connection, receive_parts, send_parts
+from transports.errors import (
+    BadAddressError,
+    ConnectError,
+    ConnectionLostError,
+    FrameError,
+    LimitError,
+    ReplyTimeoutError,
+    TransportError,
+)
+from transports.exchange import Exchange
+from transports.frames import flatten
+
+if TYPE_CHECKING:
+    from transports.compression import Compressor
+
+ErrorMaker = Callable[[], TransportError]
+
+
+class DealerClient(Client):
+    """Base of the zmq clients. ``dropped_replies`` counts late, duplicate and unknown replies."""
+
+    def __init__(self, endpoint: str, options: ClientOptions, compressor: Compressor | None = None) -> None:
+        address = addresses.parse(endpoint)
+        if address.scheme == "inprocess":
+            raise BadAddressError(f"transport '{self.name}' reaches tcp:// and ipc:// addresses, not '{endpoint}'")
+        self.endpoint = address.text
+        self.options = options
+        self.dropped_replies = 0
+        self._compressor = compressor
+        self._flags = envelope.ACCEPTS_ZSTD if compressor else 0
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._connection: Connection | None = None
+        self._in_flight: dict[int, Exchange] = {}
+        self._in_flight_bytes = 0
+        self._next_id = 1
+        self._moved_up = 0
+        self._moved_down = 0
+        self._closed = False
+        try:
+            self._connection = Connection(self._context, self.endpoint, options)
+        except BaseException as error:
+            self._context.destroy(linger=0)
+            if isinstance(error, zmq.ZMQError):
+                raise BadAddressError(f"can't connect to {endpoint}: {error.strerror}") from error
+            raise
+
+    # ---- the blocking form
+
+    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+        if self._in_flight:
+            self._wait_for_room(message.nbytes)
+        exchange = self._submit(message, timeout_seconds)
+        self._wait_for(exchange)
+        return exchange.result()
+
+    def _wait_for(self, exchange: Exchange) -> None:
+        try:
+            while not exchange.done:
+                self._step(exchange)
+        except BaseException:
+            # A signal handler raised, perhaps between two frames of a message: the rest of it would be taken for the
+            # next one. A new connection is the way back to a known state.
+            self._fail(self._lost("was given up"))
+            raise
+
+    def _wait_for_room(self, nbytes: int) -> None:
+        """Wait until the window has room. Each request that fills it comes to its end, by a reply or a deadline."""
+        while self._in_flight and not self._has_room(nbytes):
+            self._wait_for(next(iter(self._in_flight.values())))
+
+    def _has_room(self, nbytes: int) -> bool:
+        """A message larger than the whole window may go when nothing else is in flight."""
+        if not self._in_flight:
+            return True
+        if len(self._in_flight) >= self.options.window_requests:
+            return False
+        return self._in_flight_bytes + nbytes <= self.options.window_bytes
+
+    def _step(self, exchange: Exchange) -> None:
+        """Wait for something to happen in this connection; returns at the latest when ``exchange`` is done."""
+        connection = self._connection
+        if connection is None:
+            raise RuntimeError("a request is in flight without a connection")
+        spin_until = time.perf_counter_ns() + int(self.options.spin_seconds * 1e9)
+        while True:
+            if connection.readable():
+                self._receive(connection)
+                if exchange.done:
+                    return
+            elif time.perf_counter_ns() >= spin_until:
+                break
+        self._check_connection(connection)
+        now = time.perf_counter_ns()
+        self._expire(now)
+        if exchange.done or connection is not self._connection:
+            return
+        connection.sleep((self._next_deadline_ns(connection) - now) / 1e9)
+
+    def _next_deadline_ns(self, connection: Connection) -> int:
+        """When the next request in flight, or the first attempt to connect, will have taken too long."""
+        deadline = min(entry.deadline_ns for entry in self._in_flight.values())
+        return deadline if connection.handshaken else min(deadline, connection.connect_deadline_ns)
+
+    # ---- sending
+
+    def _submit(self, message: Message, timeout_seconds: float | None) -> Exchange:
+        """Hand a request to the socket. Raises what can be known before anything is sent."""
+        if self._closed:
+            raise ConnectionLostError(f"the client of {self.endpoint} is closed")
+        parts, exchange = self._prepare(message)
+        connection = self._ready_connection()
+        exchange.explicit = timeout_seconds is not None
+        if timeout_seconds is None:
+            first = not connection.established
+            options = self.options
+            timeout_seconds = options.connect_timeout_seconds if first else options.reply_timeout_seconds
+        exchange.timeout_seconds = timeout_seconds
+        exchange.moved_up_before = self._moved_up
+        exchange.moved_down_before = self._moved_down
+        exchange.sent_ns = time.perf_counter_ns()
+        exchange.deadline_ns = exchange.sent_ns + int(timeout_seconds * 1e9)
+        self._in_flight[exchange.request_id] = exchange
+        self._in_flight_bytes += exchange.raw_bytes
+        self._moved_up += exchange.bytes_up
+        try:
+            send_parts(connection.socket, parts)
+        except BaseException as error:
+            # A message that was sent in part can't be taken back: this connection is of no use any more.
+            self._fail(self._lost("could not be sent to"))
+            if isinstance(error, zmq.ZMQError):
+                raise ConnectionLostError(f"can't send to {self.endpoint}: {error.strerror}") from error
+            raise
+        if self.on_sent is not None:
+            self.on_sent(message)
+        return exchange
+
+    def _prepare(self, message: Message) -> tuple[list[Buffer], Exchange]:
+        options = self.options
+        frames, lengths, total = flatten(
+            message, "request", max_frames=options.max_frames, max_message_bytes=options.max_message_bytes
+        )
+        codecs: Sequence[int] = ()
+        itemsizes: Sequence[int] = ()
+        up = Compression()
+        bandwidth = 0
+        if self._compressor is not None:
+            bandwidth = int(self._compressor.bandwidth_bytes_per_second or 0)
+            frames, codecs, itemsizes, up = self._compressor.compress(frames, message.kinds)
+        request_id = self._next_id
+        self._next_id += 1
+        head = envelope.pack(request_id, lengths, codecs, itemsizes, flags=self._flags, measured=bandwidth)
+        parts = [head, *frames]
+        bytes_up = len(head) + (sum(map(len, frames)) if codecs else total)
+        return parts, Exchange(request_id, total, bytes_up, up)
+
+    def _ready_connection(self) -> Connection:
+        """The connection, opened anew if need be. Raises ``ConnectionLostError`` if it was lost since the last use.
+
+        That error is not hidden by reconnecting at once: the server that now answers there may be another one, so the
+        caller has to greet it first.
+        """
+        connection = self._connection
+        if connection is None:
+            connection = self._connection = Connection(self._context, self.endpoint, self.options)
+            return connection
+        connection.check_monitor()
+        if connection.lost:
+            self._fail(self._lost("was lost"))
+            raise ConnectionLostError(f"the connection to {self.endpoint} was lost since the last request")
+        return connection
+
+    # ---- receiving
+
+    def _receive(self, connection: Connection) -> None:
+        """Read one message that is known to be there."""
+        try:
+            parts = receive_parts(connection.socket)
+        except zmq.ZMQError as error:
+            self._fail(self._lost(f"failed ({error.strerror})"))
+            return
+        self._accept(parts, connection)
+
+    def _accept(self, parts: list[memoryview], connection: Connection) -> None:
+        """Match a reply with its request."""
+        received_ns = time.perf_counter_ns()
+        bytes_down = sum(map(len, parts))
+        self._moved_down += bytes_down
+        request_id = envelope.peek_request_id(parts[0])
+        if request_id is None:
+            text = f"{self.endpoint} sent something that is not a reply; is it a teegpu server of the same release?"
+            self._fail(lambda: FrameError(text))
+            return
+        exchange = self._in_flight.get(request_id)
+        if exchange is None:
+            self.dropped_replies += 1
+            return
+        if not connection.established:
+            self._establish(connection)
+        if exchange.abandoned:
+            self.dropped_replies += 1
+            self._remove(exchange)
+            return
+        try:
+            exchange.reply = self._open(exchange, parts, received_ns, bytes_down)
+        except TransportError as error:
+            exchange.error = error
+        self._finish(exchange)
+
+    def _establish(self, connection: Connection) -> None:
+        """The first exchange is over: what else is in flight has no longer the connect time-out to keep to."""
+        connection.established = connection.handshaken = True
+        for exchange in self._in_flight.values():
+            if not exchange.explicit:
+                exchange.timeout_seconds = self.options.reply_timeout_seconds
+                exchange.deadline_ns = exchange.sent_ns + int(exchange.timeout_seconds * 1e9)
+
+    def _open(self, exchange: Exchange, parts: list[memoryview], received_ns: int, bytes_down: int) -> Reply:
+        frames = parts[1:]
+        sizes = [len(frame) for frame in frames]
+        options = self.options
+        head = envelope.unpack(
+            parts[0], sizes, max_frames=options.max_frames, max_message_bytes=options.max_message_bytes
+        )
+        if head.refusal:
+            self._raise_refusal(head.refusal, envelope.read_reason(frames[0]))
+        down = Compression()
+        if self._compressor is not None:
+            self._observe(
+                self._compressor, exchange, bytes_down, (received_ns - exchange.sent_ns - head.measured) / 1e9
+            )
+        if head.compressed:
+            if self._compressor is None:
+                raise FrameError(f"{self.endpoint} sent compressed frames, which were not asked for")
+            frames, down = self._compressor.decompress(frames, head.codecs, head.itemsizes, head.raw_lengths)
+        return Reply(frames, exchange.sent_ns, received_ns, exchange.bytes_up, bytes_down, exchange.up, down)
+
+    def _observe(self, compressor: Compressor, exchange: Exchange, bytes_down: int, seconds: float) -> None:
+        """Tell the compression policy what the link carried in ``seconds``, the server's own time left out.
+
+        One exchange alone goes up, then down. With others in flight both directions are busy at once with bytes of
+        all of them, so the busier direction is what took the time. That may make the link look faster than it is
+        where the server is the bottleneck, in which case compressing would not help either.
+        """
+        up = self._moved_up - exchange.moved_up_before
+        down = self._moved_down - exchange.moved_down_before
+        alone = up == exchange.bytes_up and down == bytes_down
+        compressor.observe(up + down if alone else max(up, down), seconds)
+
+    def _raise_refusal(self, refusal: int, reason: str) -> NoReturn:
+        if refusal == envelope.REFUSED_LIMIT:
+            raise LimitError(f"{self.endpoint} refused the request: {reason}")
+        if refusal == envelope.REFUSED_FRAMING:
+            raise FrameError(f"{self.endpoint} could not read the request: {reason}")
+        raise ConnectionLostError(f"{self.endpoint} is shutting down: {reason}")
+
+    # ---- ends of an exchange
+
+    def _remove(self, exchange: Exchange) -> None:
+        if self._in_flight.pop(exchange.request_id, None) is not None:
+            self._in_flight_bytes -= exchange.raw_bytes
+
+    def _finish(self, exchange: Exchange) -> None:
+        """``exchange`` has its reply or error. An overlapping client also tells who awaits it."""
+        self._remove(exchange)
+
+    def _check_connection(self, connection: Connection) -> None:
+        connection.check_monitor()
+        if connection.lost:
+            # What had arrived before is still good.
+            while connection is self._connection and connection.readable():
+                self._receive(connection)
+            self._fail(self._lost("was lost"))
+        elif not connection.handshaken and time.perf_counter_ns() >= connection.connect_deadline_ns:
+            self._fail(self._unreachable(self.options.connect_timeout_seconds))
+
+    def _expire(self, now_ns: int) -> None:
+        for exchange in [entry for entry in self._in_flight.values() if entry.deadline_ns <= now_ns]:
+            if not exchange.done:  # one that timed out may have failed them all
+                self._time_out(exchange)
+
+    def _time_out(self, exchange: Exchange) -> None:
+        connection = self._connection
+        if connection is not None and not connection.established and not (connection.handshaken and exchange.explicit):
+            # Drop the connection too, so that a server which comes up later is not handed stale requests.
+            self._fail(self._unreachable(exchange.timeout_seconds))
+            return
+        seconds = f"{exchange.timeout_seconds:g} s"
+        setting = "the limit given for this request" if exchange.explicit else "link.reply_timeout_seconds"
+        exchange.error = ReplyTimeoutError(f"no reply from {self.endpoint} within {seconds} ({setting})")
+        self._finish(exchange)
+
+    def _unreachable(self, seconds: float) -> ErrorMaker:
+        note = self._connection.note if self._connection else ""
+        return lambda: ConnectError(
+            f"no server answers at {self.endpoint} within {seconds:g} s{note} "
+            f"(start one with 'teegpu serve --bind {self.endpoint}', or set run.endpoint)"
+        )
+
+    def _lost(self, what: str) -> ErrorMaker:
+        count = len(self._in_flight)
+        return lambda: ConnectionLostError(
+            f"the connection to {self.endpoint} {what} with {count} request{'s' * (count != 1)} in flight: the server "
+            f"ended, the network failed, or a message exceeded the server's limits.message_mib"
+        )
+
+    def _fail(self, make_error: ErrorMaker) -> None:
+        """Drop the connection and end all that is in flight, each with an error of its own."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._disconnect(connection)
+        for exchange in list(self._in_flight.values()):
+            exchange.error = make_error()
+            self._finish(exchange)
+
+    def _disconnect(self, connection: Connection) -> None:
+        connection.close()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._fail(lambda: ConnectionLostError(f"the client of {self.endpoint} was closed with a request in flight"))
+        self._context.destroy(linger=0)
