@@ -1,0 +1,349 @@
+"""Messages to frames and back. No I/O: every malformed message can be tried from byte strings.
+
+Frame 0 is a msgpack header, a list ``[protocol version, kind, request id, …]``; a message with tensors ends it with a
+table ``[[register, shape, wire dtype], …]``, and has one further frame for each row, in the table's order and exactly
+as long as its row says. Every frame is named by one row and every row has its frame: nothing can hide between them.
+
+The table is packed by itself, as the program is: a decode step repeats both, so each side makes and checks them once.
+
+Decoding checks everything against ``Limits`` before it touches a tensor's bytes and raises ``WireError``, never
+another exception, whatever the bytes are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgpack
+import torch
+
+from teegpu.errors import MismatchError, WireError
+from teegpu.wire import dtypes, program
+from teegpu.wire.limits import (
+    MAX_DIMS,
+    MAX_HEADER_BYTES,
+    MAX_TEXT_LENGTH,
+    REMEMBERED,
+    REMEMBERED_STEPS,
+    REMEMBERED_TENSORS,
+    Limits,
+)
+from teegpu.wire.messages import (
+    PROTOCOL_VERSION,
+    REFUSALS,
+    Execute,
+    Header,
+    Hello,
+    Message,
+    Refusal,
+    Result,
+    ServerTimes,
+    Welcome,
+)
+from teegpu.wire.unpacking import unpack
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Encoded(NamedTuple):
+    """Frames ready to send. ``kinds`` tells a compression policy (label, bytes per value) of each frame."""
+
+    frames: list[Buffer]
+    kinds: tuple[tuple[str, int], ...]
+
+
+class VersionError(MismatchError):
+    """The peer speaks another version of the protocol."""
+
+    def __init__(self, theirs: object) -> None:
+        super().__init__(
+            f"the peer speaks protocol version {theirs!r}, this is version {PROTOCOL_VERSION}: "
+            "install the same teegpu release on both sides"
+        )
+
+
+# Encoding
+
+
+def encode_hello(message: Hello) -> Encoded:
+    return _encode([PROTOCOL_VERSION, "hello", message.request_id, message.software])
+
+
+def encode_welcome(message: Welcome) -> Encoded:
+    body = {
+        "software": message.software,
+        "instance": message.instance,
+        "model": message.model,
+        "digest": message.digest,
+        "dims": message.dims,
+        "device": message.device,
+        "dtype": message.dtype,
+        "threads": message.threads,
+        "memory_bytes": message.memory_bytes,
+        "limits": message.limits,
+    }
+    return _encode([PROTOCOL_VERSION, "welcome", message.request_id, body])
+
+
+def encode_refusal(message: Refusal) -> Encoded:
+    return _encode([PROTOCOL_VERSION, "refusal", message.request_id, message.code, message.text[:MAX_TEXT_LENGTH]])
+
+
+def encode_execute(message: Execute) -> Encoded:
+    code = message.program
+    frames = [
+        frame(register, message.tensors[register].shape, message.encodings[register],
+              dtypes.narrow(message.tensors[register], message.encodings[register]))
+        for register in code.inputs
+    ]  # fmt: skip
+    replies = [message.reply_encodings[register] for register in code.outputs]
+    return _encode([PROTOCOL_VERSION, "execute", message.request_id, code.packed, replies], frames)
+
+
+def encode_result(request_id: int, times: ServerTimes, frames: Sequence[TensorFrame]) -> Encoded:
+    """The message ``Result`` around frames that were made (and timed) before."""
+    operations = {name: [count, seconds] for name, (count, seconds) in times.operations.items()}
+    spent = [times.queue_seconds, times.decode_seconds, times.compute_seconds, times.encode_seconds, operations]
+    return _encode([PROTOCOL_VERSION, "result", request_id, spent], frames)
+
+
+class TensorFrame(NamedTuple):
+    """One row of a tensor table and the bytes that it describes."""
+
+    register: str
+    shape: tuple[int, ...]
+    encoding: str
+    data: memoryview
+
+
+def frame(register: str, shape: Sequence[int], encoding: str, narrowed: torch.Tensor) -> TensorFrame:
+    """The frame of a tensor of ``shape`` that ``dtypes.narrow`` has brought into ``encoding`` (on the CPU)."""
+    return TensorFrame(register, tuple(shape), encoding, dtypes.frame_of(narrowed))
+
+
+def _encode(header: Header, frames: Sequence[TensorFrame] | None = None) -> Encoded:
+    if frames is None:
+        # A model's folder may have a name that is not text: shown as such, not an error in the middle of a talk.
+        return Encoded([msgpack.packb(header, unicode_errors="replace")], (_HEADER_KIND,))
+    table, kinds = _table(tuple((row.register, row.shape, row.encoding) for row in frames))
+    return Encoded([msgpack.packb([*header, table]), *(row.data for row in frames)], kinds)
+
+
+_HEADER_KIND = ("header", 1)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _table(rows: tuple[tuple[str, tuple[int, ...], str], ...]) -> tuple[bytes, tuple[tuple[str, int], ...]]:
+    """The packed table, and the kinds of all frames, the header's included."""
+    kinds = [(f"{register}/{encoding}", dtypes.itemsize(encoding)) for register, _, encoding in rows]
+    return msgpack.packb(rows), (_HEADER_KIND, *kinds)
+
+
+# Decoding
+
+
+class Decoder:
+    """Decodes the messages of one peer or of many. It remembers the last ``remember`` programs, and as many tensor
+    tables, that it has checked."""
+
+    def __init__(self, limits: Limits, remember: int = REMEMBERED) -> None:
+        self.limits = limits
+        self._remember = remember
+        self._programs: OrderedDict[bytes, program.Program] = OrderedDict()
+        self._tables: OrderedDict[bytes, tuple[Row, ...]] = OrderedDict()
+
+    def decode(self, frames: Sequence[memoryview]) -> Message:
+        """The message in ``frames``.
+
+        Tensors share the frames' memory wherever they can. Raises ``WireError``, or ``VersionError`` for a message of
+        another protocol version.
+        """
+        header = self._header(frames)
+        kind, request_id, body = header[1], header[2], header[3:]
+        if type(request_id) is not int or not 0 <= request_id < 2**64:
+            raise WireError("a request id is a whole number below 2**64")
+        if kind == "execute":
+            return self._execute(request_id, body, frames)
+        if kind == "result":
+            return self._result(request_id, body, frames)
+        if len(frames) != 1:
+            raise WireError(f"a message of kind {_shown(kind)} has no tensors")
+        if kind == "hello" and len(body) == 1:
+            return Hello(request_id, _text(body[0], "software"))
+        if kind == "welcome" and len(body) == 1:
+            return _welcome(request_id, body[0])
+        if kind == "refusal" and len(body) == 2:
+            code, text = _text(body[0], "code"), _text(body[1], "text")
+            return Refusal(request_id, code if code in REFUSALS else "internal", text)
+        raise WireError(f"a message of kind {_shown(kind)} with {len(body)} fields is none of ours")
+
+    def _header(self, frames: Sequence[memoryview]) -> Header:
+        if not frames:
+            raise WireError("a message has at least one frame")
+        if frames[0].nbytes > MAX_HEADER_BYTES:
+            raise WireError(f"a header of {frames[0].nbytes} bytes is over the limit of {MAX_HEADER_BYTES}")
+        if sum(frame.nbytes for frame in frames) > self.limits.message_bytes:
+            raise WireError(f"a message is over the limit of {self.limits.message_bytes} bytes (limits.message_mib)")
+        header = unpack(frames[0], "a header")
+        if not isinstance(header, list) or not header or type(header[0]) is not int:
+            raise WireError("a header is a list that starts with the protocol version")
+        if header[0] != PROTOCOL_VERSION:
+            raise VersionError(header[0])
+        if len(header) < 4:
+            raise WireError("a header has at least a version, a kind, a request id and a body")
+        return header
+
+    def _execute(self, request_id: int, body: Header, frames: Sequence[memoryview]) -> Execute:
+        if len(body) != 3:
+            raise WireError("an execute message has a program, reply encodings and a tensor table")
+        packed, replies, table = body
+        code = self._program(packed)
+        if not isinstance(replies, list) or len(replies) != len(code.outputs):
+            raise WireError("an execute message names one reply encoding for each output")
+        for encoding in replies:
+            if encoding not in dtypes.FLOATS:
+                raise WireError(f"a reply encoding is one of {', '.join(dtypes.FLOATS)}")
+        tensors, encodings = self._tensors(table, frames)
+        if tuple(tensors) != code.inputs:
+            raise WireError("an execute message carries one tensor for each of its program's inputs, in their order")
+        return Execute(request_id, code, tensors, encodings, dict(zip(code.outputs, replies, strict=True)))
+
+    def _program(self, packed: object) -> program.Program:
+        if not isinstance(packed, bytes):
+            raise WireError("a program travels as bytes")
+        known = self._programs.get(packed)
+        if known is not None:
+            self._programs.move_to_end(packed)
+            return known
+        code = program.unpack(packed, max_steps=self.limits.program_steps, max_registers=self.limits.tensors)
+        if len(code.steps) <= REMEMBERED_STEPS:
+            self._programs[packed] = code
+            if len(self._programs) > self._remember:
+                self._programs.popitem(last=False)
+        return code
+
+    def _result(self, request_id: int, body: Header, frames: Sequence[memoryview]) -> Result:
+        if len(body) != 2:
+            raise WireError("a result has times and a tensor table")
+        times = _times(body[0])
+        tensors, encodings = self._tensors(body[1], frames)
+        return Result(request_id, tensors, encodings, times)
+
+    def _tensors(self, packed: object, frames: Sequence[memoryview]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        table = self._table(packed)
+        if len(table) != len(frames) - 1:
+            raise WireError("a tensor table has one row for each frame after the header")
+        tensors: dict[str, torch.Tensor] = {}
+        encodings: dict[str, str] = {}
+        for (register, shape, encoding), frame in zip(table, frames[1:], strict=True):
+            tensors[register] = dtypes.decode(frame, shape, encoding)
+            encodings[register] = encoding
+        return tensors, encodings
+
+    def _table(self, packed: object) -> tuple[Row, ...]:
+        if not isinstance(packed, bytes):
+            raise WireError("a tensor table travels as bytes")
+        known = self._tables.get(packed)
+        if known is not None:
+            self._tables.move_to_end(packed)
+            return known
+        rows = self._checked_table(packed)
+        if len(rows) <= REMEMBERED_TENSORS:
+            self._tables[packed] = rows
+            if len(self._tables) > self._remember:
+                self._tables.popitem(last=False)
+        return rows
+
+    def _checked_table(self, packed: bytes) -> tuple[Row, ...]:
+        table = unpack(packed, "a tensor table")
+        if not isinstance(table, list) or len(table) > self.limits.tensors:
+            raise WireError(f"a message has at most {self.limits.tensors} tensors (limits.tensors)")
+        rows: dict[str, Row] = {}
+        for row in table:
+            if not isinstance(row, list) or len(row) != 3:
+                raise WireError("a row of the tensor table is register, shape and wire dtype")
+            register, shape, encoding = row
+            program.check_name(register, "a register")
+            if register in rows:
+                raise WireError(f"register {register!r} is in the tensor table twice")
+            if not isinstance(encoding, str) or encoding not in dtypes.NAMES:
+                raise WireError(f"a wire dtype is one of {', '.join(dtypes.NAMES)}")
+            rows[register] = (register, self._checked_shape(shape), encoding)
+        return tuple(rows.values())
+
+    def _checked_shape(self, shape: object) -> tuple[int, ...]:
+        if not isinstance(shape, list) or not 0 < len(shape) <= MAX_DIMS:
+            raise WireError(f"a shape is a list of 1 to {MAX_DIMS} dimensions")
+        for dim in shape:
+            if type(dim) is not int or not 0 < dim <= self.limits.dimension:
+                raise WireError(f"a dimension is a whole number from 1 to {self.limits.dimension} (limits.dimension)")
+        if math.prod(shape) > self.limits.message_bytes:
+            raise WireError(f"a tensor is over the limit of {self.limits.message_bytes} bytes (limits.message_mib)")
+        return tuple(shape)
+
+
+Row = tuple[str, tuple[int, ...], str]
+"""Register, shape, wire dtype."""
+
+
+def _shown(value: object) -> str:
+    """A peer's value for an error message: what is short. (The representation of a deep list overflows the stack.)"""
+    if isinstance(value, str):
+        return f"{value[:40]!r}"
+    return str(value) if isinstance(value, int | float) else f"of type {type(value).__name__}"
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT_LENGTH:
+        raise WireError(f"{what} is not a text of at most {MAX_TEXT_LENGTH} characters")
+    # A peer's text ends in a terminal or a log: no control characters, so no escape sequences and no forged lines.
+    return "".join(character if character.isprintable() else " " for character in value)
+
+
+def _integer(value: object, what: str) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise WireError(f"{what} is not a whole number below 2**63")
+    return value
+
+
+def _integers(value: object, what: str) -> dict[str, int]:
+    if not isinstance(value, dict) or len(value) > 64:
+        raise WireError(f"{what} are not a map of at most 64 numbers")
+    return {program.check_name(key, what): _integer(number, what) for key, number in value.items()}
+
+
+def _welcome(request_id: int, body: object) -> Welcome:
+    if not isinstance(body, dict):
+        raise WireError("a welcome carries a map")
+    texts = {key: _text(body.get(key), key) for key in ("software", "instance", "model", "digest", "device", "dtype")}
+    return Welcome(
+        request_id=request_id,
+        **texts,
+        dims=_integers(body.get("dims"), "dims"),
+        threads=_integer(body.get("threads"), "threads"),
+        memory_bytes=_integer(body.get("memory_bytes"), "memory_bytes"),
+        limits=_integers(body.get("limits"), "limits"),
+    )
+
+
+def _seconds(value: object) -> float:
+    if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < 1e9:
+        raise WireError("a server time is not a number of seconds")
+    return float(value)
+
+
+def _times(value: object) -> ServerTimes:
+    if not isinstance(value, list) or len(value) != 5 or not isinstance(value[4], dict):
+        raise WireError("server times are four numbers and a map of operations")
+    operations: dict[str, tuple[int, float]] = {}
+    for name, entry in value[4].items():
+        # Names of ours alone: a peer must not fill the record with its own, or count under those of the TEE.
+        if name not in program.REPORT_NAMES or not isinstance(entry, list) or len(entry) != 2:
+            raise WireError("a server operation is one of a program's, with a count and seconds")
+        operations[name] = (_integer(entry[0], "a count"), _seconds(entry[1]))
+    queue, decode, compute, encode = (_seconds(number) for number in value[:4])
+    return ServerTimes(queue, decode, compute, encode, operations)

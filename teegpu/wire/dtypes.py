@@ -1,0 +1,153 @@
+"""How a tensor becomes the bytes of one frame, and back.
+
+| name  | bytes for (rows, n)                  | use                                       |
+|-------|--------------------------------------|-------------------------------------------|
+| fp32  | 4·rows·n                             | exact                                     |
+| bf16  | 2·rows·n                             | fp32's range, 8 bits of precision         |
+| fp16  | 2·rows·n                             | 11 bits of precision, ends at 65,504      |
+| int8  | rows·n + 2·rows·⌈n/64⌉               | groups of 64 values share an fp16 scale   |
+| int32 | 4·rows·n                             | token ids (never quantised)               |
+
+What a wire dtype can't hold stays visible, it is never clipped in silence: in fp16 it becomes infinite; in int8, which
+ends at ±127 · 65,504, its group's scale becomes infinite (or NaN, for NaN), and the receiver refuses the message.
+
+Encoding copies only where the dtype changes or the memory is not contiguous; decoding wraps the received bytes and
+copies only to change the dtype. Little-endian throughout.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import lru_cache
+from typing import Final
+
+import torch
+
+from teegpu.errors import WireError
+from teegpu.kernels import convert
+
+if sys.byteorder != "little":
+    raise ImportError("teegpu's wire format is little-endian, and so must the machine be")
+
+PLAIN: Final[dict[str, torch.dtype]] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int32": torch.int32,
+}
+FLOATS: Final = ("fp32", "bf16", "fp16", "int8")
+NAMES: Final = (*FLOATS, "int32")
+
+GROUP: Final = 64
+"""Values that share one int8 scale: 3 % more bytes than one scale per token, a fifth of its error."""
+
+_SMALLEST_SCALE: Final = 2.0**-24
+"""The smallest positive fp16: an all-zero group must not divide by zero."""
+_BLOCK_VALUES: Final = 2**18
+"""Values that are quantised at once on a CPU: what is computed on the way stays in the cache, and small enough that the
+allocator keeps the memory for the next block (fresh pages cost more than the arithmetic)."""
+
+
+def itemsize(name: str) -> int:
+    """Bytes per value, scales left out."""
+    return 1 if name == "int8" else PLAIN[name].itemsize
+
+
+@lru_cache(maxsize=4096)
+def nbytes(shape: tuple[int, ...], name: str) -> int:
+    """Bytes of a frame that holds ``shape`` in wire dtype ``name``."""
+    values = math.prod(shape)
+    if name != "int8":
+        return values * PLAIN[name].itemsize
+    rows = values // shape[-1] if shape[-1] else 0
+    return values + 2 * rows * math.ceil(shape[-1] / GROUP)
+
+
+def narrow(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """``tensor`` as the tensor whose memory is the frame of wire dtype ``name``.
+
+    It has 1 or more dimensions, is not empty, and may be on any device. Where no conversion is needed the result is
+    ``tensor`` itself. int8 gives uint8 (bytes,): all values, then all scales.
+    """
+    return _quantise(tensor) if name == "int8" else convert(tensor, PLAIN[name]).contiguous()
+
+
+def frame_of(narrowed: torch.Tensor) -> memoryview:
+    """The bytes of what ``narrow`` returned, on the CPU. The view shares and keeps alive the tensor's memory."""
+    if narrowed.dtype == torch.bfloat16:  # NumPy has none
+        narrowed = narrowed.view(torch.int16)
+    return memoryview(narrowed.detach().numpy()).cast("B")
+
+
+def encode(tensor: torch.Tensor, name: str) -> memoryview:
+    """The bytes of ``tensor`` (1 or more dimensions, on the CPU, not empty) in wire dtype ``name``.
+
+    Where no conversion was needed the view *is* the tensor's memory, so the tensor must not be written until the frame
+    has been sent.
+    """
+    return frame_of(narrow(tensor, name))
+
+
+def decode(frame: memoryview, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """A tensor of ``shape`` over the bytes of ``frame``: the wire's own dtype, fp32 for int8.
+
+    Raises ``WireError`` when the frame has another length than ``shape`` needs, or an int8 scale is not finite.
+    """
+    if frame.nbytes != nbytes(shape, name):
+        raise WireError(f"a tensor {shape} in {name} takes {nbytes(shape, name)} bytes, its frame holds {frame.nbytes}")
+    if frame.readonly or frame.ndim != 1 or frame.itemsize != 1:
+        frame = memoryview(bytearray(frame))  # torch warns of memory that it may not write
+    if name == "int8":
+        return _dequantise(frame, shape)
+    return torch.frombuffer(frame, dtype=PLAIN[name]).view(shape)
+
+
+def _quantise(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8 (bytes,): all values of all rows, then all scales in fp16."""
+    n = tensor.shape[-1]
+    rows = tensor.numel() // n
+    groups = math.ceil(n / GROUP)
+    source = tensor.detach().reshape(rows, n)
+    out = torch.empty(rows * n + 2 * rows * groups, dtype=torch.uint8, device=tensor.device)
+    quantised = out[: rows * n].view(torch.int8).view(rows, n)
+    scales = torch.empty((rows, groups, 1), dtype=torch.float16, device=tensor.device)
+    step = rows if tensor.is_cuda else max(1, _BLOCK_VALUES // n)
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        _quantise_rows(source[block], quantised[block], scales[block])
+    out[rows * n :].copy_(scales.view(-1).view(torch.uint8))
+    return out
+
+
+def _quantise_rows(source: torch.Tensor, quantised: torch.Tensor, scales: torch.Tensor) -> None:
+    """Fills ``quantised`` (rows, n) and ``scales`` (rows, groups, 1) from ``source`` (rows, n)."""
+    rows, groups, _ = scales.shape
+    n = source.shape[-1]
+    values = source.to(torch.float32)
+    if n % GROUP:
+        values = torch.nn.functional.pad(values, (0, groups * GROUP - n))
+    grouped = values.view(rows, groups, GROUP)
+    # Two reductions: over rows of 64, torch's aminmax takes eight times as long as amax and amin together.
+    largest = torch.maximum(grouped.amax(-1, keepdim=True), grouped.amin(-1, keepdim=True).neg_())
+    scales.copy_(largest.div_(127.0).clamp_min_(_SMALLEST_SCALE))
+    # Divide by the scale as it will be read, rounded to fp16, so that the rounding of the scale costs no accuracy.
+    steps = (grouped / scales.to(torch.float32)).round_().clamp_(-127, 127)
+    quantised.copy_(steps.view(rows, groups * GROUP)[:, :n])
+
+
+def _dequantise(frame: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
+    n = shape[-1]
+    rows = math.prod(shape) // n
+    groups = math.ceil(n / GROUP)
+    quantised = torch.frombuffer(frame, dtype=torch.int8, count=rows * n).view(rows, n)
+    # Through bytes: the scales need not start on an even address.
+    scales = torch.frombuffer(frame, dtype=torch.uint8, offset=rows * n).clone().view(torch.float16).to(torch.float32)
+    if not math.isfinite(scales.sum().item()):
+        raise WireError("an int8 tensor has a scale that is not finite: what was sent is out of range, or not finite")
+    scales = scales.view(rows, groups, 1)
+    values = quantised.to(torch.float32)
+    if n % GROUP:
+        expanded = scales.expand(rows, groups, GROUP).reshape(rows, groups * GROUP)[:, :n]
+        return values.mul_(expanded).view(shape)
+    return values.view(rows, groups, GROUP).mul_(scales).view(shape)

@@ -1,0 +1,243 @@
+"""A program: the linear steps that one RPC carries, over named registers.
+
+    inputs x, residual     steps  linear z0 layers.3.o_proj x      outputs z, gate, up
+                                  add    z  z0 residual
+                                  scale  n  layers.3.post_attention_layernorm z
+                                  linear gate layers.3.gate_proj n
+                                  linear up   layers.3.up_proj n
+
+Registers are written once and read after they are written; every input is read, every output written. Token ids come
+in as an input and are read by ``embedding`` alone. A program that breaks these rules does not exist: ``Program``
+refuses it when it is made, and so does ``unpack`` for one from the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, NamedTuple
+
+import msgpack
+
+from teegpu.errors import WireError
+from teegpu.wire.limits import MAX_NAME_LENGTH
+from teegpu.wire.unpacking import unpack as unpack_value
+
+
+class OpShape(NamedTuple):
+    inputs: int
+    takes_weight: bool
+
+
+OPS: dict[str, OpShape] = {
+    "embedding": OpShape(inputs=1, takes_weight=True),
+    "linear": OpShape(inputs=1, takes_weight=True),
+    "scale": OpShape(inputs=1, takes_weight=True),
+    "matmul": OpShape(inputs=2, takes_weight=False),
+    "add": OpShape(inputs=2, takes_weight=False),
+}
+"""Every operation that a GPU server runs. All are linear in each register that they read (``embedding``: in the one-hot
+rows that its ids stand for)."""
+
+REPORT_NAMES: Final = frozenset({op.upper() for op in OPS} | {"LM_HEAD"})
+"""Every operation by its name in reports, as ``report_name`` gives it."""
+
+
+class Step(NamedTuple):
+    """``output = op(*inputs)``.
+
+    ``embedding``: rows of ``weight`` picked by token ids, (tokens,) → (tokens, hidden).
+    ``linear``: ``inputs[0] @ weight.T``, (tokens, in) → (tokens, out).
+    ``scale``: ``inputs[0] * weight``, a diagonal product, (tokens, n) → (tokens, n).
+    ``matmul``: per head, (heads, rows, inner) with (kv_heads, inner, columns), or (kv_heads, columns, inner) where
+    ``transpose`` is set; heads is a multiple of kv_heads, and neighbouring heads share one.
+    ``add``: the sum of two registers of one shape.
+    """
+
+    op: str
+    output: str
+    inputs: tuple[str, ...]
+    weight: str = ""
+    transpose: bool = False
+
+
+def linear(output: str, weight: str, source: str) -> Step:
+    return Step("linear", output, (source,), weight)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Steps with the registers that go in and come out.
+
+    Raises ``WireError`` when made of unknown operations, when registers are read before they are written, written
+    twice, or never used, or when token ids are computed or computed with.
+    """
+
+    inputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.inputs or not self.steps or not self.outputs:
+            raise WireError("a program needs at least one input, one step and one output")
+        known = set(self.inputs)
+        if len(known) != len(self.inputs) or len(set(self.outputs)) != len(self.outputs):
+            raise WireError("a program names one register twice among its inputs or outputs")
+        read: set[str] = set(self.outputs)
+        for step in self.steps:
+            shape = OPS.get(step.op)
+            if shape is None:
+                raise WireError(f"unknown operation {step.op!r}: the server runs {', '.join(OPS)}")
+            if len(step.inputs) != shape.inputs or bool(step.weight) != shape.takes_weight:
+                weight = "a weight" if shape.takes_weight else "no weight"
+                raise WireError(f"operation {step.op!r} takes {shape.inputs} input(s) and {weight}")
+            if step.transpose and step.op != "matmul":
+                raise WireError(f"operation {step.op!r} can't transpose")
+            for register in step.inputs:
+                if register not in known:
+                    raise WireError(f"register {register!r} is read before it is written")
+            if step.output in known:
+                raise WireError(f"register {step.output!r} is written twice")
+            known.add(step.output)
+            read.update(step.inputs)
+        if unknown := set(self.outputs) - (known - set(self.inputs)):
+            raise WireError(f"output {min(unknown)!r} is never written")
+        if unused := known - read:
+            raise WireError(f"register {min(unused)!r} is never read")
+        ids = self.id_registers
+        if not ids <= set(self.inputs) or any(
+            step.op != "embedding" and ids.intersection(step.inputs) for step in self.steps
+        ):
+            raise WireError("token ids are an input of the program, read by 'embedding' alone")
+
+    @cached_property
+    def id_registers(self) -> frozenset[str]:
+        """The inputs that hold token ids; all others hold values."""
+        return frozenset(step.inputs[0] for step in self.steps if step.op == "embedding")
+
+    @cached_property
+    def packed(self) -> bytes:
+        """The program as it travels; built once, so that repeating a program costs nothing."""
+        steps = [[s.op, s.output, list(s.inputs), s.weight, s.transpose] for s in self.steps]
+        return bytes(msgpack.packb([list(self.inputs), steps, list(self.outputs)]))
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Logical operations by the names of reports: LINEAR, LM_HEAD, EMBEDDING, MATMUL, SCALE, ADD."""
+        counts: dict[str, int] = {}
+        for step in self.steps:
+            name = report_name(step)
+            counts[name] = counts.get(name, 0) + 1
+        return counts
+
+
+Shape = tuple[int, ...]
+
+
+def infer_shapes(
+    program: Program, inputs: Mapping[str, Shape], weight_shape: Callable[[str], Shape | None]
+) -> dict[str, Shape]:
+    """The shape of every register of ``program``: the server checks a request with it, the runner a reply.
+
+    ``inputs`` has the shape of each input, with no dimension below 1. ``weight_shape`` gives the shape of a weight that
+    programs may use, or None. Raises ``ShapeError``.
+    """
+    shapes = dict(inputs)
+    for step in program.steps:
+        shapes[step.output] = _shape_of(step, shapes, weight_shape)
+    return shapes
+
+
+class ShapeError(WireError):
+    """A program that can't be run on these shapes or weights. ``code`` is one of ``messages.REFUSALS``."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def _shape_of(step: Step, shapes: Mapping[str, Shape], weight_shape: Callable[[str], Shape | None]) -> Shape:
+    first = shapes[step.inputs[0]]
+    if step.op == "matmul":
+        second = shapes[step.inputs[1]]
+        if len(first) == len(second) == 3 and first[0] % second[0] == 0:
+            inner, columns = (second[2], second[1]) if step.transpose else (second[1], second[2])
+            if first[2] == inner:
+                return (first[0], first[1], columns)
+        raise ShapeError("bad-shape", f"matmul can't take {first} and {second}{' transposed' * step.transpose}")
+    if step.op == "add":
+        if first != shapes[step.inputs[1]]:
+            raise ShapeError(
+                "bad-shape", f"add needs two registers of one shape, got {first} and {shapes[step.inputs[1]]}"
+            )
+        return first
+    weight = weight_shape(step.weight)
+    if weight is None:
+        raise ShapeError("unknown-weight", f"the model has no weight {step.weight!r}")
+    if step.op == "embedding":
+        if len(first) != 1 or step.weight != "embed_tokens":
+            raise ShapeError(
+                "bad-shape", f"embedding takes (tokens,) ids and embed_tokens, got {first} and {step.weight!r}"
+            )
+        return (first[0], weight[1])
+    if len(weight) != (2 if step.op == "linear" else 1) or len(first) != 2 or first[1] != weight[-1]:
+        raise ShapeError("bad-shape", f"{step.op} {step.weight!r} {weight} can't take an input of shape {first}")
+    return (first[0], weight[0])
+
+
+def report_name(step: Step) -> str:
+    return "LM_HEAD" if step.weight == "lm_head" else step.op.upper()
+
+
+def check_name(value: object, what: str) -> str:
+    """``value`` if it is a short printable ASCII string, as registers, weights and operations are; else WireError."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME_LENGTH:
+        raise WireError(f"{what} is not a name of 1 to {MAX_NAME_LENGTH} characters")
+    if not value.isascii() or not value.isprintable():
+        raise WireError(f"{what} is not a name of printable ASCII characters")
+    return value
+
+
+def _names(value: object, what: str, most: int) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > most:
+        raise WireError(f"{what} are not a list of at most {most} names")
+    return tuple(check_name(item, what) for item in value)
+
+
+def unpack(packed: bytes, *, max_steps: int, max_registers: int) -> Program:
+    """The program that ``Program.packed`` describes.
+
+    Raises ``WireError`` for anything else, never another exception.
+    """
+    value = unpack_value(packed, "the program")
+    if not isinstance(value, list) or len(value) != 3:
+        raise WireError("a program is a list of inputs, steps and outputs")
+    raw_inputs, raw_steps, raw_outputs = value
+    if not isinstance(raw_steps, list) or len(raw_steps) > max_steps:
+        raise WireError(f"a program has at most {max_steps} steps (limits.program_steps)")
+    return Program(
+        _names(raw_inputs, "program inputs", max_registers),
+        tuple(_step(raw) for raw in raw_steps),
+        _names(raw_outputs, "program outputs", max_registers),
+    )
+
+
+def _step(raw: object) -> Step:
+    if not isinstance(raw, list) or len(raw) != 5:
+        raise WireError("a step is a list of operation, output, inputs, weight and transpose")
+    op, output, inputs, weight, transpose = raw
+    if not isinstance(transpose, bool) or not isinstance(weight, str):
+        raise WireError("a step's weight is a string and its transpose a boolean")
+    return Step(
+        check_name(op, "an operation"),
+        check_name(output, "a step's output"),
+        _names(inputs, "a step's inputs", 2),
+        check_name(weight, "a weight") if weight else "",
+        transpose,
+    )
+
+
+def single(inputs: Sequence[str], step: Step) -> Program:
+    """A program of one step."""
+    return Program(tuple(inputs), (step,), (step.output,))

@@ -1,0 +1,140 @@
+"""Whatever the bytes are, a decoder gives a message or refuses them."""
+
+from __future__ import annotations
+
+import msgpack
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teegpu.errors import WireError
+from teegpu.wire import codec, dtypes
+from teegpu.wire.limits import Limits
+from teegpu.wire.messages import (
+    PROTOCOL_VERSION,
+    Execute,
+    Hello,
+    Refusal,
+    Result,
+    ServerTimes,
+    Welcome,
+)
+from teegpu.wire.program import Program, Step, linear, single
+
+LIMITS = Limits(message_bytes=2**20, tensors=4, dimension=4096, program_steps=8)
+
+FUSED = Program(
+    ("a", "x"),
+    (linear("o", "o_proj", "a"), Step("add", "z", ("x", "o")), linear("up", "up_proj", "z")),
+    ("z", "up"),
+)
+EMBED = single(["ids"], Step("embedding", "x", ("ids",), "embed_tokens"))
+
+WELCOME = Welcome(
+    request_id=7,
+    software="0.1.0",
+    instance="0123456789abcdef",
+    model="smollm2-135m",
+    digest="ab" * 32,
+    dims={"layers": 30, "hidden_size": 576},
+    device="cpu",
+    dtype="bf16",
+    threads=2,
+    memory_bytes=269_000_000,
+    limits={"message_bytes": 2**31},
+)
+TIMES = ServerTimes(0.25, 0.5, 1.0, 0.125, {"LINEAR": (3, 0.75), "LM_HEAD": (1, 0.25)})
+
+
+def decoder(limits: Limits = LIMITS) -> codec.Decoder:
+    return codec.Decoder(limits)
+
+
+def execute(encoding: str = "fp32", reply: str = "fp16") -> codec.Encoded:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "x": torch.ones(2, 65)}
+    message = Execute(3, FUSED, tensors, dict.fromkeys(tensors, encoding), {"z": reply, "up": "int8"})
+    return codec.encode_execute(message)
+
+
+def result(encoding: str = "fp32") -> codec.Encoded:
+    tensors = {"z": torch.arange(6.0).reshape(2, 3), "up": torch.ones(2, 65)}
+    frames = [codec.frame(name, t.shape, encoding, dtypes.narrow(t, encoding)) for name, t in tensors.items()]
+    return codec.encode_result(9, TIMES, frames)
+
+
+SEEDS = [
+    codec.encode_hello(Hello(1, "0.1.0")),
+    codec.encode_welcome(WELCOME),
+    codec.encode_refusal(Refusal(2, "malformed", "why")),
+    execute("fp32"),
+    execute("int8"),
+    result("bf16"),
+    codec.encode_execute(Execute(1, EMBED, {"ids": torch.tensor([1, 2])}, {"ids": "int32"}, {"x": "fp32"})),
+]
+MESSAGES = (Hello, Welcome, Execute, Result, Refusal)
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=20)
+    | st.text(max_size=10) | st.sampled_from(["hello", "welcome", "execute", "result", "refusal", "x", *dtypes.NAMES]),
+    lambda children: st.lists(children, max_size=6) | st.dictionaries(st.text(max_size=4), children, max_size=4),
+    max_leaves=40,
+)  # fmt: skip
+
+headers = st.builds(
+    lambda kind, number, body: msgpack.packb([PROTOCOL_VERSION, kind, number, *body]),
+    st.sampled_from(["hello", "welcome", "execute", "result", "refusal"]),
+    st.integers(0, 2**64 - 1),
+    st.lists(anything, min_size=1, max_size=4),
+)
+
+
+def survives(frames: list[bytes]) -> None:
+    try:
+        message = decoder().decode([memoryview(bytearray(frame)) for frame in frames])
+    except (WireError, codec.VersionError) as error:
+        told = str(error)
+    else:
+        assert isinstance(message, MESSAGES)
+        told = message.text if isinstance(message, Refusal) else ""
+    assert told.isprintable()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.binary(max_size=60), max_size=5))
+def test_any_frames_are_a_message_or_refused(frames: list[bytes]) -> None:
+    survives(frames)
+
+
+@settings(deadline=None, max_examples=300)
+@given(headers | anything.map(msgpack.packb), st.lists(st.binary(max_size=24), max_size=4))
+def test_any_header_is_a_message_or_refused(header: bytes, frames: list[bytes]) -> None:
+    survives([header, *frames])
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.sampled_from(SEEDS), st.data())
+def test_a_damaged_message_is_a_message_or_refused(seed: codec.Encoded, data: st.DataObject) -> None:
+    frames = [bytearray(frame) for frame in seed.frames]
+    for _ in range(data.draw(st.integers(1, 3))):
+        frame = data.draw(st.sampled_from(frames))
+        match data.draw(st.sampled_from(["flip", "cut", "grow", "drop", "swap", "repeat"])):
+            case "flip" if frame:
+                position = data.draw(st.integers(0, len(frame) - 1))
+                frame[position] ^= 1 << data.draw(st.integers(0, 7))
+            case "cut":
+                del frame[data.draw(st.integers(0, len(frame))) :]
+            case "grow":
+                frame += data.draw(st.binary(min_size=1, max_size=8))
+            case "drop" if len(frames) > 1:
+                frames.pop(data.draw(st.integers(0, len(frames) - 1)))
+            case "swap":
+                frames = data.draw(st.permutations(frames))
+            case "repeat":
+                frames.insert(data.draw(st.integers(0, len(frames))), bytearray(frame))
+    survives([bytes(frame) for frame in frames])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(SEEDS), st.sampled_from(SEEDS))
+def test_the_header_of_one_message_with_the_frames_of_another(one: codec.Encoded, other: codec.Encoded) -> None:
+    survives([bytes(one.frames[0]), *(bytes(frame) for frame in other.frames[1:])])
