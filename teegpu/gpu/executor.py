@@ -1,0 +1,259 @@
+"""Runs programs: checks one against the weights' table and its inputs' shapes, then executes it and times each step.
+
+What a program costs in memory is known before it runs, and refused when it is over ``Limits.working_bytes``. Checking
+is remembered per (program, shapes, encodings), so a decode step pays for it once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+
+import torch
+
+from teegpu.gpu.weights import DeviceWeights
+from teegpu.kernels import Matrix, convert
+from teegpu.wire.codec import TensorFrame, frame
+from teegpu.wire.dtypes import narrow, nbytes
+from teegpu.wire.limits import REMEMBERED, REMEMBERED_STEPS, Limits
+from teegpu.wire.program import Program, Shape, ShapeError, Step, infer_shapes, report_name
+
+_REPLY_HEADER_BYTES = 8 * 1024
+_QUANTISING_BYTES = 12
+"""Per value at most, while an output is brought into int8: it is there in fp32, padded, and divided by its scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One product or sum: ``steps`` is one step, or the neighbouring linear steps that run as one matrix product."""
+
+    steps: tuple[Step, ...]
+    matrix: Matrix | None
+    weight: torch.Tensor | None
+    sizes: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    kernels: tuple[Kernel, ...]
+    shapes: dict[str, Shape]
+
+
+@dataclass(slots=True)
+class Execution:
+    """What a program gave and cost. ``operations`` maps report names to (logical operations, seconds)."""
+
+    frames: list[TensorFrame]
+    operations: dict[str, tuple[int, float]]
+    bring_in_seconds: float
+    compute_seconds: float
+    bring_out_seconds: float
+
+
+Clock = Callable[[], float]
+
+
+class Executor:
+    """Executes programs on one device. One thread at a time.
+
+    Tensors come in as the wire gave them (on the CPU, in their wire dtype) and leave as frames for the wire.
+    """
+
+    def __init__(self, weights: DeviceWeights, limits: Limits, clock: Clock = time.perf_counter) -> None:
+        self.weights = weights
+        self.limits = limits
+        self._clock = clock
+        self._compiled: OrderedDict[object, Compiled] = OrderedDict()
+
+    def run(self, program: Program, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]) -> Execution:
+        """Runs ``program`` on ``inputs`` and brings each output into the wire dtype that ``encodings`` names.
+
+        Raises ``ShapeError``.
+        """
+        start = self._clock()
+        compiled = self._compile(program, inputs, encodings)
+        self._check_inputs(program, inputs)
+        checked = self._clock()
+        run = self._run_cuda if self.weights.device.type == "cuda" else self._run_cpu
+        try:
+            with torch.inference_mode():
+                done = run(program, compiled, inputs, encodings)
+        except torch.OutOfMemoryError as error:
+            raise ShapeError(
+                "out-of-memory",
+                "the device has no memory left for this program: send smaller chunks (run.chunk_tokens)",
+            ) from error
+        done.bring_in_seconds += checked - start
+        return done
+
+    def _run_cpu(
+        self, program: Program, compiled: Compiled, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]
+    ) -> Execution:
+        clock = self._clock
+        times: dict[str, tuple[int, float]] = {}
+        start = clock()
+        registers = {name: self._convert(tensor) for name, tensor in inputs.items()}
+        brought_in = last = clock()
+        for kernel in compiled.kernels:
+            self._execute(kernel, registers)
+            now = clock()
+            _count(times, kernel, now - last)
+            last = now
+        frames = [
+            frame(name, compiled.shapes[name], encodings[name], narrow(registers[name], encodings[name]))
+            for name in program.outputs
+        ]
+        return Execution(frames, times, brought_in - start, last - brought_in, clock() - last)
+
+    def _run_cuda(
+        self, program: Program, compiled: Compiled, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]
+    ) -> Execution:
+        """As on the CPU, timed by device events: kernels are queued without waiting, one synchronisation at the end."""
+        device = self.weights.device
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(compiled.kernels) + 3)]
+        with torch.cuda.device(device):
+            marks[0].record()
+            registers = {name: self._convert(_upload(tensor, device)) for name, tensor in inputs.items()}
+            marks[1].record()
+            for index, kernel in enumerate(compiled.kernels):
+                self._execute(kernel, registers)
+                marks[index + 2].record()
+            outputs = {name: _download(narrow(registers[name], encodings[name])) for name in program.outputs}
+            marks[-1].record()
+            marks[-1].synchronize()
+        elapsed = [first.elapsed_time(second) / 1e3 for first, second in pairwise(marks)]
+        times: dict[str, tuple[int, float]] = {}
+        for kernel, seconds in zip(compiled.kernels, elapsed[1:-1], strict=True):
+            _count(times, kernel, seconds)
+        frames = [frame(name, compiled.shapes[name], encodings[name], outputs[name]) for name in program.outputs]
+        return Execution(frames, times, elapsed[0], sum(elapsed[1:-1]), elapsed[-1])
+
+    def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
+        return convert(tensor, self.weights.dtype if tensor.dtype.is_floating_point else torch.int64)
+
+    def _execute(self, kernel: Kernel, registers: dict[str, torch.Tensor]) -> None:
+        step = kernel.steps[0]
+        source = registers[step.inputs[0]]
+        weight = kernel.weight
+        if kernel.matrix is not None:
+            product = kernel.matrix.product(source)
+            if len(kernel.steps) == 1:
+                registers[step.output] = product
+            else:
+                for each, part in zip(kernel.steps, product.split(kernel.sizes, dim=-1), strict=True):
+                    registers[each.output] = part
+        elif step.op == "scale" and weight is not None:
+            registers[step.output] = source * weight
+        elif step.op == "add":
+            registers[step.output] = source + registers[step.inputs[1]]
+        elif step.op == "embedding" and weight is not None:
+            registers[step.output] = torch.nn.functional.embedding(source, weight)
+        else:
+            registers[step.output] = _grouped_matmul(source, registers[step.inputs[1]], step.transpose)
+
+    # Checking
+
+    def _compile(self, program: Program, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]) -> Compiled:
+        replies = [encodings[name] for name in program.outputs]
+        key = (program.packed, *(inputs[name].shape for name in program.inputs), *replies)
+        known = self._compiled.get(key)
+        if known is not None:
+            self._compiled.move_to_end(key)
+            return known
+        made = self._check(program, inputs, encodings)
+        if len(program.steps) <= REMEMBERED_STEPS:
+            self._compiled[key] = made
+            if len(self._compiled) > REMEMBERED:
+                self._compiled.popitem(last=False)
+        return made
+
+    def _check(self, program: Program, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]) -> Compiled:
+        given = {name: tuple(inputs[name].shape) for name in program.inputs}
+        shapes = infer_shapes(program, given, self.weights.shape)
+        reply = sum(nbytes(shapes[name], encodings[name]) for name in program.outputs)
+        needed = sum(math.prod(shape) for shape in shapes.values()) * self.weights.dtype.itemsize + reply
+        quantised = [math.prod(shapes[name]) for name in program.outputs if encodings[name] == "int8"]
+        needed += _QUANTISING_BYTES * max(quantised, default=0)
+        if needed > self.limits.working_bytes:
+            raise ShapeError(
+                "too-large",
+                f"this program needs {needed / 2**20:.0f} MiB, the server allows "
+                f"{self.limits.working_bytes / 2**20:.0f} MiB: send smaller chunks (run.chunk_tokens)",
+            )
+        if reply + _REPLY_HEADER_BYTES > self.limits.message_bytes:
+            raise ShapeError(
+                "too-large",
+                f"the reply would take {reply / 2**20:.0f} MiB, over the server's message limit: send smaller chunks "
+                "(run.chunk_tokens)",
+            )
+        return Compiled(tuple(self._kernels(program, shapes)), shapes)
+
+    def _check_inputs(self, program: Program, inputs: Mapping[str, torch.Tensor]) -> None:
+        """What shapes do not tell. Done on the CPU, before anything is on the device."""
+        for name in program.inputs:
+            tensor = inputs[name]
+            if name not in program.id_registers:
+                if not tensor.dtype.is_floating_point:
+                    raise ShapeError("bad-shape", f"register {name!r} is values, but came as {tensor.dtype}")
+                continue
+            if tensor.dtype.is_floating_point:
+                raise ShapeError("bad-shape", f"register {name!r} is token ids, but came as {tensor.dtype}")
+            vocabulary = self.weights.tensor("embed_tokens").shape[0]
+            low, high = torch.aminmax(tensor)
+            if int(low) < 0 or int(high) >= vocabulary:
+                raise ShapeError("bad-shape", f"a token id is outside of the vocabulary of {vocabulary}")
+
+    def _kernels(self, program: Program, shapes: Mapping[str, Shape]) -> list[Kernel]:
+        kernels: list[Kernel] = []
+        steps = list(program.steps)
+        while steps:
+            run = _run_of_linears(steps)
+            matrix = self.weights.matrix(*(step.weight for step in run)) if run else None
+            if matrix is None:
+                run = steps[:1]
+                matrix = self.weights.matrix(run[0].weight) if run[0].op == "linear" else None
+            if matrix is None and run[0].op == "linear":
+                raise ShapeError("unknown-weight", f"the server multiplies with no weight {run[0].weight!r}")
+            weight = self.weights.tensor(run[0].weight) if run[0].weight and matrix is None else None
+            sizes = tuple(shapes[step.output][-1] for step in run)
+            kernels.append(Kernel(tuple(run), matrix, weight, sizes, report_name(run[0])))
+            del steps[: len(run)]
+        return kernels
+
+
+def _run_of_linears(steps: list[Step]) -> list[Step]:
+    """The leading linear steps that share the first one's input, or none."""
+    return list(takewhile(lambda step: step.op == "linear" and step.inputs == steps[0].inputs, steps))
+
+
+def _count(times: dict[str, tuple[int, float]], kernel: Kernel, seconds: float) -> None:
+    count, total = times.get(kernel.name, (0, 0.0))
+    times[kernel.name] = (count + len(kernel.steps), total + seconds)
+
+
+def _grouped_matmul(a: torch.Tensor, b: torch.Tensor, transpose: bool) -> torch.Tensor:
+    """(heads, rows, inner) x (kv_heads, inner, columns), or (kv_heads, columns, inner) to ``transpose``.
+
+    The heads of a group are stacked as rows, so nothing is repeated.
+    """
+    heads, rows, inner = a.shape
+    kv_heads = b.shape[0]
+    stacked = a.reshape(kv_heads, heads // kv_heads * rows, inner)
+    return torch.matmul(stacked, b.transpose(1, 2) if transpose else b).reshape(heads, rows, -1)
+
+
+def _upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, through pinned memory: torch's host allocator keeps such blocks and hands them out again
+    once the device has read them."""
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _download(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory; complete after the next synchronisation."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)

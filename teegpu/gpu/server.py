@@ -1,0 +1,217 @@
+"""The GPU server: frames → message → program → frames, one request at a time, for any number of clients.
+
+It keeps no session: a request holds all that it needs. Whatever a client sends, the answer is a result or a refusal
+with one line of reason, and the server goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from teegpu import __version__
+from teegpu.errors import MismatchError, ModelError, WireError, nearest
+from teegpu.gpu.executor import Executor
+from teegpu.gpu.weights import DeviceWeights
+from teegpu.model.spec import ModelSpec
+from teegpu.model.weights import WeightStore
+from teegpu.wire import codec
+from teegpu.wire.limits import Limits
+from teegpu.wire.messages import Execute, Hello, Refusal, ServerTimes, Welcome
+from teegpu.wire.program import ShapeError
+from transports.base import FrameKind, Incoming, Message, Server
+from transports.errors import LimitError
+
+log = logging.getLogger("teegpu.gpu")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the server says of itself in ``Welcome``."""
+
+    spec: ModelSpec
+    digest: str
+    device: str
+    dtype: str
+    threads: int
+    memory_bytes: int
+
+
+class GpuServer:
+    """Serves one model over one transport until ``stop`` is called."""
+
+    def __init__(self, transport: Server, executor: Executor, identity: Identity, limits: Limits) -> None:
+        self._transport = transport
+        self._executor = executor
+        self._identity = identity
+        self._limits = limits
+        self._decoder = codec.Decoder(limits)
+        self._instance = secrets.token_hex(8)
+        self._stopping = False
+        self.requests_served = 0
+
+    def serve(self) -> None:
+        """Answers requests until ``stop``; the request in hand is finished first."""
+        while not self._stopping:
+            incoming = self._transport.next()
+            if incoming is not None:
+                self._reply(incoming, self.answer(incoming))
+                self.requests_served += 1
+
+    def _reply(self, incoming: Incoming, encoded: codec.Encoded) -> None:
+        try:
+            self._transport.reply(incoming, _message(encoded))
+        except LimitError as error:
+            # The transport's limits are its own (limits.frames): the client learns of them, and the server goes on.
+            self._transport.reply(incoming, _message(_refuse(0, "too-large", str(error))))
+
+    def stop(self) -> None:
+        """Ends ``serve`` after the request in hand. Safe in a signal handler."""
+        self._stopping = True
+        self._transport.wake()
+
+    def answer(self, incoming: Incoming) -> codec.Encoded:
+        """The reply to ``incoming``. Never raises for anything that a client can send."""
+        started_ns = time.perf_counter_ns()
+        request_id = 0
+        try:
+            message = self._decoder.decode(incoming.frames)
+            request_id = message.request_id
+            if isinstance(message, Execute):
+                return self._execute(message, incoming, started_ns)
+            if isinstance(message, Hello):
+                log.debug("hello from a client of version %s", message.software)
+                return codec.encode_welcome(self._welcome(request_id))
+            raise WireError("a server takes hello and execute messages only")
+        except MismatchError as error:
+            return _refuse(request_id, "version", str(error))
+        except ShapeError as error:
+            return _refuse(request_id, error.code, str(error))
+        except WireError as error:
+            return _refuse(request_id, "malformed", str(error))
+        except Exception:
+            # torch's errors are of many types, and whatever this one is, other clients go on. The trace is for the
+            # server's operator; the client learns no more than that this request can't be answered.
+            log.exception("request %d failed", request_id)
+            return _refuse(request_id, "internal", "the server failed on this request; its log has the reason")
+
+    def _execute(self, message: Execute, incoming: Incoming, started_ns: int) -> codec.Encoded:
+        decoded_ns = time.perf_counter_ns()
+        done = self._executor.run(message.program, message.tensors, message.reply_encodings)
+        times = ServerTimes(
+            queue_seconds=max(0, started_ns - incoming.arrived_ns) / 1e9,
+            decode_seconds=(decoded_ns - started_ns) / 1e9 + done.bring_in_seconds,
+            compute_seconds=done.compute_seconds,
+            encode_seconds=done.bring_out_seconds,
+            operations=done.operations,
+        )
+        return codec.encode_result(message.request_id, times, done.frames)
+
+    def _welcome(self, request_id: int) -> Welcome:
+        me = self._identity
+        return Welcome(
+            request_id=request_id,
+            software=__version__,
+            instance=self._instance,
+            model=me.spec.name,
+            digest=me.digest,
+            dims=dims_of(me.spec),
+            device=me.device,
+            dtype=me.dtype,
+            threads=me.threads,
+            memory_bytes=me.memory_bytes,
+            limits={
+                "message_bytes": self._limits.message_bytes,
+                "tensors": self._limits.tensors,
+                "dimension": self._limits.dimension,
+                "program_steps": self._limits.program_steps,
+                "working_bytes": self._limits.working_bytes,
+            },
+        )
+
+
+def dims_of(spec: ModelSpec) -> dict[str, int]:
+    """The dimensions that a client compares with its own."""
+    return {
+        "layers": spec.layers,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "heads": spec.heads,
+        "kv_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` as a device. Raises ``ModelError`` for one that isn't there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    # Not left to torch, which keeps an index in few bits and takes cuda:256 for cuda:0.
+    parts = re.fullmatch(r"cuda(?::(\d{1,9}))?", name, re.ASCII)
+    if parts is None:
+        raise ModelError(f"server.device: {name!r} is not supported; use auto, cpu, cuda or cuda:0")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(parts[1] or 0) >= found:
+        raise ModelError(f"server.device: {name!r} is not here, torch sees {found} CUDA device(s); use cpu or auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``fp32``, ``bf16``, ``fp16``, or for ``auto`` the quickest on ``device``, with fp32's range wherever it has that.
+
+    Raises ``ModelError`` for another name.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ModelError(
+                f"server.dtype: {name!r} is none{nearest(name, list(DTYPES))}; use auto, {', '.join(DTYPES)}"
+            )
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # Without such instructions bf16 is emulated, and slower than fp32.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name in ``DTYPES`` of ``dtype``."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def load(
+    store: WeightStore,
+    spec: ModelSpec,
+    *,
+    device: str,
+    dtype: str,
+    limits: Limits,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Executor, Identity]:
+    """Loads the model onto the device and returns what serves it. Raises ``ModelError``."""
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    weights = DeviceWeights(store, spec, device=where, dtype=kind, progress=progress)
+    label = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
+    identity = Identity(spec, store.digest(), label, dtype_name(kind), torch.get_num_threads(), weights.nbytes)
+    return Executor(weights, limits), identity
+
+
+def _refuse(request_id: int, code: str, text: str) -> codec.Encoded:
+    log.warning("refused request %d: %s", request_id, text)
+    return codec.encode_refusal(Refusal(request_id, code, text))
+
+
+def _message(encoded: codec.Encoded) -> Message:
+    return Message(encoded.frames, [FrameKind(label, itemsize) for label, itemsize in encoded.kinds])

@@ -1,0 +1,109 @@
+"""The model's weights on the device, laid out so that projections that share an input are one matrix.
+
+Q, K and V are one matrix, gate and up another. A program that asks for one of them alone (the plan ``per-op``) gets its
+rows as a matrix of its own, made when it is first asked for: a view, or a copy where matrices are packed. So is a tied
+``lm_head``, of the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from teegpu.kernels import Matrix
+from teegpu.model.spec import LAYER_NORMS, ModelSpec
+from teegpu.model.weights import WeightStore
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
+
+
+class DeviceWeights:
+    """Weights of ``spec`` on ``device`` in ``dtype``, read straight from safetensors, one slice at a time.
+
+    ``progress`` is called with the fraction that is done, 0 to 1. Raises ``ModelError`` for a file that can't be read.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        spec: ModelSpec,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._matrices: dict[tuple[str, ...], Matrix] = {}
+        self._places: dict[str, tuple[Matrix, int]] = {}
+        self._bytes = 0
+        self._load(store, spec, progress or (lambda _: None))
+
+    def _load(self, store: WeightStore, spec: ModelSpec, progress: Callable[[float], None]) -> None:
+        self._load_tensor(store, spec, "embed_tokens")
+        self._load_tensor(store, spec, "norm")
+        if spec.tied_embeddings:
+            self._add_matrix(("lm_head",), (spec.weights["lm_head"],), self._tensors["embed_tokens"], owned=False)
+        else:
+            self._load_matrix(store, spec, ("lm_head",))
+        for layer in range(spec.layers):
+            for group in GROUPS:
+                self._load_matrix(store, spec, tuple(f"layers.{layer}.{projection}" for projection in group))
+            for norm in LAYER_NORMS:
+                self._load_tensor(store, spec, f"layers.{layer}.{norm}")
+            progress((layer + 1) / spec.layers)
+
+    def _load_tensor(self, store: WeightStore, spec: ModelSpec, name: str) -> None:
+        self._shapes[name] = spec.weights[name]
+        self._tensors[name] = torch.empty(spec.weights[name], dtype=self.dtype, device=self.device)
+        store.load_into(name, self._tensors[name])
+        self._bytes += self._tensors[name].nbytes
+
+    def _load_matrix(self, store: WeightStore, spec: ModelSpec, names: tuple[str, ...]) -> None:
+        shapes = tuple(spec.weights[name] for name in names)
+        whole = torch.empty((sum(shape[0] for shape in shapes), shapes[0][1]), dtype=self.dtype, device=self.device)
+        start = 0
+        for name, shape in zip(names, shapes, strict=True):
+            store.load_into(name, whole[start : start + shape[0]])
+            start += shape[0]
+        self._add_matrix(names, shapes, whole, owned=True)
+
+    def _add_matrix(
+        self, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], whole: torch.Tensor, *, owned: bool
+    ) -> Matrix:
+        """Keeps ``whole``, the rows of ``names`` one after the other. ``owned``: nothing else keeps its memory."""
+        matrix = self._matrices[names] = Matrix(whole)
+        if owned or matrix.packed:
+            self._bytes += matrix.nbytes
+        start = 0
+        for name, shape in zip(names, shapes, strict=True):
+            self._shapes[name] = shape
+            self._places.setdefault(name, (matrix, start))
+            start += shape[0]
+        return matrix
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A norm's weight (hidden,), or the embedding (vocab, hidden)."""
+        return self._tensors[name]
+
+    def matrix(self, *names: str) -> Matrix | None:
+        """One projection, or neighbours that share an input as one matrix, (sum of outs, in). None where ``names`` are
+        not such neighbours, in their order, or no projection."""
+        found = self._matrices.get(names)
+        if found is None and len(names) == 1 and names[0] in self._places:
+            merged, start = self._places[names[0]]
+            shape = self._shapes[names[0]]
+            found = self._add_matrix(names, (shape,), merged.rows(start, start + shape[0]), owned=False)
+        return found
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of ``name``, or None for a name that programs may not use."""
+        return self._shapes.get(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights on the device: copies included, views counted once."""
+        return self._bytes
