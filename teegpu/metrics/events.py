@@ -1,0 +1,92 @@
+"""The typed events of a run. Times are readings of one monotonic clock in nanoseconds, on the runner.
+
+The runner's thread does one thing at a time, so its time is a line without gaps: each ``Lap`` covers the stretch from
+the end of the one before it to its own end, whatever the number of requests in flight.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+TEE: Final = "tee"
+SERIALIZATION: Final = "serialization"
+WAIT: Final = "wait"
+OTHER: Final = "other"
+
+PREFILL: Final = "prefill"
+DECODE: Final = "decode"
+
+NO_LAYER: Final = -1
+"""The layer of what belongs to none: embedding, lm_head, sampling."""
+
+
+class PhaseBegan(NamedTuple):
+    at_ns: int
+    phase: str
+
+
+class PhaseEnded(NamedTuple):
+    """``tokens``: processed in prefill, generated in decode. ``passes``: forward passes that the phase took."""
+
+    at_ns: int
+    phase: str
+    tokens: int
+    passes: int
+
+
+class Lap(NamedTuple):
+    """The runner's thread did ``op`` (of part ``tee``, ``serialization``, ``wait`` or ``other``) since the last lap.
+
+    ``request_id`` of a ``wait`` is the request whose reply ended it.
+    """
+
+    start_ns: int
+    end_ns: int
+    part: str
+    op: str
+    layer: int
+    chunk: int
+    request_id: int
+
+
+class Rpc(NamedTuple):
+    """One request and its reply.
+
+    ``sent_ns`` to ``received_ns`` is the time on the link and at the server. Server seconds are the server's own
+    claims. ``operations`` maps report names to (logical operations, seconds). ``bytes_*`` crossed the link; ``raw_*``
+    are the same frames before compression.
+    """
+
+    request_id: int
+    label: str
+    layer: int
+    chunk: int
+    sent_ns: int
+    received_ns: int
+    bytes_up: int
+    bytes_down: int
+    raw_bytes_up: int
+    raw_bytes_down: int
+    compression_seconds: float
+    queue_seconds: float
+    decode_seconds: float
+    compute_seconds: float
+    encode_seconds: float
+    operations: dict[str, tuple[int, float]]
+
+
+class TokensMade(NamedTuple):
+    """``tokens`` were handed to the user at once (more than one only with speculation). Their ids stay in the TEE."""
+
+    at_ns: int
+    tokens: int
+
+
+class Speculated(NamedTuple):
+    """A decode pass carried ``drafted`` guessed tokens, of which ``accepted`` were right."""
+
+    drafted: int
+    accepted: int
+
+
+Event = PhaseBegan | PhaseEnded | Lap | Rpc | TokensMade | Speculated

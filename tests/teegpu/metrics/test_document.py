@@ -1,0 +1,124 @@
+"""The document ``teegpu.report/1``: its keys, and that it says what the summary says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from teegpu.metrics import events as ev
+from teegpu.metrics.document import SCHEMA, document, phase
+from teegpu.metrics.summary import PhaseTotal, Summary
+
+MS = 1_000_000
+
+PHASE_KEYS = {
+    "tokens", "seconds", "tokens_per_second", "rpc_calls", "rpc_retries", "bytes_up", "bytes_down", "tee_seconds",
+    "serialization_seconds", "wait_seconds", "network_seconds", "server_seconds", "gpu_seconds", "other_seconds",
+    "communication_share", "busy", "ops", "layers",
+}  # fmt: skip
+
+
+@pytest.fixture
+def summary() -> Summary:
+    made = Summary()
+    made.add(
+        [
+            ev.PhaseBegan(0, ev.PREFILL),
+            ev.Lap(0, 10 * MS, ev.TEE, "RMSNORM", 1, 0, 0),
+            ev.Lap(10 * MS, 15 * MS, ev.SERIALIZATION, "ENCODE", 0, 0, 0),
+            ev.Rpc(
+                1, "q", 0, 0, 15 * MS, 35 * MS, 10, 30, 20, 60, 0.25, 0.001, 0.0, 0.004, 0.0, {"LINEAR": (3, 0.004)}
+            ),
+            ev.Lap(15 * MS, 35 * MS, ev.WAIT, "WAIT", 0, 0, 1),
+            ev.TokensMade(38 * MS, 1),
+            ev.Lap(35 * MS, 40 * MS, ev.OTHER, "OTHER", -1, 0, 0),
+            ev.PhaseEnded(40 * MS, ev.PREFILL, 8, 1),
+            ev.PhaseBegan(40 * MS, ev.DECODE),
+            ev.TokensMade(60 * MS, 1),
+            ev.TokensMade(90 * MS, 1),
+            ev.Speculated(3, 1),
+            ev.Lap(40 * MS, 90 * MS, ev.TEE, "SILU", 1, 0, 0),
+            ev.PhaseEnded(90 * MS, ev.DECODE, 2, 2),
+        ]
+    )
+    return made
+
+
+def made(summary: Summary, **more: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "run_id": "20260101-000000-abcdef",
+        "status": "complete",
+        "started_at": "2026-01-01T00:00:00.000+00:00",
+        "model": {"name": "tiny"},
+        "settings": {"prefill_plan": "fused"},
+        "tee": {"kind": "none", "attested": False},
+        "server": {"device": "cpu"},
+        "output": None,
+    }
+    fields |= more
+    return document(summary=summary, **fields)
+
+
+def test_the_keys_of_a_document(summary: Summary) -> None:
+    got = made(summary)
+    assert got["schema"] == SCHEMA == "teegpu.report/1"
+    assert list(got) == [
+        "schema", "id", "status", "started_at", "model", "settings", "tee", "server", "phases", "latency", "limit",
+        "advice",
+    ]  # fmt: skip
+    assert set(got["phases"]) == {"prefill", "decode"}
+    for each in got["phases"].values():
+        assert set(each) >= PHASE_KEYS
+    assert set(got["latency"]) == {"ttft_seconds", "tpot_median_seconds", "tpot_p95_seconds"}
+    assert set(got["limit"]) == {"link_seconds", "gpu_seconds", "tee_seconds", "bound_seconds", "ratio"}
+    assert got["advice"] == []
+
+
+def test_output_and_error_are_there_when_given(summary: Summary) -> None:
+    assert made(summary, output={"text": ""})["output"] == {"text": ""}
+    assert made(summary, status="failed", error="the server is gone")["error"] == "the server is gone"
+    assert not {"output", "error"} & set(made(summary))
+
+
+def test_the_figures_of_a_phase(summary: Summary) -> None:
+    prefill = made(summary)["phases"]["prefill"]
+    assert (prefill["tokens"], prefill["passes"], prefill["rpc_calls"], prefill["rpc_retries"]) == (8, 1, 1, 0)
+    assert (prefill["bytes_up"], prefill["bytes_down"]) == (10, 30)
+    assert prefill["seconds"] == pytest.approx(0.04)
+    assert prefill["tokens_per_second"] == pytest.approx(200.0)
+    assert prefill["wait_seconds"] == pytest.approx(0.02)
+    assert prefill["network_seconds"] == pytest.approx(0.015)
+    assert prefill["server_seconds"] == pytest.approx(0.001)
+    assert prefill["gpu_seconds"] == pytest.approx(0.004)
+    assert prefill["communication_share"] == pytest.approx(0.5)
+    assert prefill["compression"] == {"raw_bytes_up": 20, "raw_bytes_down": 60, "seconds": 0.25}
+    assert prefill["ops"]["LINEAR"] == {"where": "gpu", "count": 3, "seconds": pytest.approx(0.004)}
+    assert prefill["ops"]["RMSNORM"] == {"where": "tee", "count": 1, "seconds": pytest.approx(0.01)}
+    assert [layer["layer"] for layer in prefill["layers"]] == [0, 1]
+    assert set(prefill["layers"][0]) >= {
+        "layer", "tee_seconds", "serialization_seconds", "network_seconds", "gpu_seconds",
+    }  # fmt: skip
+    assert made(summary)["phases"]["decode"]["speculation"] == {"drafted_tokens": 3, "accepted_tokens": 1}
+
+
+def test_latency_and_limit(summary: Summary) -> None:
+    got = made(summary)
+    assert got["latency"]["ttft_seconds"] == pytest.approx(0.038)
+    assert got["latency"]["tpot_median_seconds"] == pytest.approx(0.026)
+    assert got["limit"]["gpu_seconds"] == pytest.approx(0.004)
+    assert got["limit"]["tee_seconds"] == pytest.approx(0.06)
+    assert got["limit"]["bound_seconds"] is None
+
+
+def test_a_run_that_never_began_has_a_whole_document() -> None:
+    got = made(Summary(), status="failed", error="no server")
+    assert got["phases"]["prefill"] == got["phases"]["decode"] == phase(PhaseTotal())
+    assert set(got["latency"].values()) == {None}
+    assert got["phases"]["decode"]["tokens_per_second"] == 0.0
+
+
+def test_a_document_is_json(summary: Summary) -> None:
+    got = made(summary)
+    assert json.loads(json.dumps(got, allow_nan=False)) == got
