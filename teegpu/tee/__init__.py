@@ -1,0 +1,1 @@
+"""The trusted side: prompt, norms, rotary, softmax, SiLU, KV cache, sampling; products go out as programs."""

@@ -1,0 +1,176 @@
+"""A runner's decoder joined to a GPU server in one process: every byte goes through the wire's codec, none over a
+socket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from teegpu.gpu.executor import Executor
+from teegpu.gpu.server import GpuServer, Identity
+from teegpu.gpu.weights import DeviceWeights
+from teegpu.metrics.recorder import Recorder
+from teegpu.metrics.summary import Summary
+from teegpu.model.folder import ModelFolder
+from teegpu.model.reader import read_config, read_spec
+from teegpu.model.spec import ModelSpec
+from teegpu.model.weights import WeightStore
+from teegpu.tee import plans
+from teegpu.tee.decoder import Decoder, Pass, Want
+from teegpu.tee.generate import Session
+from teegpu.tee.gpu_client import GpuClient
+from teegpu.tee.kv_cache import KVCache
+from teegpu.tee.products import LocalProducts, Products, drive
+from teegpu.tee.rotary import RotaryTable
+from teegpu.tee.weights import TeeWeights
+from teegpu.wire.limits import Limits
+from transports.base import Client, Incoming, Message, Reply
+
+
+class DirectClient(Client):
+    """Hands each message to the server's ``answer`` and keeps what crossed. ``tamper`` may change the reply's
+    frames."""
+
+    name = "direct"
+    endpoint = "direct"
+
+    def __init__(self, server: GpuServer) -> None:
+        self.server = server
+        self.sent: list[list[bytes]] = []
+        self.tamper: Callable[[list[memoryview]], list[memoryview]] = lambda frames: frames
+
+    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+        sent_ns = time.perf_counter_ns()
+        frames = [bytes(frame) for frame in message.frames]
+        self.sent.append(frames)
+        encoded = self.server.answer(Incoming([memoryview(bytearray(f)) for f in frames], b"", None, sent_ns))
+        answer = self.tamper([memoryview(bytearray(frame)) for frame in encoded.frames])
+        up, down = sum(map(len, frames)), sum(frame.nbytes for frame in answer)
+        return Reply(answer, sent_ns, time.perf_counter_ns(), up, down)
+
+    async def request_async(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+        return self.request(message, timeout_seconds=timeout_seconds)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Harness:
+    """Everything of one runner and one server over ``folder``."""
+
+    folder: ModelFolder
+    spec: ModelSpec
+    rotary: RotaryTable
+    weights: TeeWeights
+    store: WeightStore
+    recorder: Recorder
+    summary: Summary
+    server: GpuServer
+    client: DirectClient
+    wire_dtype: str
+    caches: list[KVCache] = field(default_factory=list)
+
+    def gpu_client(self, **options: Any) -> GpuClient:
+        return GpuClient(
+            self.client, self.spec, wire_dtype=self.wire_dtype, recorder=self.recorder, limits=Limits(), **options
+        )
+
+    def decoder(self, plan: str) -> Decoder:
+        chosen = plans.get(plan)
+        products: Products = self.gpu_client() if chosen.remote else LocalProducts(self.weights, self.recorder)
+        return Decoder(self.spec, self.weights, self.rotary, chosen, products, self.recorder)
+
+    def session(
+        self, plan: str, *, decode_plan: str | None = None, chunk_tokens: int = 4096, **options: Any
+    ) -> Session:
+        prefill = self.decoder(plan)
+        cache = KVCache(self.spec, capacity=16)
+        self.caches.append(cache)
+        return Session(
+            prefill,
+            prefill if decode_plan is None else self.decoder(decode_plan),
+            cache=cache,
+            rotary=self.rotary,
+            recorder=self.recorder,
+            max_positions=options.pop("max_positions", self.spec.max_positions),
+            chunk_tokens=chunk_tokens,
+            **options,
+        )
+
+    def logits(self, plan: str, ids: torch.Tensor, *edges: int) -> torch.Tensor:
+        """Logits of every position of ``ids``, (tokens, vocab), computed in passes that end at ``edges``."""
+        decoder = self.decoder(plan)
+        cache = KVCache(self.spec, capacity=4)
+        outputs = []
+        want: Want = "all"
+        with torch.inference_mode():
+            for start, stop in zip((0, *edges), (*edges, len(ids)), strict=True):
+                cache.reserve(stop)
+                self.rotary.prepare(stop)
+                out = drive(decoder.forward(Pass(ids[start:stop], start, cache, want)))
+                cache.advance(stop)
+                assert out is not None
+                outputs.append(out)
+        return torch.cat(outputs)
+
+
+MakeHarness = Callable[..., Harness]
+
+
+@pytest.fixture
+def harness() -> Iterator[MakeHarness]:
+    """``harness(folder, wire_dtype="fp32", dtype=torch.float32)``."""
+    stores: list[WeightStore] = []
+
+    def make(folder: ModelFolder, *, wire_dtype: str = "fp32", dtype: torch.dtype = torch.float32) -> Harness:
+        spec = read_spec(folder)
+        store = WeightStore(folder, spec)
+        stores.append(store)
+        summary = Summary()
+        device = DeviceWeights(store, spec, device=torch.device("cpu"), dtype=dtype)
+        identity = Identity(spec, "digest", "cpu", "fp32", 1, device.nbytes)
+        server = GpuServer(None, Executor(device, Limits()), identity, Limits())  # type: ignore[arg-type]
+        return Harness(
+            folder=folder,
+            spec=spec,
+            rotary=RotaryTable(read_config(folder)),
+            weights=TeeWeights(store, spec),
+            store=store,
+            recorder=Recorder(summary.add),
+            summary=summary,
+            server=server,
+            client=DirectClient(server),
+            wire_dtype=wire_dtype,
+        )
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[ModelFolder], Any]:
+    """``reference(folder)`` → the transformers model of that folder in fp32, loaded once."""
+    import transformers
+
+    loaded: dict[str, Any] = {}
+
+    def load(folder: ModelFolder) -> Any:
+        key = str(folder.path)
+        if key not in loaded:
+            loaded[key] = transformers.AutoModelForCausalLM.from_pretrained(
+                key, dtype=torch.float32, attn_implementation="sdpa"
+            ).eval()
+        return loaded[key]
+
+    return load
+
+
+def random_ids(count: int, seed: int = 0, below: int = 250) -> torch.Tensor:
+    return torch.randint(0, below, (count,), generator=torch.Generator().manual_seed(seed))

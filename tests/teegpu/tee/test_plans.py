@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+
+from teegpu.config import PLANS as PLAN_NAMES
+from teegpu.errors import ConfigError
+from teegpu.model.reader import read_spec
+from teegpu.tee import plans
+from tests.conftest import TinyModel
+
+
+def test_the_settings_offer_exactly_these_plans() -> None:
+    assert tuple(plans.PLANS) == PLAN_NAMES
+
+
+def test_an_unknown_plan_is_told_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown plan 'batch', did you mean 'batched'"):
+        plans.get("batch")
+
+
+@pytest.mark.parametrize("name", plans.PLANS)
+def test_rpc_counts_for_22_layers(name: str) -> None:
+    want = {"local": 0, "per-op": 200, "batched": 134, "attention": 89, "fused": 45}
+    assert plans.get(name).rpc_calls(22) == want[name]
+
+
+@pytest.mark.parametrize("name", plans.PLANS)
+def test_every_weight_of_a_program_is_in_the_model(name: str, tiny_model: TinyModel) -> None:
+    spec = read_spec(tiny_model("llama"))
+    for layer in plans.programs(spec, plans.get(name)):
+        for program in (*layer.plain, layer.after_attention, layer.after_mlp):
+            assert {step.weight for step in program.steps if step.weight} <= set(spec.weights)

@@ -1,0 +1,78 @@
+"""Filters against transformers' own, and the draw itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.generation import logits_process as reference
+
+from teegpu.tee.sampling import Sampler, SamplingOptions
+
+
+def logits(seed: int = 0, vocab: int = 50) -> torch.Tensor:
+    return torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("options", "filters"),
+    [
+        (SamplingOptions(temperature=0.5), [reference.TemperatureLogitsWarper(0.5)]),
+        (SamplingOptions(temperature=1.0, top_k=7), [reference.TopKLogitsWarper(7)]),
+        (SamplingOptions(temperature=1.0, top_p=0.8), [reference.TopPLogitsWarper(0.8)]),
+        (SamplingOptions(temperature=1.0, min_p=0.1), [reference.MinPLogitsWarper(0.1)]),
+        (
+            SamplingOptions(temperature=1.7, top_k=20, top_p=0.9, min_p=0.05),
+            [
+                reference.TemperatureLogitsWarper(1.7),
+                reference.TopKLogitsWarper(20),
+                reference.TopPLogitsWarper(0.9),
+                reference.MinPLogitsWarper(0.05),
+            ],
+        ),
+    ],
+)
+def test_filters_are_those_of_transformers(seed: int, options: SamplingOptions, filters: list[object]) -> None:
+    scores = logits(seed)[None]
+    for each in filters:
+        scores = each(torch.zeros(1, 0, dtype=torch.int64), scores)
+    want = torch.softmax(scores[0], dim=-1)
+    got = Sampler(options).probabilities(logits(seed))
+    torch.testing.assert_close(got, want)
+    assert ((got == 0) == (want == 0)).all()
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    context = [3, 7, 7, 20]
+    for seed in range(10):
+        want = reference.RepetitionPenaltyLogitsProcessor(1.8)(torch.tensor([context]), logits(seed)[None].clone())
+        got = Sampler(SamplingOptions(repetition_penalty=1.8))(logits(seed), context)
+        assert got == int(want.argmax())
+
+
+def test_greedy_takes_the_first_of_the_largest() -> None:
+    assert Sampler(SamplingOptions())(torch.tensor([1.0, 5.0, 5.0, 2.0]), []) == 1
+
+
+def test_a_seed_repeats_itself_and_seeds_differ() -> None:
+    def draw(seed: int) -> list[int]:
+        sampler = Sampler(SamplingOptions(temperature=1.0, seed=seed))
+        return [sampler(logits(), []) for _ in range(30)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_a_seed_of_the_operating_system_is_told_and_can_be_used_again() -> None:
+    first, second = (Sampler(SamplingOptions(temperature=1.0)) for _ in range(2))
+    assert first.seed != second.seed
+    again = Sampler(SamplingOptions(temperature=1.0, seed=first.seed))
+    assert [first(logits(), []) for _ in range(20)] == [again(logits(), []) for _ in range(20)]
+
+
+def test_draws_follow_the_distribution() -> None:
+    sampler = Sampler(SamplingOptions(temperature=1.0, top_k=4, seed=0))
+    values = logits(2, vocab=10)
+    counts = torch.bincount(torch.tensor([sampler(values, []) for _ in range(4000)]), minlength=10) / 4000
+    assert float((counts - sampler.probabilities(values)).abs().max()) < 0.03
+    assert int((counts > 0).sum()) <= 4
