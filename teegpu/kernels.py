@@ -55,12 +55,16 @@ class Matrix:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
 
+_HALVES = (torch.float16, torch.bfloat16)
+_WORTH_TWO_STEPS = 4096
+"""Values from which on the slow loop costs more than a second call."""
+
+
 def convert(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``x`` in ``dtype``; ``x`` itself where it has that already.
 
     Between fp16 and bf16 it goes through fp32, which is exact on the way up: torch has vectorised loops for either
     half, and a slow one (five times as slow) straight between the two."""
-    halves = (torch.float16, torch.bfloat16)
-    if x.dtype != dtype and x.dtype in halves and dtype in halves and x.device.type == "cpu":
+    if x.dtype in _HALVES and dtype in _HALVES and x.dtype != dtype and x.numel() >= _WORTH_TWO_STEPS:
         return x.to(torch.float32).to(dtype)
     return x.to(dtype)

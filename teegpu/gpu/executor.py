@@ -81,8 +81,7 @@ class Executor:
         checked = self._clock()
         run = self._run_cuda if self.weights.device.type == "cuda" else self._run_cpu
         try:
-            with torch.inference_mode():
-                done = run(program, compiled, inputs, encodings)
+            done = run(program, compiled, inputs, encodings)
         except torch.OutOfMemoryError as error:
             raise ShapeError(
                 "out-of-memory",

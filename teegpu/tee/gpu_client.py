@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from teegpu.wire import codec
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Execute, Hello, Refusal, Result, Welcome
 from teegpu.wire.messages import Message as WireMessage
-from teegpu.wire.program import Shape, infer_shapes
+from teegpu.wire.program import Program, Shape, infer_shapes
 from transports.base import Client, FrameKind, Message, Reply
 
 RESIDUAL = frozenset({"x", "z", "logits"})
@@ -66,6 +67,7 @@ class GpuClient:
         self._check_finite = check_finite
         self._next_id = 0
         self._shapes: dict[tuple[Any, ...], dict[str, Shape]] = {}
+        self._layouts: dict[bytes, tuple[dict[str, str], dict[str, str]]] = {}
         transport.on_sent = self._sent
 
     @property
@@ -110,14 +112,11 @@ class GpuClient:
     def _encode(self, call: Call) -> tuple[int, _Request]:
         self._next_id += 1
         program = call.program
-        encodings = {
-            name: "int32" if not tensor.is_floating_point() else self._encoding(name)
-            for name, tensor in call.inputs.items()
-        }
-        replies = {name: self._encoding(name) for name in program.outputs}
-        execute = Execute(self._next_id, program, dict(call.inputs), encodings, replies)
-        encoded = codec.encode_execute(execute)
-        message = _Request(encoded.frames, [FrameKind(label, itemsize) for label, itemsize in encoded.kinds], call=call)
+        layout = self._layouts.get(program.packed)
+        if layout is None:
+            layout = self._layouts[program.packed] = self._layout(program)
+        encoded = codec.encode_execute(Execute(self._next_id, program, call.inputs, *layout))
+        message = _Request(encoded.frames, _frame_kinds(encoded.kinds), call=call)
         self._recorder.lap(SERIALIZATION, "ENCODE", call.layer, call.chunk)
         return self._next_id, message
 
@@ -125,6 +124,12 @@ class GpuClient:
         """``message`` is on its way: what has passed since it was encoded is compression and the handing over."""
         if isinstance(message, _Request):
             self._recorder.lap(SERIALIZATION, "SEND", message.call.layer, message.call.chunk)
+
+    def _layout(self, program: Program) -> tuple[dict[str, str], dict[str, str]]:
+        """The wire dtypes of a program's inputs and outputs."""
+        ids = program.id_registers
+        encodings = {name: "int32" if name in ids else self._encoding(name) for name in program.inputs}
+        return encodings, {name: self._encoding(name) for name in program.outputs}
 
     def _encoding(self, register: str) -> str:
         return "fp16" if self.wire_dtype == "int8" and register in RESIDUAL else self.wire_dtype
@@ -197,6 +202,11 @@ class GpuClient:
     def _bad(self, call: Call, what: str) -> BadReplyError:
         where = f"layer {call.layer}" if call.layer >= 0 else "embedding or lm_head"
         return BadReplyError(f"the server at {self._transport.endpoint} answered {where} with {what}")
+
+
+@lru_cache(maxsize=4096)
+def _frame_kinds(kinds: tuple[tuple[str, int], ...]) -> tuple[FrameKind, ...]:
+    return tuple(FrameKind(label, itemsize) for label, itemsize in kinds)
 
 
 def decode_reply(decoder: codec.Decoder, reply: Reply, endpoint: str) -> WireMessage:

@@ -9,6 +9,7 @@ Every ``Execute`` stands alone (the server keeps no session), so the same bytes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -56,9 +57,9 @@ class Execute:
 
     request_id: int
     program: Program
-    tensors: dict[str, torch.Tensor]
-    encodings: dict[str, str]
-    reply_encodings: dict[str, str]
+    tensors: Mapping[str, torch.Tensor]
+    encodings: Mapping[str, str]
+    reply_encodings: Mapping[str, str]
 
 
 @dataclass(slots=True)

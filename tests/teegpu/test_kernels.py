@@ -46,10 +46,11 @@ def test_without_the_operators_torch_does_it(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(matrix.product(x), x @ weight.T)
 
 
+@pytest.mark.parametrize("size", [10, 5000])
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16])
-def test_conversion_rounds_as_torch_does(source: torch.dtype, target: torch.dtype) -> None:
-    values = torch.cat((torch.randn(1000) * 10, torch.tensor([0.0, -0.0, 65504.0, 1e-7, 3e38, float("inf")]))).to(
+def test_conversion_rounds_as_torch_does(source: torch.dtype, target: torch.dtype, size: int) -> None:
+    values = torch.cat((torch.randn(size) * 10, torch.tensor([0.0, -0.0, 65504.0, 1e-7, 3e38, float("inf")]))).to(
         source
     )
     assert torch.equal(convert(values, target), values.to(target))
