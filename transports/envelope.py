@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transports.base import Buffer
-from transports.errors import FrameError, LimitError
+from transports.errors import EnvelopeVersionError, FrameError, LimitError
 
 MAGIC = b"tgE\x00"
 VERSION = 1
@@ -130,7 +130,7 @@ def unpack(frame: Buffer, sizes: Sequence[int], *, max_frames: int, max_message_
     if magic != MAGIC:
         raise FrameError("not an envelope: wrong magic bytes")
     if version != VERSION:
-        raise FrameError(
+        raise EnvelopeVersionError(
             f"envelope version {version}, this side speaks {VERSION}: install the same release on both sides"
         )
     if flags & ~_KNOWN_FLAGS or flags & _REFUSED not in _REFUSALS:

@@ -8,6 +8,7 @@
     ├── ConnectionLostError        the connection ended while a request was in flight, or the client is closed
     ├── ReplyTimeoutError          the server is connected, but this reply did not come in time
     ├── FrameError                 the peer broke the framing: bad envelope, bad compressed data, a false length
+    │   └── EnvelopeVersionError       the peer's envelope is of another version
     └── LimitError                 a message exceeds a limit of ours; nothing was sent or allocated
 
 ``ConnectError``, ``ConnectionLostError`` and ``ReplyTimeoutError`` are faults of the link: a request may be sent again,
@@ -50,6 +51,10 @@ class ReplyTimeoutError(TransportError):
 
 
 class FrameError(TransportError):
+    pass
+
+
+class EnvelopeVersionError(FrameError):
     pass
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,7 +36,10 @@ def message_console() -> Console:
     """A console for everything that is not a result, on stderr."""
     from rich.console import Console
 
-    return Console(stderr=True, markup=False, highlight=False)
+    console = Console(stderr=True, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.soft_wrap = True  # lines in a log stay whole: there is no width that they should fit
+    return console
 
 
 def from_transport(error: Exception) -> errors.TeegpuError | None:
@@ -46,7 +50,8 @@ def from_transport(error: Exception) -> errors.TeegpuError | None:
         return None
     kinds: list[tuple[Any, type[errors.TeegpuError]]] = [
         ((known.ConnectError, known.ConnectionLostError, known.ReplyTimeoutError), errors.ConnectionFailedError),
-        ((known.UnknownTransportError, known.BadAddressError), errors.ConfigError),
+        ((known.UnknownTransportError, known.BadAddressError, known.LinkSpecError), errors.ConfigError),
+        (known.EnvelopeVersionError, errors.MismatchError),
         (known.FrameError, errors.BadReplyError),
         (known.LimitError, errors.UsageError),
     ]
@@ -64,8 +69,13 @@ def sigterm_as_interrupt() -> Iterator[None]:
         yield
         return
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        # As SIGINT is handled now: within asyncio.run it cancels, where an exception would leave the loop in pieces.
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(signal.SIGINT, frame)
+        else:
+            raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import teegpu
 from teegpu import errors
+from teegpu.cli import interrupts
 from teegpu.cli.common import from_transport
 
 
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Entry] = {
     "config": Entry("Show the settings in force, or write a settings file.", "app"),
     "doctor": Entry("Check this machine, the model and the server.", "doctor"),
     "link": Entry("Emulate a link of given delay and bandwidth.", "link"),
+    "bench": Entry("Measure plans side by side, accuracy, and what a request costs.", "app"),
 }
 
 EPILOG = (
@@ -134,6 +136,7 @@ def run(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _reader_gone()
     except KeyboardInterrupt:
+        interrupts.handled()
         return errors.EXIT_INTERRUPTED
     except typer.TyperException as error:
         return _usage_error(error)

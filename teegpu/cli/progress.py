@@ -46,6 +46,6 @@ def _lines() -> Notify:
         nonlocal last
         if text != last:
             last = text
-            console.print(text, soft_wrap=True)
+            console.print(text)
 
     return show

@@ -75,7 +75,9 @@ def test_a_real_one(tiny_model: TinyModel, scratch: Path, tmp_path: Path, monkey
         assert probe(server.endpoint, settings)["dtype"] == "fp32"
         environment = Path(f"/proc/{server.pid}/environ").read_bytes().split(b"\0")
         assert b"TEEGPU_LIMITS_MESSAGE_MIB=77" in environment
-    assert server.ended
+        assert Path(server.endpoint.removeprefix("ipc://")).is_socket()
+    assert server._child.returncode == 0
+    assert server.last_words == ""
     assert not Path(f"/proc/{server.pid}").exists()
     assert not folder.exists()
 

@@ -1,0 +1,122 @@
+"""The few lines that end a run: what it took, for a person, from the document's own figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.cells import cell_len
+from rich.text import Text
+
+PHASES = ("prefill", "decode")
+
+_GAP = 2
+
+_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("tokens", lambda phase: f"{phase['tokens']:,}"),
+    ("seconds", lambda phase: f"{phase['seconds']:.3f}"),
+    ("tokens/s", lambda phase: f"{phase['tokens_per_second']:,.1f}"),
+    ("RPC calls", lambda phase: f"{phase['rpc_calls']:,}"),
+    ("up", lambda phase: human_bytes(phase["bytes_up"])),
+    ("down", lambda phase: human_bytes(phase["bytes_down"])),
+    ("communication", lambda phase: f"{phase['communication_share']:.1%}"),
+)
+
+
+def brief(document: dict[str, Any], width: int | None = None) -> Text:
+    """The summary of a ``teegpu.report/1`` document, for a terminal of ``width`` columns (None: as wide as it takes).
+
+    The lines are broken here: print them with ``soft_wrap=True``. Where the table is too wide, its columns become rows.
+    """
+    text = Text("\n".join(_packed(_facts(document), " · ", width)))
+    table = _table(document)
+    if len(table) > 1:
+        upright = _aligned(table)
+        if width is not None and cell_len(upright[0].plain) > width:
+            upright = _aligned([list(column) for column in zip(*table, strict=True)])
+        for line in upright:
+            text.append("\n").append_text(line)
+    for note in _notes(document):
+        for part in _packed(note.split(" "), " ", width):
+            text.append("\n").append(part)
+    return text
+
+
+def _facts(document: dict[str, Any]) -> list[str]:
+    latency, settings = document["latency"], document["settings"]
+    facts = [] if document["status"] == "complete" else [document["status"]]
+    plans = settings["prefill_plan"]
+    if settings["decode_plan"] != plans:
+        plans += f" / {settings['decode_plan']}"
+    facts += [document["model"]["name"], plans]
+    if document["server"]:
+        facts += [settings["transport"], settings["wire_dtype"]]
+    if settings.get("link"):
+        facts.append(f"link {settings['link']}")
+    if latency["ttft_seconds"] is not None:
+        facts.append(f"TTFT {latency['ttft_seconds']:.3f} s")
+    if latency["tpot_median_seconds"] is not None:
+        facts.append(f"TPOT {latency['tpot_median_seconds'] * 1e3:.1f} ms")
+    return facts
+
+
+def _table(document: dict[str, Any]) -> list[list[str]]:
+    """Headings, and a row for each phase that took place."""
+    rows = [["", *(heading for heading, _ in _COLUMNS)]]
+    for name in PHASES:
+        phase = document["phases"][name]
+        if phase["passes"]:
+            rows.append([name, *(shown(phase) for _, shown in _COLUMNS)])
+    return rows
+
+
+def _notes(document: dict[str, Any]) -> list[str]:
+    """What is worth a line only where it happened."""
+    notes = []
+    output = document.get("output") or []
+    answers = [output] if isinstance(output, dict) else output
+    reused = sum(answer["reused_tokens"] for answer in answers)
+    if reused:
+        total = sum(answer["prompt_tokens"] for answer in answers)
+        notes.append(f"{reused:,} of {total:,} prompt tokens reused from the prompt before")
+    decode = document["phases"]["decode"]
+    guesses = decode["speculation"]
+    if guesses["drafted_tokens"] and decode["passes"]:
+        notes.append(
+            f"{guesses['accepted_tokens']:,} of {guesses['drafted_tokens']:,} guessed tokens accepted, "
+            f"{decode['tokens'] / decode['passes']:.2f} tokens per step"
+        )
+    return notes
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[Text]:
+    """Lines of equal width, figures to the right; headings dim where there is colour."""
+    widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        line = Text((" " * _GAP).join(cells))
+        line.stylize("dim", 0, None if number == 0 else widths[0])
+        lines.append(line)
+    return lines
+
+
+def _packed(parts: Sequence[str], joint: str, width: int | None) -> list[str]:
+    """``parts`` joined into lines of at most ``width``, none of them torn apart."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and (width is None or cell_len(lines[-1] + joint + part) <= width):
+            lines[-1] += joint + part
+        else:
+            lines.append(part)
+    return lines
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` → ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        # what would be rounded up to 1024 belongs to the next unit
+        if count < 1023.95 or (unit == "B" and count < 1024):
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

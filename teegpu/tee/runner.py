@@ -1,0 +1,325 @@
+"""Puts a run together from its settings: model, server, connection, decoders; and says afterwards what it was.
+
+The one place where the parts of the runner meet. Commands and benchmarks use it; it prints nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+import transports
+from teegpu import __version__, machine
+from teegpu.config import Config
+from teegpu.errors import ConfigError, MismatchError, ServerRefusedError
+from teegpu.metrics.document import document
+from teegpu.metrics.recorder import Recorder
+from teegpu.metrics.summary import Summary
+from teegpu.model.folder import ModelFolder
+from teegpu.model.reader import read_config, read_spec
+from teegpu.model.spec import ModelSpec
+from teegpu.model.tokenizer import Tokenizer
+from teegpu.model.weights import WeightStore
+from teegpu.options import MIB, client_options, wire_limits
+from teegpu.tee import plans
+from teegpu.tee.decoder import Decoder
+from teegpu.tee.embedded_server import EmbeddedServer
+from teegpu.tee.generate import Generation, OnToken, Session
+from teegpu.tee.gpu_client import GpuClient
+from teegpu.tee.kv_cache import KVCache
+from teegpu.tee.products import LocalProducts, Products
+from teegpu.tee.rotary import RotaryTable
+from teegpu.tee.sampling import Sampler, SamplingOptions
+from teegpu.tee.weights import TeeWeights
+from teegpu.wire.messages import Welcome
+from transports.base import Client
+from transports.errors import ConnectionLostError
+from transports.link import EmulatedLink, LinkSpec
+
+Notify = Callable[[str], None]
+
+AUTO_CHUNK_TOKENS = 128
+"""Chunk of an overlapped prefill when ``run.chunk_tokens`` is 0: small enough that the pipeline fills early, large
+enough that a matrix product still runs at full speed. ``docs/benchmarks.md`` has the measurement."""
+
+LOCK_STEP_CHUNK_TOKENS = 2048
+"""Chunk of a lock-step prefill when ``run.chunk_tokens`` is 0. It only bounds memory: nothing would overlap."""
+
+
+@dataclass(slots=True)
+class Threads:
+    runner: int
+    server: int | None
+    cores: int
+
+    @property
+    def oversubscribed(self) -> bool:
+        return self.server is not None and machine.oversubscribed(self.runner, self.server, self.cores)
+
+
+class Runner:
+    """A runner that is ready for prompts. Use it with ``with``: leaving closes the connection and ends what it started.
+
+    ``notify`` is told in one line what takes time or what a user should know. Raises ``TeegpuError`` of every kind, and
+    the transports' errors, from ``__init__``.
+    """
+
+    def __init__(self, config: Config, folder: ModelFolder, *, notify: Notify = lambda _: None) -> None:
+        self.config = config
+        self.id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
+        self.started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.summary = Summary()
+        self.recorder = Recorder(lambda events: self.summary.add(events))
+        self.welcome: Welcome | None = None
+        self.link: LinkSpec | None = None
+        self.embedded: EmbeddedServer | None = None
+        self._client: Client | None = None
+        self._gpu: GpuClient | None = None
+        self._seed: int | None = None
+        self._notify = notify
+        self.folder = folder
+        with contextlib.ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    # Putting it together
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        config = self.config
+        self.prefill_plan = plans.get(config.run.prefill_plan)
+        self.decode_plan = plans.get(config.run.decode_plan)
+        if config.run.link:
+            self.link = LinkSpec.parse(config.run.link)
+        remote = self.prefill_plan.remote or self.decode_plan.remote
+        if self.link is not None and not remote:
+            raise ConfigError(
+                "run.link emulates the link to a server, and the plan 'local' has none: choose another plan"
+            )
+        self.threads = self._split_threads(remote)
+        endpoint = self._start_server(stack) if remote else ""
+        # The server loads its weights meanwhile.
+        torch.set_num_threads(self.threads.runner)
+        self.spec: ModelSpec = read_spec(self.folder)
+        self._store = stack.enter_context(WeightStore(self.folder, self.spec))
+        self.digest = self._store.digest()
+        self.tokenizer = Tokenizer(self.folder)
+        self._weights = TeeWeights(self._store, self.spec)
+        for plan in {self.prefill_plan, self.decode_plan}:
+            self._weights.preload(plan)
+        self._rotary = RotaryTable(read_config(self.folder))
+        if remote:
+            self._connect(stack, endpoint)
+        self.session = self._session()
+
+    def _split_threads(self, remote: bool) -> Threads:
+        cores = machine.available_cores()
+        embedded = remote and not self.config.run.endpoint
+        runner, server = machine.thread_split(embedded, cores)
+        runner = self.config.run.threads or runner
+        server = self.config.server.threads or server
+        threads = Threads(runner, server if embedded else None, cores)
+        if threads.oversubscribed:
+            self._notify(
+                f"runner ({runner}) and server ({server}) have more threads than this machine's {cores} cores: expect "
+                "both to be slow (run.threads, server.threads)"
+            )
+        return threads
+
+    def _start_server(self, stack: contextlib.ExitStack) -> str:
+        """The endpoint to connect to: the configured one, or that of an embedded server."""
+        config = self.config
+        if config.run.endpoint:
+            return config.run.endpoint
+        server_threads = self.threads.server or 1
+        self._notify(
+            f"no endpoint given: embedded GPU server (threads: runner {self.threads.runner}, server {server_threads})"
+        )
+        self.embedded = stack.enter_context(EmbeddedServer(self.folder, config, threads=server_threads))
+        return self.embedded.endpoint
+
+    def _connect(self, stack: contextlib.ExitStack, endpoint: str) -> None:
+        config = self.config
+        if self.embedded is not None:
+            self.embedded.wait()
+        if self.link is not None:
+            relay = stack.enter_context(EmulatedLink(self.link, endpoint))
+            endpoint = relay.endpoint
+        self._client = stack.enter_context(transports.connect(config.run.transport, endpoint, client_options(config)))
+        self._gpu = GpuClient(
+            self._client,
+            self.spec,
+            wire_dtype=config.run.wire_dtype,
+            recorder=self.recorder,
+            limits=wire_limits(config),
+        )
+        self.welcome = self._gpu.hello(config.link.hello_timeout_seconds, self.digest)
+        if self.welcome.dims.get("layers") != self.spec.layers:
+            raise MismatchError(f"the server at {endpoint} has another number of layers than model '{self.spec.name}'")
+        beside = self.threads.server is None and self.welcome.device == "cpu" and _same_machine(endpoint)
+        if beside and machine.oversubscribed(self.threads.runner, self.welcome.threads, self.threads.cores):
+            self._notify(
+                f"the server at {endpoint} computes on this machine with {self.welcome.threads} threads, the runner "
+                f"with {self.threads.runner}, and there are {self.threads.cores} cores: expect both to be slow "
+                "(serve --threads, run --threads)"
+            )
+
+    def _session(self) -> Session:
+        config = self.config
+        gpu = self._gpu
+        local = LocalProducts(self._weights, self.recorder)
+
+        def decoder(plan: plans.Plan) -> Decoder:
+            products: Products = gpu if plan.remote and gpu is not None else local
+            return Decoder(self.spec, self._weights, self._rotary, plan, products, self.recorder)
+
+        prefill = decoder(self.prefill_plan)
+        decode = prefill if self.decode_plan is self.prefill_plan else decoder(self.decode_plan)
+        overlap = gpu is not None and gpu.can_overlap and self.prefill_plan.remote
+        self.chunk_tokens = config.run.chunk_tokens or (AUTO_CHUNK_TOKENS if overlap else LOCK_STEP_CHUNK_TOKENS)
+
+        def set_overlapped(on: bool) -> None:
+            if gpu is not None:
+                gpu.overlapped = on
+
+        return Session(
+            prefill,
+            decode,
+            cache=KVCache(self.spec),
+            rotary=self._rotary,
+            recorder=self.recorder,
+            max_positions=self.spec.max_positions,
+            chunk_tokens=self.chunk_tokens,
+            overlap=overlap,
+            set_overlapped=set_overlapped,
+            speculate=config.run.speculate,
+            prefix_bytes=config.run.prefix_cache_mib * MIB,
+        )
+
+    # Using it
+
+    def sampler(self) -> Sampler:
+        """A sampler with the configured settings. Its seed, also one from the operating system, is in the report."""
+        settings = self.config.sampling
+        seed = None if settings.seed < 0 else settings.seed
+        sampler = Sampler(
+            SamplingOptions(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                min_p=settings.min_p,
+                repetition_penalty=settings.repetition_penalty,
+                seed=seed,
+            )
+        )
+        self._seed = sampler.seed
+        return sampler
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        sampler: Sampler,
+        on_token: OnToken,
+        result: Generation,
+        ignore_end: bool = False,
+    ) -> Generation:
+        """One prompt's tokens, into ``result``. A lost embedded server is told as what it is."""
+        try:
+            return self.session.generate(
+                prompt,
+                max_tokens=self.config.run.max_tokens,
+                sampler=sampler,
+                end_ids=() if ignore_end else self.tokenizer.eos_token_ids,
+                on_token=on_token,
+                result=result,
+            )
+        except ConnectionLostError:
+            if self.embedded is not None and self.embedded.ended:
+                raise self.embedded.failure() from None
+            raise
+        except ServerRefusedError as error:
+            # An embedded server's log is nobody's to read, so its last line goes with the refusal.
+            if self.embedded is not None and self.embedded.last_words:
+                raise ServerRefusedError(f"{error} ({self.embedded.last_words})") from None
+            raise
+
+    def restart_summary(self) -> None:
+        """Begins the figures anew: ``summary`` and ``report`` leave out what has been so far."""
+        self.recorder.flush()
+        self.summary = Summary()
+
+    def report(self, status: str, *, output: dict[str, Any] | None = None, error: str | None = None) -> dict[str, Any]:
+        """The run so far as a ``teegpu.report/1`` document."""
+        self.recorder.flush()
+        spec = self.spec
+        return document(
+            run_id=self.id,
+            status=status,
+            started_at=self.started_at,
+            model={
+                "name": spec.name,
+                "digest": self.digest,
+                "architecture": spec.architecture,
+                "layers": spec.layers,
+                "hidden_size": spec.hidden_size,
+                "parameters": spec.parameters,
+            },
+            settings=self._settings(),
+            tee={"kind": machine.tee_kind(), "attested": False},
+            server=self._server(),
+            summary=self.summary,
+            output=output,
+            error=error,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        run = self.config.run
+        # Stop strings may be part of the prompt's text, and stay out of the record with it.
+        sampling = {key: value for key, value in vars(self.config.sampling).items() if key != "stop"}
+        if self._seed is not None:
+            sampling["seed"] = self._seed
+        return {
+            "prefill_plan": run.prefill_plan,
+            "decode_plan": run.decode_plan,
+            "transport": run.transport,
+            "wire_dtype": run.wire_dtype,
+            "chunk_tokens": self.chunk_tokens,
+            "endpoints": [run.endpoint] if run.endpoint else [],
+            "link": str(self.link) if self.link is not None else "",
+            "threads": {"runner": self.threads.runner, "server": self.threads.server, "cores": self.threads.cores},
+            "max_tokens": run.max_tokens,
+            "speculate": run.speculate,
+            "sampling": sampling,
+            "version": __version__,
+        }
+
+    def _server(self) -> dict[str, Any]:
+        if self.welcome is None:
+            return {}
+        return {
+            "device": self.welcome.device,
+            "dtype": self.welcome.dtype,
+            "version": self.welcome.software,
+            "threads": self.welcome.threads,
+            "memory_bytes": self.welcome.memory_bytes,
+            "embedded": self.embedded is not None,
+        }
+
+
+def _same_machine(endpoint: str) -> bool:
+    return endpoint.startswith(("ipc://", "inprocess://", "tcp://127.", "tcp://localhost", "tcp://[::1]"))

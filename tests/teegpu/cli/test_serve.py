@@ -1,0 +1,294 @@
+"""``teegpu serve``: the banner, the ways in which it ends, and what it refuses to begin with."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import transports
+from teegpu import __version__
+from teegpu.cli import serve as module
+from teegpu.cli.serve import check_address
+from teegpu.config import Config
+from teegpu.errors import ConfigError
+from teegpu.model.folder import ModelFolder
+from teegpu.model.reader import read_spec
+from teegpu.model.weights import WeightStore
+from teegpu.options import wire_limits
+from teegpu.tee.gpu_client import probe
+from teegpu.wire import codec
+from teegpu.wire.messages import PROTOCOL_VERSION, Execute, Result
+from teegpu.wire.program import Step, single
+from tests.conftest import TinyModel
+from tests.teegpu.cli.conftest import Process, Start, Teegpu, until
+from transports.base import Message
+
+
+@pytest.fixture
+def model(tiny_model: TinyModel) -> ModelFolder:
+    return tiny_model("llama", vocab_size=1000)
+
+
+@pytest.fixture
+def damaged(model: ModelFolder, tmp_path: Path) -> Path:
+    shutil.copytree(model.path, tmp_path / "model")
+    return tmp_path / "model" / "model.safetensors"
+
+
+def ready(process: Process) -> str:
+    """The address of a server that has loaded."""
+    while not (line := process.line()).startswith("teegpu GPU server ready at "):
+        pass
+    return line.split()[-1]
+
+
+# A server's life
+
+
+def test_the_banner_and_the_end_by_ctrl_c(start: Start, model: ModelFolder) -> None:
+    process = start("serve", "--model", model.path, "--bind", "tcp://127.0.0.1:0", "--dtype", "bf16", "--threads", 1)
+    loading = process.line()
+    address = ready(process)
+    facts = process.line().rstrip().split(" · ")
+    found = probe(address, Config())
+    process.send_signal(signal.SIGINT)
+    done = process.finish()
+
+    assert loading == f"loading {model.path.name}\n"
+    assert re.fullmatch(r"tcp://127\.0\.0\.1:[1-9]\d+", address)
+    with WeightStore(model, read_spec(model)) as store:
+        digest = store.digest()
+    assert re.fullmatch(r"1\d\d\.\d KiB of weights", facts.pop(3))
+    assert facts == [
+        f"model {model.path.name}", "device cpu", "bf16", "1 CPU thread", f"protocol {PROTOCOL_VERSION}",
+        f"digest {digest[:12]}",
+    ]  # fmt: skip
+    assert (found["version"], found["digest"], found["dtype"]) == (__version__, digest, "bf16")
+    assert (done.code, done.out) == (0, "")
+    assert done.err.splitlines() == [
+        "activations that runners send are visible to this process in the clear; stop with Ctrl-C",
+        "stopped after 6 requests",
+    ]
+
+
+def scores(positions: int) -> Message:
+    """A request for a product of ``positions`` × ``positions`` values."""
+    q = torch.ones(1, positions, 256)
+    program = single(["q", "k"], Step("matmul", "scores", ("q", "k"), transpose=True))
+    execute = Execute(1, program, {"q": q, "k": q}, {"q": "fp32", "k": "fp32"}, {"scores": "fp16"})
+    return Message(codec.encode_execute(execute).frames)
+
+
+def cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_sigterm_lets_the_request_in_hand_be_finished(start: Start, model: ModelFolder, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/gpu"
+    process = start("serve", "--model", model.path, "--bind", address, "--dtype", "fp32", "--threads", 1)
+    assert ready(process) == address
+    replies: list[transports.base.Reply] = []
+    with transports.connect("zmq", address) as client:
+        client.request(scores(1))
+        idle = cpu_ticks(process.pid)
+        asking = threading.Thread(target=lambda: replies.append(client.request(scores(6000))))
+        asking.start()
+        until(lambda: cpu_ticks(process.pid) > idle + 5)  # it is at it: one tick is 10 ms
+        process.send_signal(signal.SIGTERM)
+        asking.join()
+    done = process.finish()
+    assert done.code == 0
+    assert done.err.endswith("stopped after 2 requests\n")
+    answer = codec.Decoder(wire_limits(Config())).decode(replies[0].frames)
+    assert isinstance(answer, Result)
+    assert answer.tensors["scores"].shape == (1, 6000, 6000)
+    assert not (tmp_path / "gpu").exists()
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A model whose config.json is a pipe: who has opened that for writing knows that somebody loads the model."""
+    os.mkfifo(tmp_path / "config.json")
+    (tmp_path / "model.safetensors").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_loads(number: int, start: Start, endless: Path) -> None:
+    process = start("serve", "--model", endless)
+    with (endless / "config.json").open("w"):
+        process.send_signal(number)
+        done = process.finish()
+    assert (done.code, done.out, done.err) == (0, "", "stopped while loading\n")
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    class Server:
+        stopped = 0
+
+        def stop(self) -> None:
+            self.stopped += 1
+
+    server: Any = Server()
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with module.Stop() as stop:
+        with stop.ends(server):
+            assert stop.serving
+            signal.raise_signal(signal.SIGTERM)
+            assert server.stopped == 1
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert server.stopped == 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_whose_exception_was_swallowed_still_ends_loading() -> None:
+    server: Any = None
+    with module.Stop() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt), stop.ends(server):
+            pytest.fail("it serves")
+    assert not stop.serving
+
+
+# Embedded (see also tests/teegpu/tee/test_embedded_server.py)
+
+
+def test_an_embedded_server_ends_with_its_standard_input_while_it_loads(
+    start: Start, endless: Path, scratch: Path, nothing_left: Callable[[], None]
+) -> None:
+    bind = f"ipc://{tempfile.mkdtemp(prefix='teegpu-', dir=scratch)}/gpu"
+    process = start("serve", "--embedded", "--model", endless, "--bind", bind, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    with (endless / "config.json").open("w"):
+        process.stdin.close()
+        assert process.wait(30) == 0
+    assert process.stdout is not None
+    assert process.stdout.read() == ""
+    nothing_left()
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    "bind",
+    [
+        "tcp://127.0.0.1:5555", "tcp://127.8.9.1:0", "tcp://localhost:5555", "tcp://[::1]:5555", "ipc:///run/gpu",
+        "tcp://127.0.0.1:*",
+    ],
+)  # fmt: skip
+def test_addresses_of_this_machine(bind: str) -> None:
+    check_address(bind, insecure=False)
+
+
+@pytest.mark.parametrize(
+    "bind", ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://10.0.0.1:5555", "tcp://[::]:5555", "tcp://eth0:5555",
+             "tcp://127.example.com:5555", "tcp://localhost.example.com:5555"],
+)  # fmt: skip
+def test_addresses_that_others_reach_need_to_be_wanted(bind: str) -> None:
+    with pytest.raises(ConfigError, match="can be reached from other machines, and this version has no keys"):
+        check_address(bind, insecure=False)
+    check_address(bind, insecure=True)
+
+
+@pytest.mark.parametrize(
+    ("bind", "message"),
+    [
+        ("127.0.0.1:5555", "is not an address: write tcp://host:port"),
+        ("tcp://127.0.0.1", "after tcp:// comes host:port"),
+        ("tcp://127.0.0.1:99999", "port 99999 is above 65535"),
+        ("inprocess://gpu", "reaches nobody outside of this process"),
+    ],
+)
+@pytest.mark.parametrize("insecure", [False, True])
+def test_addresses_that_can_not_be(bind: str, message: str, insecure: bool) -> None:
+    with pytest.raises(ConfigError, match=re.escape("server.bind: ")) as raised:
+        check_address(bind, insecure=insecure)
+    assert message in str(raised.value)
+
+
+def test_an_open_address_without_insecure(teegpu: Teegpu, model: ModelFolder) -> None:
+    done = teegpu("serve", "--model", model.path, "--bind", "tcp://0.0.0.0:0")
+    assert done.code == 2
+    assert done.err.startswith("teegpu: server.bind: tcp://0.0.0.0:0 can be reached from other machines")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_insecure_is_warned_of(teegpu: Teegpu) -> None:
+    done = teegpu("serve", "--model", "./nowhere", "--bind", "tcp://0.0.0.0:0", "--insecure")
+    assert done.code == 3
+    assert done.err.startswith("warning: --insecure: anybody who reaches this address can use the server")
+
+
+def test_a_port_that_is_taken(teegpu: Teegpu, model: ModelFolder) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        bind = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        done = teegpu("serve", "--model", model.path, "--bind", bind)
+    assert done.code == 2
+    assert done.err == (
+        f"teegpu: can't listen on {bind}: another program listens there; "
+        "choose another port, or port 0 for any free one\n"
+    )
+
+
+def test_a_path_that_can_not_be_made(teegpu: Teegpu, model: ModelFolder) -> None:
+    done = teegpu("serve", "--model", model.path, "--bind", "ipc:///proc/teegpu/gpu")
+    assert done.code == 2
+    assert done.err.startswith("teegpu: can't listen on ipc:///proc/teegpu/gpu: ")
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("what", ["truncated", "corrupt header", "empty", "missing"])
+def test_weights_that_can_not_be_read(what: str, teegpu: Teegpu, damaged: Path) -> None:
+    whole = damaged.read_bytes()
+    if what == "missing":
+        damaged.unlink()
+    else:
+        damaged.write_bytes({"truncated": whole[:-100], "corrupt header": b"\xff" * 8 + whole[8:], "empty": b""}[what])
+    done = teegpu("serve", "--model", damaged.parent, "--bind", "tcp://127.0.0.1:0")
+    assert done.code == 3
+    lines = [line for line in done.err.splitlines() if not line.startswith("loading ")]
+    assert len(lines) == 1
+    assert "model" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--device", "cuda:99"], 3, "cuda:99"),
+        (["--device", "gpu0"], 2, "gpu0"),
+        (["--dtype", "bf61"], 2, "did you mean 'bf16'?"),
+        (["--threads", "-1"], 2, "server.threads"),
+        (["--model", "smolm2-135m"], 3, "did you mean 'smollm2-135m'?"),
+    ],
+)
+def test_settings_that_can_not_be(
+    options: list[str], code: int, message: str, teegpu: Teegpu, model: ModelFolder
+) -> None:
+    given = options if "--model" in options else ["--model", model.path, *options]
+    done = teegpu("serve", "--bind", "tcp://127.0.0.1:0", *given)
+    assert done.code == code
+    assert message in done.err.splitlines()[-1]
+
+
+def test_signals_are_given_back(teegpu: Teegpu, model: ModelFolder) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    teegpu("serve", "--model", model.path, "--bind", "tcp://127.0.0.1:0", "--device", "cuda:99")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -1,0 +1,83 @@
+"""A run over a link that misbehaves: what the user sees, and what the record says."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from teegpu import config
+from teegpu.tee.embedded_server import EmbeddedServer
+from teegpu.tee.generate import Generation
+from teegpu.tee.runner import Runner
+from teegpu.tee.sampling import Sampler, SamplingOptions
+from tests.conftest import TinyModel
+from transports.errors import ConnectionLostError
+from transports.link import EmulatedLink, LinkSpec
+
+STALL_SECONDS = 10.0
+PROMPT = list(range(1, 41))
+SETTINGS = {"run.max_tokens": 24, "run.wire_dtype": "fp32", "server.dtype": "fp32", "run.chunk_tokens": 8}
+
+
+def generate(runner: Runner, on_token: object = None) -> Generation:
+    done = Generation()
+    hook = on_token if callable(on_token) else lambda _: False
+    return runner.generate(PROMPT, sampler=Sampler(SamplingOptions()), on_token=hook, result=done, ignore_end=True)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: TinyModel) -> list[int]:
+    settings = config.load(SETTINGS | {"run.prefill_plan": "local", "run.decode_plan": "local"}, environ={})
+    with Runner(settings, tiny_model("llama")) as runner:
+        return generate(runner).token_ids
+
+
+@pytest.mark.parametrize("transport", ["pipelined"])
+def test_a_link_that_stalls_and_recovers_costs_time_only(
+    transport: str, tiny_model: TinyModel, expected: list[int]
+) -> None:
+    folder = tiny_model("llama")
+    server_settings = config.load(SETTINGS)
+    with (
+        EmbeddedServer(folder, server_settings, threads=1) as server,
+        EmulatedLink(LinkSpec.parse("rtt=1ms,bandwidth=1gbit"), server.wait()["address"]) as link,
+    ):
+        settings = config.load(SETTINGS | {"run.endpoint": link.endpoint, "run.transport": transport})
+        with Runner(settings, folder) as runner:
+            made = 0
+
+            def stall_once(_: int) -> bool:
+                nonlocal made
+                made += 1
+                if made == 5:
+                    link.stall(STALL_SECONDS)
+                return False
+
+            done = generate(runner, stall_once)
+            decode = runner.report("complete")["phases"]["decode"]
+    assert done.token_ids == expected
+    assert STALL_SECONDS * 0.95 < decode["network_seconds"] < STALL_SECONDS + 5
+    assert decode["seconds"] == pytest.approx(
+        sum(decode[f"{part}_seconds"] for part in ("tee", "serialization", "wait", "other")), rel=0.01
+    )
+    assert decode["communication_share"] > 0.8
+
+
+@pytest.mark.parametrize("transport", ["zmq", "pipelined"])
+def test_a_link_that_is_cut_in_prefill_ends_the_run(transport: str, tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    with (
+        EmbeddedServer(folder, config.load(SETTINGS), threads=1) as server,
+        EmulatedLink(LinkSpec.parse("rtt=40ms"), server.wait()["address"]) as link,
+    ):
+        settings = config.load(SETTINGS | {"run.endpoint": link.endpoint, "run.transport": transport})
+        with Runner(settings, folder) as runner:
+            timer = threading.Timer(0.06, link.cut)
+            timer.start()
+            with pytest.raises(ConnectionLostError):
+                generate(runner)
+            timer.join()
+            report = runner.report("failed", error="lost")
+    assert report["status"] == "failed"
+    assert report["phases"]["prefill"]["seconds"] > 0
