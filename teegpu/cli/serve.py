@@ -89,6 +89,7 @@ def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) ->
     from teegpu.model.weights import WeightStore
     from teegpu.options import server_options, wire_limits
 
+    machine.keep_freed_memory()
     torch.set_num_threads(settings.server.threads or machine.available_cores())
     folder = find_model(settings, quiet=embedded)
     spec = read_spec(folder)

@@ -112,6 +112,7 @@ class Runner:
             )
         self.threads = self._split_threads(remote)
         endpoint = self._start_server(stack) if remote else ""
+        machine.keep_freed_memory()
         # The server loads its weights meanwhile.
         torch.set_num_threads(self.threads.runner)
         self.spec: ModelSpec = read_spec(self.folder)

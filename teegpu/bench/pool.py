@@ -1,0 +1,223 @@
+"""The processes of a benchmark: one for each case, and the GPU servers that they share.
+
+They stay loaded between repeats as long as memory allows, and wait without using the processor; only one of them is
+ever asked for anything. Where memory is short, the case whose turn is furthest away makes room, and is loaded and
+warmed up again when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from teegpu import machine
+from teegpu.bench import memory
+from teegpu.bench.cases import Case
+from teegpu.bench.child import Child
+from teegpu.bench.samples import Sample
+from teegpu.config import Config
+from teegpu.errors import ConnectionFailedError, TeegpuError
+from teegpu.model.folder import ModelFolder
+from teegpu.model.spec import ModelSpec
+from teegpu.settings import Value
+from teegpu.tee.embedded_server import EmbeddedServer
+
+WORKER = "teegpu.bench.worker"
+
+RESERVE_BYTES = 512 * memory.MIB
+"""Memory that is left alone, for the system and for what the estimates miss."""
+
+ServerKey = tuple[tuple[str, Value], ...]
+
+
+class Process(Protocol):
+    """What the pool needs of a ``Child``."""
+
+    def ask(self, command: dict[str, Any]) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class ServerProcess(Protocol):
+    """What the pool needs of an ``EmbeddedServer``."""
+
+    endpoint: str
+
+    def wait(self) -> dict[str, object]: ...
+
+    def close(self) -> None: ...
+
+    def failure(self) -> TeegpuError: ...
+
+    @property
+    def ended(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every case does: on ``folder``'s model, with ``base`` as the settings in force."""
+
+    folder: ModelFolder
+    spec: ModelSpec
+    base: Config
+    prompt_tokens: int
+    decode_tokens: int
+
+
+@dataclass
+class Loaded:
+    """A case that is ready: its process, what it said of itself, and its warm-up."""
+
+    process: Process
+    server: ServerKey | None
+    facts: dict[str, Any]
+    warm_up: Sample
+
+
+class Pool:
+    """Use it with ``with``: leaving ends all processes."""
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        workload: Workload,
+        *,
+        start_child: Callable[[str], Process] = lambda what: Child(WORKER, what),
+        start_server: Callable[[ModelFolder, Config, int], ServerProcess] = lambda folder, config, threads: (
+            EmbeddedServer(folder, config, threads=threads)
+        ),
+        available_bytes: Callable[[], int | None] = memory.available_bytes,
+    ) -> None:
+        self._cases = cases
+        self._work = workload
+        self._start_child = start_child
+        self._start_server = start_server
+        self._available_bytes = available_bytes
+        self._loaded: dict[int, Loaded] = {}
+        self._servers: dict[ServerKey, ServerProcess] = {}
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        try:
+            while self._loaded:
+                self._loaded.popitem()[1].process.close()
+        finally:
+            while self._servers:
+                self._servers.popitem()[1].close()
+
+    def load(self, index: int) -> Loaded:
+        """The case ``index``, loaded and warmed up if it is not yet. Raises the ``TeegpuError`` that it failed with."""
+        found = self._loaded.get(index)
+        if found is None:
+            found = self._load(index)
+            self._loaded[index] = found
+        return found
+
+    def sample(self, index: int) -> Sample:
+        """One run of the case ``index``. Raises as ``load``; a case that failed is not loaded any more."""
+        loaded = self.load(index)
+        try:
+            return self._measured(loaded.process, loaded.server)
+        except TeegpuError:
+            del self._loaded[index]
+            loaded.process.close()
+            raise
+
+    def _load(self, index: int) -> Loaded:
+        case = self._cases[index]
+        self._make_room(index)
+        command: dict[str, Any] = {
+            "do": "load",
+            "model": {"name": self._work.folder.name, "path": str(self._work.folder.path)},
+            "prompt_tokens": self._work.prompt_tokens,
+            "decode_tokens": self._work.decode_tokens,
+        }
+        key = None
+        config = case.config(self._work.base, self._work.decode_tokens)
+        if case.baseline:
+            threads = config.run.threads or machine.available_cores()
+            command["transformers"] = {"dtype": case.transformers_dtype, "threads": threads}
+        else:
+            values: dict[str, Value] = config.values()
+            if case.remote(self._work.base) and not config.run.endpoint:
+                key, threads = self._server_of(config)
+                values |= {
+                    "run.endpoint": self._server(key, config, threads).endpoint,
+                    # Beside a server on the same machine, as in a run with an embedded one.
+                    "run.threads": config.run.threads or machine.thread_split(embedded=True)[0],
+                }
+            command["settings"] = values
+        process = self._start_child(case.label)
+        try:
+            facts: dict[str, Any] = self._asked(process, key, command)["facts"]
+            return Loaded(process, key, facts, self._measured(process, key))
+        except BaseException:
+            process.close()
+            raise
+
+    def _measured(self, process: Process, key: ServerKey | None) -> Sample:
+        return Sample.from_json(self._asked(process, key, {"do": "measure"})["sample"])
+
+    def _asked(self, process: Process, key: ServerKey | None, command: dict[str, Any]) -> dict[str, Any]:
+        """The answer to ``command``. A lost server is told as what it is, and is not used again."""
+        try:
+            return process.ask(command)
+        except ConnectionFailedError:
+            server = self._servers.get(key) if key is not None else None
+            if key is None or server is None or not server.ended:
+                raise
+            failure = server.failure()
+            self._servers.pop(key).close()
+            raise failure from None
+
+    # Servers
+
+    @staticmethod
+    def _server_of(config: Config) -> tuple[ServerKey, int]:
+        """What tells the server that ``config`` needs from others, and its threads."""
+        threads = config.server.threads or machine.thread_split(embedded=True)[1]
+        values = config.values() | {"server.threads": threads}
+        shared = ("server.device", "server.dtype", "server.threads")
+        key = tuple(
+            (name, value)
+            for name, value in values.items()
+            if name in shared or name.startswith(("compression.", "limits."))
+        )
+        return key, threads
+
+    def _server(self, key: ServerKey, config: Config, threads: int) -> ServerProcess:
+        server = self._servers.get(key)
+        if server is None:
+            server = self._start_server(self._work.folder, config, threads)
+            try:
+                server.wait()
+            except BaseException:
+                server.close()
+                raise
+            self._servers[key] = server
+        return server
+
+    # Memory
+
+    def _make_room(self, index: int) -> None:
+        """Ends cases, those first whose turn comes last, and servers that nobody needs, until ``index`` fits."""
+        case, spec, base = self._cases[index], self._work.spec, self._work.base
+        config = case.config(base, self._work.decode_tokens)
+        remote = case.remote(base)
+        everything = case.baseline or "local" in (config.run.prefill_plan, config.run.decode_plan)
+        need = memory.case_bytes(spec, all_weights=everything, dtype=case.transformers_dtype or "fp32") + RESERVE_BYTES
+        own = self._server_of(config)[0] if remote and not config.run.endpoint else None
+        if own is not None and own not in self._servers:
+            need += memory.server_bytes(spec, config.server.dtype)
+        while (available := self._available_bytes()) is not None and available < need and self._loaded:
+            last = max(self._loaded, key=lambda other: (other - index) % len(self._cases))
+            self._loaded.pop(last).process.close()
+            used = {loaded.server for loaded in self._loaded.values()} | {own}
+            for key in [key for key in self._servers if key not in used]:
+                self._servers.pop(key).close()

@@ -1,0 +1,134 @@
+"""What one repeat of a case gives, and what several of them come to. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSample:
+    """One phase of one run. Seconds are the runner's wall time and its exclusive parts.
+
+    ``rounds`` are the round trips that can't be had at the same time: RPC calls in lock step, those of one chunk where
+    chunks overlap. ``overlapped`` says whether link, server and runner could work at once.
+    """
+
+    tokens: int
+    passes: int
+    seconds: float
+    rpc_calls: int = 0
+    rounds: int = 0
+    overlapped: bool = False
+    bytes_up: int = 0
+    bytes_down: int = 0
+    tee_seconds: float = 0.0
+    serialization_seconds: float = 0.0
+    network_seconds: float = 0.0
+    server_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    other_seconds: float = 0.0
+
+    @property
+    def communication_share(self) -> float:
+        return (self.serialization_seconds + self.network_seconds) / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One run of a case. ``token_ids`` are all tokens made, the one of prefill first; ``peak_memory_bytes`` is the
+    most that the runner's process had resident up to then, its loading included."""
+
+    prefill: PhaseSample
+    decode: PhaseSample
+    ttft_seconds: float
+    tpot_median_seconds: float | None
+    token_ids: list[int]
+    peak_memory_bytes: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Sample:
+        """What ``to_json`` gave. Raises ``ValueError`` for anything else."""
+        try:
+            given = dict(value)
+            prefill, decode = PhaseSample(**given.pop("prefill")), PhaseSample(**given.pop("decode"))
+            return cls(prefill=prefill, decode=decode, **given)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a sample: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of several values, their least and their largest."""
+
+    median: float
+    least: float
+    largest: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Raises ``ValueError`` where there are none."""
+        known = sorted(values)
+        if not known:
+            raise ValueError("no values to take a median of")
+        return cls(statistics.median(known), known[0], known[-1])
+
+    def to_json(self) -> dict[str, float]:
+        return {"median": self.median, "min": self.least, "max": self.largest}
+
+
+@dataclass
+class Measured:
+    """What is known of a case so far. ``facts`` is what its process said of itself; ``error`` why it has no more."""
+
+    label: str
+    case: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    warm_up: Sample | None = None
+    samples: list[Sample] = field(default_factory=list)
+    error: str = ""
+
+
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """The value below which ``fraction`` of ``values`` lie, interpolated. Raises ``ValueError`` without any."""
+    known = sorted(values)
+    if not known:
+        raise ValueError("no values to take a quantile of")
+    place = fraction * (len(known) - 1)
+    below = int(place)
+    above = min(below + 1, len(known) - 1)
+    return known[below] + (known[above] - known[below]) * (place - below)
+
+
+def agreement(made: Sequence[int], reference: Sequence[int]) -> int:
+    """How many of the first tokens are the same."""
+    same = 0
+    for ours, theirs in zip(made, reference, strict=False):
+        if ours != theirs:
+            break
+        same += 1
+    return same
+
+
+def floor_seconds(
+    phase: PhaseSample, *, up_bytes_per_second: float, down_bytes_per_second: float, rtt_seconds: float
+) -> float:
+    """The least time in which a link can carry what ``phase`` sent: both directions at once, and its rounds.
+
+    One request after the other, bytes and round trips add up. Where requests overlap, bytes of some travel while
+    others wait for their round trip, so that only the larger of the two is a limit.
+    """
+    carrying = max(phase.bytes_up / up_bytes_per_second, phase.bytes_down / down_bytes_per_second)
+    waiting = phase.rounds * rtt_seconds
+    return max(carrying, waiting) if phase.overlapped else carrying + waiting

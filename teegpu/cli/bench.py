@@ -1,0 +1,246 @@
+"""``teegpu bench``: measurements of this machine, side by side. Results go to stdout or a file, progress to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from teegpu.cli import interrupts
+from teegpu.cli.common import ConfigFile, message_console, sigterm_as_interrupt
+from teegpu.errors import TeegpuError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from teegpu.bench.measure import Notify
+    from teegpu.config import Config
+    from teegpu.model.folder import ModelFolder
+
+app = typer.Typer(
+    help="Measure plans side by side, the accuracy of narrow dtypes, and what a request costs.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Model = Annotated[
+    str | None, typer.Option(help="Catalogue name, Hugging Face id, folder or .gguf file.", show_default=False)
+]
+Offline = Annotated[bool | None, typer.Option("--offline", help="Never use the network to find the model.")]
+Device = Annotated[str | None, typer.Option(help="Where the GPU server computes: auto, cpu, cuda or cuda:n.")]
+Format = Annotated[
+    str, typer.Option("--format", metavar="FORMAT", help="table, json, csv or md; else as the file's name says.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the result there, not to standard output.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.command()
+def plans(
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, from a built-in text.")] = 1024,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens to generate after the first; 0: prefill alone.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Repeats of each case, after a warm-up.")] = 5,
+    link: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Emulate a link in all cases: rtt=5ms,bandwidth=1gbit.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="A GPU server that is there already, in place of embedded ones.")
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CASE",
+            help="What to measure, such as fused,transport=pipelined,wire=fp16,dtype=bf16,chunk=128,speculate=4; or "
+            "transformers,dtype=bf16; or default, for what is measured without this option. Give it several times.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare the output with that of transformers in fp32.")
+    ] = True,
+    device: Device = None,
+    offline: Offline = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure plans, transports and wire dtypes side by side, transformers beside them.
+
+    The cases take turns, A B C A B C, each in a process of its own that rests while the others work. Figures are
+    medians of the repeats. Ctrl-C prints what is done so far.
+    """
+    flags = {"run.link": link, "run.endpoint": endpoint, "server.device": device}
+    settings = _settings(model, offline, flags, config_file)
+    output = _Output(form, out, quiet)
+    from teegpu.bench.cases import parse_all
+
+    cases = parse_all(case or [], settings)
+    with sigterm_as_interrupt():
+        folder = _folder(settings, output)
+        from teegpu.bench.plans import PlanBenchmark
+
+        _conduct(
+            PlanBenchmark(
+                folder,
+                settings,
+                cases,
+                prompt_tokens=prompt_tokens,
+                decode_tokens=decode_tokens,
+                repeats=repeats,
+                check=check,
+            ),
+            output,
+        )
+
+
+@app.command()
+def accuracy(
+    model: Model = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 1024,
+    text_names: Annotated[
+        str, typer.Option("--texts", metavar="NAMES", help="all, or names of built-in texts with commas.")
+    ] = "all",
+    bf16: Annotated[
+        bool, typer.Option("--bf16/--no-bf16", help="Also a server in bf16, and transformers in bf16.")
+    ] = True,
+    device: Device = None,
+    offline: Offline = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Compare the logits of each wire dtype with those of transformers in fp32, on real text.
+
+    The plan is fused, the server a process of its own. KL divergence is in nats, the mean over all positions.
+    """
+    settings = _settings(model, offline, {"server.device": device}, config_file)
+    output = _Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        folder = _folder(settings, output)
+        from teegpu.bench.accuracy import AccuracyBenchmark, chosen_texts
+
+        _conduct(AccuracyBenchmark(folder, settings, tokens=tokens, chosen=chosen_texts(text_names), bf16=bf16), output)
+
+
+@app.command()
+def overhead(
+    model: Model = None,
+    rounds: Annotated[int, typer.Option(help="How often each of the two programs is sent.")] = 2000,
+    transport: Annotated[str, typer.Option(help="zmq, zmq+zstd, pipelined or pipelined+zstd.")] = "zmq",
+    wire_dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the server.", show_default=False)] = None,
+    device: Device = None,
+    offline: Offline = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure what an RPC of a decode step costs beyond computation and the bare exchange of its bytes."""
+    flags = {
+        "run.transport": transport,
+        "run.wire_dtype": wire_dtype,
+        "server.dtype": dtype,
+        "server.device": device,
+    }
+    settings = _settings(model, offline, flags, config_file)
+    output = _Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        folder = _folder(settings, output)
+        from teegpu.bench.overhead import OverheadBenchmark
+
+        _conduct(OverheadBenchmark(folder, settings, rounds=rounds), output)
+
+
+class _Benchmark(Protocol):
+    name: str
+
+    @property
+    def failures(self) -> Sequence[str]: ...
+
+    def run(self, notify: Notify) -> None: ...
+
+    def document(self, status: str) -> dict[str, Any]: ...
+
+
+class _Output:
+    """Where the result goes, and how. Raises ``UsageError`` at once for a place that can't be written to."""
+
+    def __init__(self, form: str, out: Path | None, quiet: bool) -> None:
+        from teegpu.bench import render
+
+        self.form = render.choose(form, out.name if out is not None else "")
+        self.quiet = quiet
+        self._out = out
+        if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+            why = "it is a folder" if out.is_dir() else f"there is no folder {out.parent} that can be written to"
+            raise UsageError(f"--out {out}: {why}")
+        if out is None and sys.stdout is None:
+            raise UsageError("standard output is closed: give --out FILE for the result")
+
+    def write(self, document: dict[str, Any]) -> None:
+        from teegpu.bench import render
+
+        text = render.render(document, self.form)
+        if self._out is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        # A reader never sees half of it, and what was there before stays until all of it is written.
+        partial = self._out.with_name(f".{self._out.name}.{os.getpid()}")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self._out)
+        finally:
+            partial.unlink(missing_ok=True)
+        if not self.quiet:
+            message_console().print(f"written to {self._out}", soft_wrap=True)
+
+
+def _settings(model: str | None, offline: bool | None, flags: dict[str, str | None], file: Path | None) -> Config:
+    from teegpu import config
+
+    return config.load({"model.name": model, "model.offline": offline, **flags}, file)
+
+
+def _folder(settings: Config, output: _Output) -> ModelFolder:
+    from teegpu.cli.models import find_model
+
+    return find_model(settings, quiet=output.quiet)
+
+
+def _conduct(benchmark: _Benchmark, output: _Output) -> None:
+    """Runs it and writes its result, however it ended, as long as there is one."""
+    from teegpu.cli.benchprogress import shown
+
+    try:
+        with shown(quiet=output.quiet) as notify:
+            benchmark.run(notify)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            interrupts.handled()
+        document = benchmark.document("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        if _measured(document):
+            output.write(document)
+        elif isinstance(error, KeyboardInterrupt):
+            message_console().print("interrupted before anything was measured", soft_wrap=True)
+        raise
+    failures = benchmark.failures
+    document = benchmark.document("failed" if failures else "complete")
+    if _measured(document):
+        output.write(document)
+    if failures:
+        cases = len(document["results"])
+        raise TeegpuError(f"{len(failures)} of {cases} case{'s' * (cases != 1)} failed: {failures[0]}")
+
+
+def _measured(document: dict[str, Any]) -> bool:
+    """Whether there is any figure in it."""
+    return any(entry.get("samples", True) for entry in document["results"])

@@ -1,0 +1,112 @@
+"""What a case's process measures: the same tokens by teegpu and by transformers, and the rounds of a phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from teegpu.bench.samples import Sample
+from teegpu.bench.worker import Worker, phase_sample
+from teegpu.config import Config
+from teegpu.errors import ModelError, UsageError
+from teegpu.metrics.summary import PhaseTotal
+from teegpu.model.folder import ModelFolder
+from teegpu.tee import plans
+from tests.conftest import TinyModel
+
+LAYERS = 3
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(folder: ModelFolder, **chosen: Any) -> dict[str, Any]:
+    model = {"name": folder.name, "path": str(folder.path)}
+    return {"do": "load", "model": model, "prompt_tokens": 20, "decode_tokens": 4, **chosen}
+
+
+def local_settings(**settings: Any) -> dict[str, Any]:
+    plan = {"run.prefill_plan": "local", "run.decode_plan": "local", "run.max_tokens": 5, "run.threads": 1}
+    return Config().values() | plan | {"run.prefix_cache_mib": 0} | settings
+
+
+def measured(worker: Worker) -> Sample:
+    return Sample.from_json(worker.handle({"do": "measure"})["sample"])
+
+
+def test_both_sides_make_the_same_tokens_and_every_repeat_is_a_run_of_its_own(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    ours, theirs = Worker(), Worker()
+    facts = ours.handle(command(folder, settings=local_settings()))["facts"]
+    assert facts["threads"] == {"runner": 1, "server": None}
+    assert theirs.handle(command(folder, transformers={"dtype": "fp32", "threads": 1}))["facts"]["notes"] == []
+    for worker in (ours, theirs):
+        first, second = measured(worker), measured(worker)
+        assert first.token_ids == second.token_ids
+        for sample in (first, second):
+            assert (sample.prefill.tokens, sample.prefill.passes) == (20, 1)
+            assert (sample.decode.tokens, sample.decode.passes) == (4, 4)
+            assert sample.prefill.rpc_calls == sample.prefill.rounds == sample.prefill.bytes_up == 0
+            assert sample.peak_memory_bytes > 2**20
+    assert measured(ours).token_ids == measured(theirs).token_ids
+    assert len(measured(ours).token_ids) == 5
+
+
+def test_prefill_alone(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    ours, theirs = Worker(), Worker()
+    ours.handle(command(folder, settings=local_settings(**{"run.max_tokens": 1})))
+    theirs.handle(command(folder, transformers={"dtype": "fp32", "threads": 1}) | {"decode_tokens": 0})
+    first, second = measured(ours), measured(theirs)
+    assert first.token_ids == second.token_ids
+    assert first.decode.tokens == second.decode.tokens == 0
+    assert first.tpot_median_seconds is second.tpot_median_seconds is None
+
+
+def test_the_baseline_in_bf16(tiny_model: TinyModel) -> None:
+    worker = Worker()
+    worker.handle(command(tiny_model("qwen3"), transformers={"dtype": "bf16", "threads": 1}))
+    assert len(measured(worker).token_ids) == 5
+
+
+def test_commands_that_can_not_be() -> None:
+    with pytest.raises(UsageError, match='can\'t do "measure" now'):
+        Worker().handle({"do": "measure"})
+    with pytest.raises(UsageError, match='can\'t do "sleep" now'):
+        Worker().handle({"do": "sleep"})
+
+
+def test_a_model_that_is_not_there(tiny_model: TinyModel) -> None:
+    nowhere = ModelFolder("nowhere", tiny_model("llama").path / "nowhere")
+    with pytest.raises(ModelError):
+        Worker().handle(command(nowhere, settings=local_settings()))
+
+
+@pytest.mark.parametrize(
+    ("plan", "overlaps", "chunks", "rpc_calls", "rounds", "overlapped"),
+    [
+        ("fused", False, 1, 7, 7, False),
+        ("fused", False, 4, 25, 25, False),
+        ("fused", True, 1, 7, 7, False),
+        ("fused", True, 4, 25, 7, True),
+        ("per-op", False, 1, 29, 29, False),
+        ("per-op", True, 1, 29, 20, False),  # q, k, v together, and gate with up: 6 rounds a layer
+        ("local", True, 4, 0, 0, False),
+    ],
+)
+def test_rounds(plan: str, overlaps: bool, chunks: int, rpc_calls: int, rounds: int, overlapped: bool) -> None:
+    total = PhaseTotal(tokens=8, passes=1, seconds=1.0, rpc_calls=rpc_calls)
+    sample = phase_sample(total, plans.get(plan), LAYERS, overlaps=overlaps, chunks=chunks)
+    assert (sample.rounds, sample.overlapped) == (rounds, overlapped)
+
+
+def test_rounds_of_decode_are_those_of_all_steps() -> None:
+    total = PhaseTotal(tokens=8, passes=5, seconds=1.0, rpc_calls=35)
+    assert phase_sample(total, plans.get("fused"), LAYERS, overlaps=True, chunks=1).rounds == 35
