@@ -131,8 +131,8 @@ def _quantise_rows(source: torch.Tensor, quantised: torch.Tensor, scales: torch.
     # Two reductions: over rows of 64, torch's aminmax takes eight times as long as amax and amin together.
     largest = torch.maximum(grouped.amax(-1, keepdim=True), grouped.amin(-1, keepdim=True).neg_())
     scales.copy_(largest.div_(127.0).clamp_min_(_SMALLEST_SCALE))
-    # Divide by the scale as it will be read, rounded to fp16, so that the rounding of the scale costs no accuracy.
-    steps = (grouped / scales.to(torch.float32)).round_().clamp_(-127, 127)
+    # By the scale as it will be read, rounded to fp16, so that the rounding of the scale costs no accuracy.
+    steps = (grouped * scales.to(torch.float32).reciprocal_()).round_().clamp_(-127, 127)
     quantised.copy_(steps.view(rows, groups * GROUP)[:, :n])
 
 
