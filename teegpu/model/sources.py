@@ -231,6 +231,8 @@ def _convert(gguf: Path, shown: str, work: Path, notify: Notify) -> None:
             )
         if kind == worker.DISK:
             raise _disk_error(work, reason)
+        if kind == worker.PACKAGE:
+            raise ModelError(f"{shown} can't be converted without a package that is missing here: {reason}")
         raise ModelError(f"{shown} can't be converted, it may be damaged ({reason}): get the file again")
     _check_model(ModelFolder(shown, out), shown)
 

@@ -18,13 +18,14 @@ from typing import Any
 ERROR_MARK = "teegpu-worker-error "
 """Begins the line that says what went wrong; then the kind (one of the words below), a colon and the reason."""
 
-UNREACHABLE, REFUSED, MISSING, DAMAGED, UNSUPPORTED, DISK = (
+UNREACHABLE, REFUSED, MISSING, DAMAGED, UNSUPPORTED, DISK, PACKAGE = (
     "unreachable",
     "refused",
     "missing",
     "damaged",
     "unsupported",
     "disk",
+    "package",
 )
 
 HUB_FILES = [
@@ -62,6 +63,8 @@ def convert_gguf(source: Path, out: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, local_files_only=True)
+    except ImportError as error:
+        raise JobError(PACKAGE, error) from error
     except Exception as error:  # a damaged file surfaces as whatever the reader stumbles over
         raise JobError(DAMAGED, error) from error
     # What is saved is an ordinary fp32 model: these are the marks by which it would call itself quantised.

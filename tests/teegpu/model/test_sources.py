@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from teegpu.errors import ModelError, UnsupportedModelError
-from teegpu.model import catalog
+from teegpu.model import catalog, sources, worker
 from teegpu.model.catalog import CatalogEntry
 from teegpu.model.folder import ModelFolder, default_cache_dir
 from teegpu.model.reader import read_spec
@@ -357,3 +357,10 @@ def test_a_hub_model_without_safetensors_is_not_kept(hub) -> None:
     with pytest.raises(ModelError, match=r"what came from 127.* is no usable model: .*no safetensors weights"):
         catalog.resolve("org/name")
     assert left_in_cache(default_cache_dir()) == []
+
+
+def test_a_missing_package_is_told_as_that(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = f"{worker.ERROR_MARK}{worker.PACKAGE}: accelerate is required, `pip install accelerate`"
+    monkeypatch.setattr(sources, "run_child", lambda *_, **__: (3, told))
+    with pytest.raises(ModelError, match="a package that is missing here: accelerate is required"):
+        sources._convert(tiny_gguf, "some.gguf", tmp_path, lambda *_: None)
