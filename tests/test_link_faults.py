@@ -81,3 +81,25 @@ def test_a_link_that_is_cut_in_prefill_ends_the_run(transport: str, tiny_model: 
             report = runner.report("failed", error="lost")
     assert report["status"] == "failed"
     assert report["phases"]["prefill"]["seconds"] > 0
+
+
+def test_the_record_says_what_compression_saved_on_a_slow_link(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama", max_position_embeddings=2048)
+    shared = SETTINGS | {"compression.min_bytes": 4096, "run.max_tokens": 1, "run.chunk_tokens": 0}
+    with (
+        EmbeddedServer(folder, config.load(shared), threads=1) as server,
+        EmulatedLink(LinkSpec.parse("rtt=1ms,bandwidth=20mbit"), server.wait()["address"]) as link,
+    ):
+        settings = config.load(shared | {"run.endpoint": link.endpoint, "run.transport": "zmq+zstd"})
+        with Runner(settings, folder) as runner:
+            for _ in range(2):  # the first transfers measure the link
+                runner.generate(
+                    [*PROMPT * 24], sampler=Sampler(SamplingOptions()), on_token=lambda _: False, result=Generation()
+                )
+            prefill = runner.report("complete")["phases"]["prefill"]
+    compression = prefill["compression"]
+    assert 0 < compression["compressed_bytes"] <= compression["tried_bytes"]
+    assert compression["saved_bytes_up"] > 0
+    assert compression["saved_bytes_down"] > 0
+    assert compression["seconds"] > 0
+    assert compression["raw_bytes_up"] - compression["saved_bytes_up"] == prefill["bytes_up"]

@@ -81,6 +81,10 @@ def phase(total: PhaseTotal) -> dict[str, Any]:
         "compression": {
             "raw_bytes_up": total.raw_bytes_up,
             "raw_bytes_down": total.raw_bytes_down,
+            "saved_bytes_up": total.raw_bytes_up - total.bytes_up,
+            "saved_bytes_down": total.raw_bytes_down - total.bytes_down,
+            "tried_bytes": total.tried_bytes,
+            "compressed_bytes": total.compressed_bytes,
             "seconds": total.busy.compression_seconds,
         },
         "speculation": {"drafted_tokens": total.drafted_tokens, "accepted_tokens": total.accepted_tokens},

@@ -54,7 +54,8 @@ class Rpc(NamedTuple):
 
     ``sent_ns`` to ``received_ns`` is the time on the link and at the server. Server seconds are the server's own
     claims. ``operations`` maps report names to (logical operations, seconds). ``bytes_*`` crossed the link; ``raw_*``
-    are the same frames before compression.
+    are the same frames before compression. ``tried_bytes`` went through the runner's codec, samples included, and
+    ``compressed_bytes`` are those, before compression, that crossed the link compressed, either way.
     """
 
     request_id: int
@@ -73,6 +74,8 @@ class Rpc(NamedTuple):
     compute_seconds: float
     encode_seconds: float
     operations: dict[str, tuple[int, float]]
+    tried_bytes: int = 0
+    compressed_bytes: int = 0
 
 
 class TokensMade(NamedTuple):

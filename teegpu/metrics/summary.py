@@ -68,6 +68,8 @@ class PhaseTotal:
     bytes_down: int = 0
     raw_bytes_up: int = 0
     raw_bytes_down: int = 0
+    tried_bytes: int = 0
+    compressed_bytes: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     busy: BusyTotal = field(default_factory=BusyTotal)
@@ -173,6 +175,8 @@ class Summary:
         phase.bytes_down += rpc.bytes_down
         phase.raw_bytes_up += rpc.raw_bytes_up
         phase.raw_bytes_down += rpc.raw_bytes_down
+        phase.tried_bytes += rpc.tried_bytes
+        phase.compressed_bytes += rpc.compressed_bytes
         queue, decode, compute, encode = server_parts(rpc)
         round_trip = (rpc.received_ns - rpc.sent_ns) / 1e9
         phase.busy.round_trip_seconds += round_trip

@@ -157,6 +157,8 @@ class GpuClient:
                 compute_seconds=times.compute_seconds,
                 encode_seconds=times.encode_seconds,
                 operations=times.operations,
+                tried_bytes=reply.up.tried_bytes + reply.down.tried_bytes,
+                compressed_bytes=reply.up.raw_bytes + reply.down.raw_bytes,
             )
         )
         # What follows the reply's arrival is decompressing, decoding and checking it. In an overlapped prefill it may

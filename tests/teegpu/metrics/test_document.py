@@ -29,7 +29,24 @@ def summary() -> Summary:
             ev.Lap(0, 10 * MS, ev.TEE, "RMSNORM", 1, 0, 0),
             ev.Lap(10 * MS, 15 * MS, ev.SERIALIZATION, "ENCODE", 0, 0, 0),
             ev.Rpc(
-                1, "q", 0, 0, 15 * MS, 35 * MS, 10, 30, 20, 60, 0.25, 0.001, 0.0, 0.004, 0.0, {"LINEAR": (3, 0.004)}
+                1,
+                "q",
+                0,
+                0,
+                15 * MS,
+                35 * MS,
+                10,
+                30,
+                20,
+                60,
+                0.25,
+                0.001,
+                0.0,
+                0.004,
+                0.0,
+                {"LINEAR": (3, 0.004)},
+                30,
+                25,
             ),
             ev.Lap(15 * MS, 35 * MS, ev.WAIT, "WAIT", 0, 0, 1),
             ev.TokensMade(38 * MS, 1),
@@ -93,7 +110,15 @@ def test_the_figures_of_a_phase(summary: Summary) -> None:
     assert prefill["server_seconds"] == pytest.approx(0.001)
     assert prefill["gpu_seconds"] == pytest.approx(0.004)
     assert prefill["communication_share"] == pytest.approx(0.5)
-    assert prefill["compression"] == {"raw_bytes_up": 20, "raw_bytes_down": 60, "seconds": 0.25}
+    assert prefill["compression"] == {
+        "raw_bytes_up": 20,
+        "raw_bytes_down": 60,
+        "saved_bytes_up": 20 - prefill["bytes_up"],
+        "saved_bytes_down": 60 - prefill["bytes_down"],
+        "tried_bytes": 30,
+        "compressed_bytes": 25,
+        "seconds": 0.25,
+    }
     assert prefill["ops"]["LINEAR"] == {"where": "gpu", "count": 3, "seconds": pytest.approx(0.004)}
     assert prefill["ops"]["RMSNORM"] == {"where": "tee", "count": 1, "seconds": pytest.approx(0.01)}
     assert [layer["layer"] for layer in prefill["layers"]] == [0, 1]
