@@ -1,10 +1,13 @@
-"""Settings as the transports and the wire take them: one translation for the runner, the server and the tools."""
+"""Settings as the transports and the wire take them, and the frames of the wire as the transports do: one translation
+for the runner, the server and the tools."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from teegpu.config import Config
 from teegpu.wire.limits import Limits
-from transports.base import ClientOptions, ServerOptions
+from transports.base import ClientOptions, FrameKind, ServerOptions
 
 MIB = 2**20
 
@@ -43,3 +46,9 @@ def server_options(config: Config) -> ServerOptions:
         compression_level=config.compression.level,
         compression_min_bytes=config.compression.min_bytes,
     )
+
+
+@lru_cache(maxsize=4096)
+def frame_kinds(kinds: tuple[tuple[str, int], ...]) -> tuple[FrameKind, ...]:
+    """``wire.codec.Encoded.kinds`` for a transport; made once for each layout of a message."""
+    return tuple(FrameKind(label, itemsize) for label, itemsize in kinds)

@@ -21,11 +21,12 @@ from teegpu.gpu.executor import Executor
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
+from teegpu.options import frame_kinds
 from teegpu.wire import codec
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Execute, Hello, Refusal, ServerTimes, Welcome
 from teegpu.wire.program import ShapeError
-from transports.base import FrameKind, Incoming, Message, Server
+from transports.base import Incoming, Message, Server
 from transports.errors import LimitError
 
 log = logging.getLogger("teegpu.gpu")
@@ -216,4 +217,4 @@ def _refuse(request_id: int, code: str, text: str) -> codec.Encoded:
 
 
 def _message(encoded: codec.Encoded) -> Message:
-    return Message(encoded.frames, [FrameKind(label, itemsize) for label, itemsize in encoded.kinds])
+    return Message(encoded.frames, frame_kinds(encoded.kinds))

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,13 +21,14 @@ from teegpu.errors import BadReplyError, MismatchError, ServerRefusedError, Wire
 from teegpu.metrics.events import SERIALIZATION, WAIT, Rpc
 from teegpu.metrics.recorder import Recorder
 from teegpu.model.spec import ModelSpec
+from teegpu.options import client_options, frame_kinds, wire_limits
 from teegpu.tee.products import Call
 from teegpu.wire import codec
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Execute, Hello, Refusal, Result, Welcome
 from teegpu.wire.messages import Message as WireMessage
 from teegpu.wire.program import Program, Shape, infer_shapes
-from transports.base import Client, FrameKind, Message, Reply
+from transports.base import Client, Message, Reply
 
 RESIDUAL = frozenset({"x", "z", "logits"})
 """Registers that stay in fp16 when the wire dtype is int8: errors in the residual add up over the layers."""
@@ -116,7 +116,7 @@ class GpuClient:
         if layout is None:
             layout = self._layouts[program.packed] = self._layout(program)
         encoded = codec.encode_execute(Execute(self._next_id, program, call.inputs, *layout))
-        message = _Request(encoded.frames, _frame_kinds(encoded.kinds), call=call)
+        message = _Request(encoded.frames, frame_kinds(encoded.kinds), call=call)
         self._recorder.lap(SERIALIZATION, "ENCODE", call.layer, call.chunk)
         return self._next_id, message
 
@@ -207,11 +207,6 @@ class GpuClient:
         return BadReplyError(f"the server at {self._transport.endpoint} answered {where} with {what}")
 
 
-@lru_cache(maxsize=4096)
-def _frame_kinds(kinds: tuple[tuple[str, int], ...]) -> tuple[FrameKind, ...]:
-    return tuple(FrameKind(label, itemsize) for label, itemsize in kinds)
-
-
 def decode_reply(decoder: codec.Decoder, reply: Reply, endpoint: str) -> WireMessage:
     """The message in ``reply``. Raises ``BadReplyError``, and for a refusal ``ServerRefusedError`` or
     ``MismatchError``."""
@@ -238,7 +233,6 @@ def hello(transport: Client, decoder: codec.Decoder, timeout_seconds: float) -> 
 def probe(endpoint: str, config: Config) -> dict[str, Any]:
     """Who answers at ``endpoint``: version, model, digest, device, dtype, and the median of a few round trips."""
     import transports
-    from teegpu.options import client_options, wire_limits
 
     decoder = codec.Decoder(wire_limits(config))
     with transports.connect("zmq", endpoint, client_options(config)) as transport:

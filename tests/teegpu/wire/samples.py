@@ -1,0 +1,50 @@
+"""Messages that the codec's tests take apart."""
+
+from __future__ import annotations
+
+import torch
+
+from teegpu.wire import codec, dtypes
+from teegpu.wire.limits import Limits
+from teegpu.wire.messages import Execute, ServerTimes, Welcome
+from teegpu.wire.program import Program, Step, linear, single
+
+LIMITS = Limits(message_bytes=2**20, tensors=4, dimension=4096, program_steps=8)
+
+FUSED = Program(
+    ("a", "x"),
+    (linear("o", "o_proj", "a"), Step("add", "z", ("x", "o")), linear("up", "up_proj", "z")),
+    ("z", "up"),
+)
+EMBED = single(["ids"], Step("embedding", "x", ("ids",), "embed_tokens"))
+
+WELCOME = Welcome(
+    request_id=7,
+    software="0.1.0",
+    instance="0123456789abcdef",
+    model="smollm2-135m",
+    digest="ab" * 32,
+    dims={"layers": 30, "hidden_size": 576},
+    device="cpu",
+    dtype="bf16",
+    threads=2,
+    memory_bytes=269_000_000,
+    limits={"message_bytes": 2**31},
+)
+TIMES = ServerTimes(0.25, 0.5, 1.0, 0.125, {"LINEAR": (3, 0.75), "LM_HEAD": (1, 0.25)})
+
+
+def decoder(limits: Limits = LIMITS) -> codec.Decoder:
+    return codec.Decoder(limits)
+
+
+def execute(encoding: str = "fp32", reply: str = "fp16") -> codec.Encoded:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "x": torch.ones(2, 65)}
+    message = Execute(3, FUSED, tensors, dict.fromkeys(tensors, encoding), {"z": reply, "up": "int8"})
+    return codec.encode_execute(message)
+
+
+def result(encoding: str = "fp32") -> codec.Encoded:
+    tensors = {"z": torch.arange(6.0).reshape(2, 3), "up": torch.ones(2, 65)}
+    frames = [codec.frame(name, t.shape, encoding, dtypes.narrow(t, encoding)) for name, t in tensors.items()]
+    return codec.encode_result(9, TIMES, frames)
