@@ -32,6 +32,8 @@ from teegpu.settings import (
     LimitSettings,
     LinkSettings,
     ModelSettings,
+    MonitorSettings,
+    RecordSettings,
     RunSettings,
     SamplingSettings,
     ServerSettings,
@@ -50,6 +52,8 @@ __all__ = [
     "LimitSettings",
     "LinkSettings",
     "ModelSettings",
+    "MonitorSettings",
+    "RecordSettings",
     "RunSettings",
     "SamplingSettings",
     "ServerSettings",
@@ -76,6 +80,8 @@ class Config:
     link: LinkSettings = field(default_factory=LinkSettings)
     compression: CompressionSettings = field(default_factory=CompressionSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    record: RecordSettings = field(default_factory=RecordSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def source(self, key: str) -> str:

@@ -19,6 +19,9 @@ PLANS = ("local", "per-op", "batched", "attention", "fused")
 TRANSPORTS = ("zmq", "zmq+zstd", "pipelined", "pipelined+zstd", "inprocess")
 WIRE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 SERVER_DTYPES = ("auto", "fp32", "bf16", "fp16")
+SPREADS = ("failover", "round-robin")
+LOG_FORMATS = ("rich", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 Value = str | bool | int | float | tuple[str, ...]
 
@@ -141,10 +144,16 @@ class ModelSettings:
 class RunSettings:
     """How the TEE runner generates, and how it divides the work with the GPU server."""
 
-    endpoint: str = setting(
-        "",
-        "Where the GPU server is: tcp://host:port or ipc:///path. Empty: a server is started for the run on this "
-        "machine and ended with it.",
+    endpoints: tuple[str, ...] = setting(
+        (),
+        "Where the GPU servers are: tcp://host:port or ipc:///path, with #layers=A-B where a server is to compute "
+        "these layers only, and #key=NAME where its public key is not link.server_key. Empty: a server is started for "
+        "the run on this machine and ended with it.",
+    )
+    spread: str = setting(
+        "failover",
+        "How several endpoints are used. failover: the next when one fails; round-robin: requests go to all in turn.",
+        choices=SPREADS,
     )
     prefill_plan: str = setting("fused", "How a layer is cut into requests while the prompt is read.", choices=PLANS)
     decode_plan: str = setting("fused", "The same, while tokens are generated.", choices=PLANS)
@@ -177,6 +186,13 @@ class RunSettings:
     link: str = setting(
         "", "An emulated link between runner and server, such as rtt=5ms,bandwidth=1gbit. Empty: the real one."
     )
+    check_finite: bool = setting(True, "Refuse replies with infinities or NaNs in them.")
+    note: str = setting("", "A line of your own that is kept with the run's record, such as what is being tried.")
+
+    @property
+    def endpoint(self) -> str:
+        """The first endpoint, or an empty string where the run starts a server of its own."""
+        return self.endpoints[0] if self.endpoints else ""
 
 
 @dataclass(frozen=True)
@@ -222,6 +238,17 @@ class ServerSettings:
         choices=SERVER_DTYPES,
     )
     threads: int = setting(0, "Threads that it computes with on the CPU. 0: all cores.", minimum=0, maximum=4096)
+    key: str = setting(
+        "", "The server's own key pair: a name of 'teegpu keys list', or a secret key file. Empty: no encryption."
+    )
+    auth_dir: str = setting(
+        "", "Folder with the public keys of the clients that may connect, one file each; read anew when it changes."
+    )
+    log_format: str = setting("rich", "How the server's log is written.", choices=LOG_FORMATS)
+    log_level: str = setting("info", "The least severe lines that are logged.", choices=LOG_LEVELS)
+    drain_seconds: float = setting(
+        10.0, "How long a server that was told to end goes on with requests that it has.", minimum=0, maximum=3600
+    )
 
 
 @dataclass(frozen=True)
@@ -240,6 +267,24 @@ class LinkSettings:
         "How long to poll for an answer before sleeping. Polling saves latency and costs a core.",
         minimum=0,
         maximum=1,
+    )
+    server_key: str = setting(
+        "",
+        "The server's public key, which it must prove to have: a name of 'teegpu keys list', a public key file, or the "
+        "key itself. Empty: no encryption.",
+    )
+    client_key: str = setting(
+        "", "The runner's own key pair: a name of 'teegpu keys list', or a secret key file. Needed with server_key."
+    )
+    retry_budget_seconds: float = setting(
+        30.0,
+        "How long requests that the network or a restarting server lost are sent again, counted from the first failure "
+        "without a reply since. 0: the first failure ends the run.",
+        minimum=0,
+        maximum=86400,
+    )
+    retry_backoff_seconds: float = setting(
+        0.05, "The first pause between two attempts; it doubles, up to 2 s.", above=0, maximum=60
     )
     window_requests: int = setting(32, "Requests in flight at most (pipelined).", minimum=1, maximum=65536)
     window_mib: int = setting(256, "MiB in flight at most (pipelined).", minimum=1)
@@ -265,6 +310,38 @@ class LimitSettings:
     clients: int = setting(256, "Clients of a server at once.", minimum=1)
     dimension: int = setting(16777216, "Length of one dimension of a tensor.", minimum=1)
     tensors: int = setting(32, "Tensors in one message.", minimum=1)
+    program_mib: int = setting(
+        8192, "MiB that one program may need for inputs, registers and reply, computed before it runs.", minimum=1
+    )
+    hello_timeout_seconds: float = setting(
+        30.0, "How long a server keeps a connection that has not yet said hello.", above=0, maximum=86400
+    )
+    idle_timeout_seconds: float = setting(
+        3600.0, "How long a server remembers a client that sends nothing.", above=0, maximum=604800
+    )
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """The records of runs, which 'teegpu report' and 'teegpu watch' read."""
+
+    keep: bool = setting(True, "Record each run. A record holds no prompt and no generated text.")
+    dir: str = setting("", "Where records are kept. Empty: $XDG_STATE_HOME/teegpu/runs.")
+    save_text: bool = setting(False, "Keep the prompt, the generated text and the token ids in the record too.")
+    keep_runs: int = setting(200, "Records kept; the oldest go first, never the last one.", minimum=1)
+    keep_mib: int = setting(1024, "MiB of records kept.", minimum=1)
+    keep_days: int = setting(90, "Days that a record is kept.", minimum=1)
+    events_mib: int = setting(
+        256, "MiB of events of one run; after that only its sums go on. 16 KiB is about one generated token.", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """The live view: 'teegpu run --watch' and 'teegpu watch'."""
+
+    theme: str = setting("teegpu-dark", "The colours to begin with; 't' in the monitor goes through them.")
+    refresh_hertz: float = setting(5.0, "How often the view is drawn.", minimum=1, maximum=30)
 
 
 SECTIONS: dict[str, type[Any]] = {
@@ -275,6 +352,8 @@ SECTIONS: dict[str, type[Any]] = {
     "link": LinkSettings,
     "compression": CompressionSettings,
     "limits": LimitSettings,
+    "record": RecordSettings,
+    "monitor": MonitorSettings,
 }
 
 

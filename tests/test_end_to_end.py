@@ -89,7 +89,7 @@ def runner(smollm2: ModelFolder, server: EmbeddedServer, answers: list[list[int]
 
     def make(plan: str, transport: str = "pipelined", **more: Any) -> Runner:
         settings: dict[str, object] = {
-            "run.endpoint": server.endpoint,
+            "run.endpoints": (server.endpoint,),
             "run.prefill_plan": plan,
             "run.decode_plan": plan,
             "run.transport": transport,

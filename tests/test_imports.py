@@ -21,7 +21,7 @@ LAYERS = (
     {"tee", "gpu"},
     {"options"},
     {"wire", "model", "metrics", "transports"},
-    {"config", "settings", "errors", "kernels", "machine"},
+    {"config", "settings", "errors", "kernels", "machine", "units"},
 )
 """From the top of the house down. A part imports from below itself, never from beside or above."""
 

@@ -43,7 +43,7 @@ def test_a_link_that_stalls_and_recovers_costs_time_only(
         EmbeddedServer(folder, server_settings, threads=1) as server,
         EmulatedLink(LinkSpec.parse("rtt=1ms,bandwidth=1gbit"), server.wait()["address"]) as link,
     ):
-        settings = config.load(SETTINGS | {"run.endpoint": link.endpoint, "run.transport": transport})
+        settings = config.load(SETTINGS | {"run.endpoints": (link.endpoint,), "run.transport": transport})
         with Runner(settings, folder) as runner:
             made = 0
 
@@ -71,7 +71,7 @@ def test_a_link_that_is_cut_in_prefill_ends_the_run(transport: str, tiny_model: 
         EmbeddedServer(folder, config.load(SETTINGS), threads=1) as server,
         EmulatedLink(LinkSpec.parse("rtt=40ms"), server.wait()["address"]) as link,
     ):
-        settings = config.load(SETTINGS | {"run.endpoint": link.endpoint, "run.transport": transport})
+        settings = config.load(SETTINGS | {"run.endpoints": (link.endpoint,), "run.transport": transport})
         with Runner(settings, folder) as runner:
             timer = threading.Timer(0.06, link.cut)
             timer.start()
@@ -90,7 +90,7 @@ def test_the_record_says_what_compression_saved_on_a_slow_link(tiny_model: TinyM
         EmbeddedServer(folder, config.load(shared), threads=1) as server,
         EmulatedLink(LinkSpec.parse("rtt=1ms,bandwidth=20mbit"), server.wait()["address"]) as link,
     ):
-        settings = config.load(shared | {"run.endpoint": link.endpoint, "run.transport": "zmq+zstd"})
+        settings = config.load(shared | {"run.endpoints": (link.endpoint,), "run.transport": "zmq+zstd"})
         with Runner(settings, folder) as runner:
             for _ in range(2):  # the first transfers measure the link
                 runner.generate(

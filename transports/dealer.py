@@ -310,7 +310,7 @@ class DealerClient(Client):
         note = self._connection.note if self._connection else ""
         return lambda: ConnectError(
             f"no server answers at {self.endpoint} within {seconds:g} s{note} "
-            f"(start one with 'teegpu serve --bind {self.endpoint}', or set run.endpoint)"
+            f"(start one with 'teegpu serve --bind {self.endpoint}', or set run.endpoints)"
         )
 
     def _lost(self, what: str) -> ErrorMaker:

@@ -92,7 +92,7 @@ class Case:
         values |= {key: setting.default for key, setting in SETTINGS.items() if key.startswith("sampling.")}
         values |= {"run.prefix_cache_mib": 0, "run.max_tokens": decode_tokens + 1}
         if not self.remote(base):
-            values |= {"run.link": "", "run.endpoint": ""}
+            values |= {"run.link": "", "run.endpoints": ()}
         return from_values(values)
 
 
@@ -202,7 +202,7 @@ def _check(text: str, items: Mapping[str, str], case: Case, base: Config) -> Non
         idle = [key for key in items if key in _SERVER_KEYS]
         if idle:
             raise UsageError(f"--case {text}: '{idle[0]}' is for servers that the benchmark starts itself, and "
-                             f"run.endpoint is {base.run.endpoint}: leave one of them out")  # fmt: skip
+                             f"run.endpoints names {base.run.endpoint}: leave one of them out")  # fmt: skip
 
 
 def _baseline(text: str, items: Mapping[str, str]) -> Case:

@@ -148,7 +148,7 @@ class Pool:
             if case.remote(self._work.base) and not config.run.endpoint:
                 key, threads = self._server_of(config)
                 values |= {
-                    "run.endpoint": self._server(key, config, threads).endpoint,
+                    "run.endpoints": (self._server(key, config, threads).endpoint,),
                     # Beside a server on the same machine, as in a run with an embedded one.
                     "run.threads": config.run.threads or machine.thread_split(embedded=True)[0],
                 }

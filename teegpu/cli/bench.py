@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -75,7 +76,11 @@ def plans(
     The cases take turns, A B C A B C, each in a process of its own that rests while the others work. Figures are
     medians of the repeats. Ctrl-C prints what is done so far.
     """
-    flags = {"run.link": link, "run.endpoint": endpoint, "server.device": device}
+    flags: dict[str, object] = {
+        "run.link": link,
+        "run.endpoints": None if endpoint is None else (endpoint,),
+        "server.device": device,
+    }
     settings = _settings(model, offline, flags, config_file)
     output = _Output(form, out, quiet)
     from teegpu.bench.cases import parse_all
@@ -204,7 +209,7 @@ class _Output:
             message_console().print(f"written to {self._out}", soft_wrap=True)
 
 
-def _settings(model: str | None, offline: bool | None, flags: dict[str, str | None], file: Path | None) -> Config:
+def _settings(model: str | None, offline: bool | None, flags: Mapping[str, object], file: Path | None) -> Config:
     from teegpu import config
 
     return config.load({"model.name": model, "model.offline": offline, **flags}, file)

@@ -48,7 +48,7 @@ class Check:
 
 def doctor(
     endpoint: Annotated[
-        str | None, typer.Option(help="The server to ask, in place of run.endpoint.", metavar="ADDRESS")
+        str | None, typer.Option(help="The server to ask, in place of run.endpoints.", metavar="ADDRESS")
     ] = None,
     config_file: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a table.")] = False,
@@ -73,11 +73,11 @@ def doctor(
 def examine(endpoint: str | None = None, config_file: Path | None = None) -> Iterator[Check]:
     """Every finding, as it is made. With settings that can't be read the rest is examined for the defaults."""
     try:
-        config = load({"run.endpoint": endpoint}, config_file)
+        config = load({"run.endpoints": None if endpoint is None else (endpoint,)}, config_file)
         changed = [key for key, value in config.values().items() if value != SETTINGS[key].default]
         settings = Check("settings", "ok", f"changed from the default: {', '.join(changed) or 'none'}")
     except ConfigError as error:
-        config = Config(run=RunSettings(endpoint=endpoint or ""))
+        config = Config(run=RunSettings(endpoints=() if endpoint is None else (endpoint,)))
         settings = Check("settings", "fail", str(error), error.exit_code)
     yield from versions()
     yield settings
@@ -179,7 +179,7 @@ def absent_model(config: Config) -> Check:
 def server(config: Config) -> Check:
     endpoint = config.run.endpoint
     if not endpoint:
-        return Check("server", "ok", "none configured (run.endpoint): each run starts its own")
+        return Check("server", "ok", "none configured (run.endpoints): each run starts its own")
     from teegpu.tee import gpu_client
 
     try:

@@ -55,7 +55,11 @@ def run(
         str | None, typer.Option(help="Catalogue name, Hugging Face id, folder or .gguf file.", rich_help_panel=MODEL)
     ] = None,
     endpoint: Annotated[
-        str | None, typer.Option(help="GPU server; without one an embedded server is started.", rich_help_panel=MODEL)
+        list[str] | None,
+        typer.Option(
+            help="GPU server; may be given several times. Without one an embedded server is started.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Device of the embedded server.", rich_help_panel=MODEL)] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the embedded server.", rich_help_panel=MODEL)] = None,
@@ -121,7 +125,7 @@ def run(
     flags = {
         "model.name": model,
         "model.offline": offline,
-        "run.endpoint": endpoint,
+        "run.endpoints": tuple(endpoint) if endpoint else None,
         "run.prefill_plan": prefill_plan if prefill_plan is not None else plan,
         "run.decode_plan": decode_plan if decode_plan is not None else plan,
         "run.transport": transport,
@@ -181,7 +185,7 @@ def _check_embedded(settings: Config, flags: dict[str, str | None]) -> None:
     run = settings.run
     told = f"{' and '.join(given)} would be for the embedded server, and this run starts none"
     if run.endpoint:
-        raise UsageError(f"{told}: run.endpoint is {run.endpoint}, so give it to 'teegpu serve' there")
+        raise UsageError(f"{told}: run.endpoints names {run.endpoint}, so give it to 'teegpu serve' there")
     if run.prefill_plan == run.decode_plan == "local":
         raise UsageError(f"{told}: the plan 'local' computes in the runner, in fp32")
 
@@ -322,7 +326,7 @@ def _document_of_nothing(settings: Config, outcome: _Outcome) -> dict[str, Any]:
         status=outcome.status,
         started_at=now.isoformat(timespec="milliseconds"),
         model={"name": settings.model.name},
-        settings={name: vars(run)[name] for name in names} | {"endpoints": [run.endpoint] if run.endpoint else []},
+        settings={name: vars(run)[name] for name in names} | {"endpoints": list(run.endpoints)},
         tee={"kind": machine.tee_kind(), "attested": False},
         server={},
         summary=Summary(),

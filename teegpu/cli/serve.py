@@ -225,7 +225,7 @@ def _life_line(bind: str, stop: Stop) -> Iterator[None]:
 
 
 def _banner(console: Console, address: str, identity: Identity) -> None:
-    from teegpu.report.brief import human_bytes
+    from teegpu.units import human_bytes
     from teegpu.wire.messages import PROTOCOL_VERSION
 
     console.print(f"teegpu GPU server ready at {address}")

@@ -21,8 +21,13 @@ NO_LAYER: Final = -1
 
 
 class PhaseBegan(NamedTuple):
+    """``tokens``: of the prompt that are to be computed, or in decode the most that will be generated. ``chunks``: that
+    the prefill is cut into."""
+
     at_ns: int
     phase: str
+    tokens: int = 0
+    chunks: int = 1
 
 
 class PhaseEnded(NamedTuple):
@@ -37,7 +42,7 @@ class PhaseEnded(NamedTuple):
 class Lap(NamedTuple):
     """The runner's thread did ``op`` (of part ``tee``, ``serialization``, ``wait`` or ``other``) since the last lap.
 
-    ``request_id`` of a ``wait`` is the request whose reply ended it.
+    ``request_id`` of a ``wait`` is the request whose reply ended it, that of a ``SEND`` the one that is now on its way.
     """
 
     start_ns: int
@@ -55,7 +60,8 @@ class Rpc(NamedTuple):
     ``sent_ns`` to ``received_ns`` is the time on the link and at the server. Server seconds are the server's own
     claims. ``operations`` maps report names to (logical operations, seconds). ``bytes_*`` crossed the link; ``raw_*``
     are the same frames before compression. ``tried_bytes`` went through the runner's codec, samples included, and
-    ``compressed_bytes`` are those, before compression, that crossed the link compressed, either way.
+    ``compressed_bytes`` are those, before compression, that crossed the link compressed, either way. ``endpoint`` is
+    the index of the server that answered, ``attempts`` how often the request was sent.
     """
 
     request_id: int
@@ -76,6 +82,19 @@ class Rpc(NamedTuple):
     operations: dict[str, tuple[int, float]]
     tried_bytes: int = 0
     compressed_bytes: int = 0
+    endpoint: int = 0
+    attempts: int = 1
+
+
+class Retried(NamedTuple):
+    """A request was lost and will be sent again. ``reason`` is the name of the transport's error."""
+
+    at_ns: int
+    request_id: int
+    layer: int
+    chunk: int
+    endpoint: int
+    reason: str
 
 
 class TokensMade(NamedTuple):
@@ -92,4 +111,27 @@ class Speculated(NamedTuple):
     accepted: int
 
 
-Event = PhaseBegan | PhaseEnded | Lap | Rpc | TokensMade | Speculated
+class TextMade(NamedTuple):
+    """Generated text, piece by piece. Recorded only where the user asked that text be saved."""
+
+    at_ns: int
+    text: str
+
+
+class Sampled(NamedTuple):
+    """The memory of both processes in bytes, and the runner's CPU time so far. 0: not known (a server elsewhere)."""
+
+    at_ns: int
+    runner_bytes: int
+    server_bytes: int
+    cpu_seconds: float
+
+
+class Noted(NamedTuple):
+    """One line for the user: what takes time, what went wrong and was mended."""
+
+    at_ns: int
+    text: str
+
+
+Event = PhaseBegan | PhaseEnded | Lap | Rpc | Retried | TokensMade | Speculated | TextMade | Sampled | Noted

@@ -26,12 +26,12 @@ class Recorder:
         self._last_ns = 0
         self._phase: str | None = None
 
-    def begin(self, phase: str) -> None:
-        """Begins a phase; one that is still open ends here, without tokens."""
+    def begin(self, phase: str, tokens: int = 0, chunks: int = 1) -> None:
+        """Begins a phase (see ``PhaseBegan``); one that is still open ends here, without tokens."""
         self.end(0, 0)
         self._phase = phase
         self._last_ns = self.clock_ns()
-        self.add(PhaseBegan(self._last_ns, phase))
+        self.add(PhaseBegan(self._last_ns, phase, tokens, chunks))
 
     def end(self, tokens: int, passes: int) -> None:
         """Ends the phase, if one is open. Its remaining time is ``other``."""

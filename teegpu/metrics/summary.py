@@ -126,7 +126,7 @@ class Summary:
                 self._phase.seconds += (event.at_ns - self._began_ns) / 1e9
                 self._phase = None
                 self._rpcs.clear()
-            else:
+            elif isinstance(event, ev.Speculated):
                 self._phase.drafted_tokens += event.drafted
                 self._phase.accepted_tokens += event.accepted
 

@@ -8,6 +8,8 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
+from teegpu.units import human_bytes
+
 PHASES = ("prefill", "decode")
 
 _GAP = 2
@@ -110,13 +112,3 @@ def _packed(parts: Sequence[str], joint: str, width: int | None) -> list[str]:
         else:
             lines.append(part)
     return lines
-
-
-def human_bytes(count: float) -> str:
-    """``1536`` → ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        # what would be rounded up to 1024 belongs to the next unit
-        if count < 1023.95 or (unit == "B" and count < 1024):
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

@@ -110,13 +110,14 @@ class Session:
     def _prefill(self, run: _Run) -> bool:
         """Computes the prompt and makes the first token. True when there is more to generate."""
         record = self._record
-        record.begin(PREFILL)
+        reused = self._reuse(run.context)
+        run.done.reused_tokens = reused
+        expected = len(run.context) - reused
+        record.begin(PREFILL, expected, -(-expected // self._chunk_tokens))
         fresh = 0
         try:
-            reused = self._reuse(run.context)
-            run.done.reused_tokens = reused
             logits = self._prefill_logits(run.context, reused)
-            fresh = len(run.context) - reused
+            fresh = expected
             return self._accept(run, logits)
         finally:
             record.end(fresh, passes=1)
@@ -176,7 +177,7 @@ class Session:
 
     def _decode(self, run: _Run) -> None:
         record = self._record
-        record.begin(DECODE)
+        record.begin(DECODE, run.max_tokens - len(run.done.token_ids))
         made_before, passes = len(run.done.token_ids), 0
         try:
             lookup = PromptLookup(run.context) if self._speculate and not self._rotary.depends_on_length else None

@@ -39,6 +39,7 @@ class _Request(Message):
     """A message with the call that it carries."""
 
     call: Call = field(kw_only=True)
+    request_id: int = field(kw_only=True)
 
 
 class GpuClient:
@@ -116,14 +117,15 @@ class GpuClient:
         if layout is None:
             layout = self._layouts[program.packed] = self._layout(program)
         encoded = codec.encode_execute(Execute(self._next_id, program, call.inputs, *layout))
-        message = _Request(encoded.frames, frame_kinds(encoded.kinds), call=call)
+        message = _Request(encoded.frames, frame_kinds(encoded.kinds), call=call, request_id=self._next_id)
         self._recorder.lap(SERIALIZATION, "ENCODE", call.layer, call.chunk)
         return self._next_id, message
 
     def _sent(self, message: Message) -> None:
         """``message`` is on its way: what has passed since it was encoded is compression and the handing over."""
         if isinstance(message, _Request):
-            self._recorder.lap(SERIALIZATION, "SEND", message.call.layer, message.call.chunk)
+            call = message.call
+            self._recorder.lap(SERIALIZATION, "SEND", call.layer, call.chunk, message.request_id)
 
     def _layout(self, program: Program) -> tuple[dict[str, str], dict[str, str]]:
         """The wire dtypes of a program's inputs and outputs."""

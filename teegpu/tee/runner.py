@@ -300,7 +300,7 @@ class Runner:
             "transport": run.transport,
             "wire_dtype": run.wire_dtype,
             "chunk_tokens": self.chunk_tokens,
-            "endpoints": [run.endpoint] if run.endpoint else [],
+            "endpoints": list(run.endpoints),
             "link": str(self.link) if self.link is not None else "",
             "threads": {"runner": self.threads.runner, "server": self.threads.server, "cores": self.threads.cores},
             "max_tokens": run.max_tokens,

@@ -52,7 +52,7 @@ def test_what_a_case_does_not_name_is_as_in_force() -> None:
 
 
 def test_only_a_case_with_a_server_gets_the_link_and_the_endpoint() -> None:
-    settings = base(run__link="rtt=5ms", run__endpoint="tcp://127.0.0.1:1")
+    settings = base(run__link="rtt=5ms", run__endpoints=("tcp://127.0.0.1:1",))
     assert parse("fused", settings).config(settings, 1).run.link == "rtt=5ms"
     for text in ("local", "transformers"):
         case = parse(text, settings)
@@ -89,7 +89,7 @@ def test_the_default_set() -> None:
 
 
 def test_the_default_set_asks_nothing_of_a_server_that_is_there() -> None:
-    settings = base(run__endpoint="tcp://127.0.0.1:1")
+    settings = base(run__endpoints=("tcp://127.0.0.1:1",))
     assert all("server.dtype" not in case.given for case in parse_all([], settings))
 
 
@@ -128,7 +128,7 @@ def test_mistakes(text: str, told: str) -> None:
 
 
 def test_keys_of_a_server_of_our_own_beside_an_endpoint() -> None:
-    settings = base(run__endpoint="tcp://127.0.0.1:1")
+    settings = base(run__endpoints=("tcp://127.0.0.1:1",))
     with pytest.raises(UsageError, match=r"'dtype' is for servers that the benchmark starts itself"):
         parse("fused,dtype=bf16", settings)
     assert parse("local", settings).label == "local"

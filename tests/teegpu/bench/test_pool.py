@@ -127,8 +127,8 @@ def test_cases_that_need_the_same_server_share_it(folder: ModelFolder) -> None:
         for index in range(4):
             pool.load(index)
     assert [server.config.server.dtype for server in house.servers] == ["fp32", "bf16"]
-    endpoints = [house.settings(case.label)["run.endpoint"] for case in house.cases]
-    assert endpoints == ["ipc:///0", "ipc:///0", "ipc:///1", ""]
+    endpoints = [house.settings(case.label)["run.endpoints"] for case in house.cases]
+    assert endpoints == [("ipc:///0",), ("ipc:///0",), ("ipc:///1",), ()]
     assert house.log[-2:] == ["close server bf16", "close server fp32"]
 
 
@@ -156,12 +156,12 @@ def test_runner_and_server_share_the_cores_and_others_have_all(folder: ModelFold
 
 
 def test_a_server_that_is_there_is_used_with_all_cores(folder: ModelFolder) -> None:
-    house = House(folder, "fused", run__endpoint="tcp://10.0.0.1:5555")
+    house = House(folder, "fused", run__endpoints=("tcp://10.0.0.1:5555",))
     with house.pool as pool:
         pool.load(0)
     assert house.servers == []
     settings = house.settings(house.cases[0].label)
-    assert (settings["run.endpoint"], settings["run.threads"]) == ("tcp://10.0.0.1:5555", 0)
+    assert (settings["run.endpoints"], settings["run.threads"]) == (("tcp://10.0.0.1:5555",), 0)
 
 
 def test_the_case_whose_turn_is_last_makes_room(folder: ModelFolder) -> None:

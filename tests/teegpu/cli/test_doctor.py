@@ -66,7 +66,7 @@ def test_nothing_failed(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch {importlib.metadata.version('torch')}" in found["packages"][1]
     assert found["model"][0] == "warn"
     assert "has still to be fetched" in found["model"][1]
-    assert found["server"] == ("ok", "none configured (run.endpoint): each run starts its own")
+    assert found["server"] == ("ok", "none configured (run.endpoints): each run starts its own")
 
 
 def test_rows_are_readable_without_colour(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,8 +89,8 @@ def test_a_server_that_answers(capsys: pytest.CaptureFixture[str], answered: lis
 def test_the_configured_endpoint_is_asked(
     capsys: pytest.CaptureFixture[str], answered: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TEEGPU_RUN_ENDPOINT", "tcp://host:2")
-    assert report(capsys)["settings"] == ("ok", "changed from the default: run.endpoint")
+    monkeypatch.setenv("TEEGPU_RUN_ENDPOINTS", "tcp://host:2")
+    assert report(capsys)["settings"] == ("ok", "changed from the default: run.endpoints")
     assert answered == ["tcp://host:2"]
 
 

@@ -338,7 +338,7 @@ def test_two_runners_at_once_on_one_server(model: ModelFolder, server: LocalServ
 
     def answer(prompt: str) -> None:
         settings = config.load({
-            "run.endpoint": server.address, "run.wire_dtype": "fp32", "run.max_tokens": 12, "run.chunk_tokens": 16
+            "run.endpoints": (server.address,), "run.wire_dtype": "fp32", "run.max_tokens": 12, "run.chunk_tokens": 16
         })  # fmt: skip
         with Runner(settings, model) as runner:
             ids = runner.tokenizer.encode_chat(prompt)

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from teegpu.metrics import events as ev
 from teegpu.metrics.document import document
 from teegpu.metrics.summary import Summary
-from teegpu.report.brief import brief, human_bytes
+from teegpu.report.brief import brief
 
 MS = 1_000_000
 
@@ -136,20 +136,3 @@ def test_accepted_guesses() -> None:
     assert brief(make(events=events)).plain.endswith("\n6 of 8 guessed tokens accepted, 3.00 tokens per step")
     narrow = brief(make(events=events), 30).plain.splitlines()
     assert narrow[-2:] == ["6 of 8 guessed tokens", "accepted, 3.00 tokens per step"]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (1536, "1.5 KiB"),
-        (2**20 - 1, "1.0 MiB"),
-        (2**20, "1.0 MiB"),
-        (2**30 - 1, "1.00 GiB"),
-        (5 * 2**40, "5120.00 GiB"),
-    ],
-)
-def test_bytes_for_a_person(count: int, text: str) -> None:
-    assert human_bytes(count) == text
