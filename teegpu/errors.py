@@ -10,7 +10,9 @@
     ├── MismatchError              5   the server speaks another protocol version or serves another model
     ├── ServerRefusedError         6   the server understood and said no: its reason is in the message
     ├── BadReplyError              7   the server answered something that can't be right
-    └── WireError                  7   bytes that are not a valid message (ours or theirs)
+    ├── WireError                  7   bytes that are not a valid message (ours or theirs)
+    ├── RecordError                8   a run's record that can't be found, read or written
+    └── ThresholdError             9   a comparison that was to fail above a threshold, and is above it
 
 Success is 0, an interrupt (Ctrl-C, SIGTERM) 130, a reader that went away (broken pipe) 141, a bug of ours 70.
 
@@ -69,6 +71,14 @@ class BadReplyError(TeegpuError):
 
 class WireError(TeegpuError):
     exit_code = 7
+
+
+class RecordError(TeegpuError):
+    exit_code = 8
+
+
+class ThresholdError(TeegpuError):
+    exit_code = 9
 
 
 def nearest(name: str, known: list[str]) -> str:

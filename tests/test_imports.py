@@ -17,11 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"bench", "monitor", "report"},
+    {"monitor"},
+    {"bench", "report"},
     {"tee", "gpu"},
     {"options"},
+    {"keys"},
     {"wire", "model", "metrics", "transports"},
-    {"config", "settings", "errors", "kernels", "machine", "units"},
+    {"config", "settings", "endpoints", "errors", "kernels", "machine", "units"},
 )
 """From the top of the house down. A part imports from below itself, never from beside or above."""
 
