@@ -4,6 +4,8 @@ PYTHON ?= python3
 PROMPT ?= Why does the moon have phases? Explain it in three short sentences.
 # More arguments for 'teegpu run' or pytest, as in: make test ARGS="-k wire"
 ARGS ?=
+# Tests at once.
+JOBS ?= 2
 # Another index for PyTorch. The CPU build is much smaller: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
@@ -28,8 +30,10 @@ run: $(VENV)/.runtime
 
 setup: $(VENV)/.dev
 
+# Those that measure times come after the others, by themselves. 5: none was selected, as ARGS may have it.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not alone" $(ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest -m alone $(ARGS) || test $$? -eq 5
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -163,6 +163,7 @@ def test_heavy_modules_would_be_seen() -> None:
     assert "numpy" in loaded_after("import numpy")
 
 
+@pytest.mark.alone
 def test_help_is_quick() -> None:
     script = Path(sys.executable).with_name("teegpu")
     command = [str(script)] if script.exists() else [sys.executable, "-m", "teegpu"]

@@ -201,6 +201,7 @@ def test_half_close_travels_after_the_data(listener: socket.socket) -> None:
         assert near.recv(1) == b""
 
 
+@pytest.mark.alone
 def test_connections_share_the_bandwidth_fairly(listener: socket.socket) -> None:
     size = 2_500_000
     spec = LinkSpec.parse("bandwidth=200mbit")
@@ -224,6 +225,7 @@ def test_connections_share_the_bandwidth_fairly(listener: socket.socket) -> None
         assert ended[0] - started > 0.75 * expected, "one had the link for itself"
 
 
+@pytest.mark.alone
 def test_a_sender_feels_the_link(listener: socket.socket) -> None:
     """What is not carried yet stays with the sender, apart from what fits into sockets and the link's queue."""
     with (
@@ -251,6 +253,7 @@ def test_a_sender_feels_the_link(listener: socket.socket) -> None:
         "rtt=2ms,bandwidth=2gbit",
     ],
 )
+@pytest.mark.alone
 def test_accuracy(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
     """RTT within 10 %, bandwidth within 5 %. The machine may be busy, so the best of three attempts counts."""
     wanted = LinkSpec.parse(spec)
@@ -277,12 +280,14 @@ def deviations(wanted: LinkSpec, measured: LinkMeasurement) -> tuple[float, floa
     )
 
 
+@pytest.mark.alone
 def test_loopback_adds_little() -> None:
     with EmulatedLink(LOOPBACK, NOWHERE) as link:
         best = min(measure(link, seconds=0.1).rtt_seconds for _ in range(3))
         assert best < 0.001
 
 
+@pytest.mark.alone
 def test_jitter_spreads_delays_and_keeps_their_mean(listener: socket.socket) -> None:
     with EmulatedLink(LinkSpec.parse("rtt=6ms,jitter=3ms"), address_of(listener)) as link:
         rtts = []
@@ -360,7 +365,12 @@ def test_drop_resets_connections_and_takes_new_ones(listener: socket.socket) -> 
 def test_a_target_that_is_not_there_ends_the_connection(listener: socket.socket) -> None:
     address = address_of(listener)
     listener.close()
-    with EmulatedLink(LinkSpec(0.001), address) as link, dial(link.endpoint) as near:
+    # The relay may be quicker to end it than we are to see it begin.
+    with (
+        EmulatedLink(LinkSpec(0.001), address) as link,
+        contextlib.suppress(ConnectionResetError),
+        dial(link.endpoint) as near,
+    ):
         assert has_ended(near)
 
 
@@ -411,6 +421,7 @@ def test_stall_needs_a_time() -> None:
 # ---- its process
 
 
+@pytest.mark.alone
 def test_it_starts_quickly_and_ends_with_the_with_statement() -> None:
     seconds = []
     for _ in range(3):
@@ -484,6 +495,7 @@ def test_command_runs_until_a_signal(sent: signal.Signals, listener: socket.sock
         assert not any(relay.is_running() for relay in relays)
 
 
+@pytest.mark.alone
 def test_command_measures(capsys: pytest.CaptureFixture[str]) -> None:
     link_command(measure=True, rtt="1ms", bandwidth="50mbit")
     printed = capsys.readouterr()
