@@ -96,13 +96,22 @@ def oversubscribed(runner_threads: int, server_threads: int, cores: int) -> bool
 # Memory
 
 
-def peak_memory_bytes(root: Path = ROOT) -> int:
-    """The most memory that this process has had resident, in bytes."""
-    for line in _text(root / "proc/self/status").splitlines():
+def peak_memory_bytes(root: Path = ROOT, *, pid: int | None = None) -> int:
+    """The most memory that a process (None: this one) has had resident, in bytes; 0 where there is no such process."""
+    for line in _text(root / f"proc/{pid or 'self'}/status").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
+    if pid is not None:
+        return 0
     # ru_maxrss counts what the parent had when it forked, so it is the second choice; in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes(root: Path = ROOT, *, pid: int | None = None) -> int:
+    """The memory that a process (None: this one) has resident, in bytes; 0 where there is no such process."""
+    _, _, rest = _text(root / f"proc/{pid or 'self'}/statm").partition(" ")
+    pages = rest.partition(" ")[0]
+    return int(pages) * resource.getpagesize() if pages.isdigit() else 0
 
 
 def memory_bytes(root: Path = ROOT) -> int:

@@ -14,12 +14,20 @@ class Recorder:
     """Keeps the exclusive clock of one runner thread.
 
     ``lap`` charges everything since the last lap to one thing: no instant is counted twice or left out. What happens
-    outside of ``begin`` and ``end`` is not recorded. ``sinks`` get the events in order, in batches of at most
-    ``batch``, and at the end of each phase; they must not change the lists.
+    outside of ``begin`` and ``end`` is not measured. ``sinks`` get the events in order, in batches of at most
+    ``batch``, and at the end of each phase; they must not change the lists. ``log`` is a sink that may also read
+    along in ``held``, from another thread; a list that an interrupt kept from the other sinks comes to it once more.
     """
 
-    def __init__(self, *sinks: Sink, clock_ns: Callable[[], int] = time.perf_counter_ns, batch: int = 2048) -> None:
+    def __init__(
+        self,
+        *sinks: Sink,
+        log: Sink | None = None,
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
+        batch: int = 2048,
+    ) -> None:
         self.clock_ns = clock_ns
+        self.log = log
         self._sinks = sinks
         self._batch = batch
         self._events: list[Event] = []
@@ -69,9 +77,22 @@ class Recorder:
         if len(self._events) >= self._batch:
             self.flush()
 
+    def remark(self, event: Event) -> None:
+        """Records ``event``, of which nothing is measured, outside of phases too."""
+        self._events.append(event)
+
+    @property
+    def held(self) -> Sequence[Event]:
+        """The events that are not yet handed over: a list that only grows until it is, and then never changes."""
+        return self._events
+
     def flush(self) -> None:
         """Hands over the events that are held."""
         if self._events:
-            events, self._events = self._events, []
+            events = self._events
+            # Before there is another list: who reads along in that one then has all that came before it.
+            if self.log is not None:
+                self.log(events)
+            self._events = []
             for sink in self._sinks:
                 sink(events)

@@ -182,6 +182,14 @@ def test_peak_memory_without_proc(tmp_path: Path) -> None:
     assert machine.peak_memory_bytes(tmp_path) > 2**20
 
 
+def test_memory_of_another_process(tmp_path: Path) -> None:
+    root = files(tmp_path, {"proc/7/status": "VmHWM:\t 512 kB\n", "proc/7/statm": "900 3 1 1 0 5 0\n"})
+    assert machine.peak_memory_bytes(root, pid=7) == 2**19
+    assert machine.resident_bytes(root, pid=7) == 3 * os.sysconf("SC_PAGESIZE")
+    assert machine.peak_memory_bytes(root, pid=8) == machine.resident_bytes(root, pid=8) == 0
+    assert machine.resident_bytes() > 2**20
+
+
 def test_describe(tmp_path: Path) -> None:
     described = machine.describe(files(tmp_path, cpuinfo("avx2")))
     assert described["cpu"] == "Some CPU"

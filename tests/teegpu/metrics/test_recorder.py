@@ -155,6 +155,48 @@ def test_every_sink_gets_every_event() -> None:
     assert len(one.events) == 4
 
 
+def test_a_log_can_read_along_in_what_is_not_yet_handed_over() -> None:
+    sink = Sink()
+    held_when_logged: list[bool] = []
+    recorder = Recorder(sink, log=lambda events: held_when_logged.append(recorder.held is events))
+    recorder.begin(ev.PREFILL)
+    growing = recorder.held
+    recorder.lap(ev.TEE, "SILU")
+    assert recorder.held is growing
+    assert [type(event) for event in growing] == [ev.PhaseBegan, ev.Lap]
+    recorder.flush()
+    assert held_when_logged == [True], "the log has it before there is another list to read along in"
+    assert list(recorder.held) == []
+    assert sink.events == list(growing)
+
+
+def test_an_interrupt_costs_the_sinks_nothing_twice() -> None:
+    sink, logged = Sink(), Sink()
+
+    def log(events: Sequence[ev.Event]) -> None:
+        logged(events)
+        if len(logged.batches) == 1:
+            raise KeyboardInterrupt
+
+    recorder = Recorder(sink, log=log)
+    recorder.begin(ev.PREFILL)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.flush()
+    recorder.lap(ev.TEE, "SILU")
+    recorder.flush()
+    assert [len(batch) for batch in logged.batches] == [1, 2], "the same list once more, which has grown"
+    assert [len(batch) for batch in sink.batches] == [2]
+
+
+def test_remarks_are_recorded_outside_of_phases_too() -> None:
+    sink = Sink()
+    recorder = Recorder(sink)
+    recorder.remark(ev.TextMade(1, "a"))
+    recorder.add(RPC)
+    recorder.flush()
+    assert sink.events == [ev.TextMade(1, "a")]
+
+
 def test_the_real_clock_is_that_of_the_transports() -> None:
     sink = Sink()
     recorder = Recorder(sink)
