@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from teegpu.metrics import linkestimate
 from teegpu.metrics.events import DECODE, PREFILL
+from teegpu.metrics.linkestimate import LinkFigures
+from teegpu.metrics.predict import Link, limit_seconds
 from teegpu.metrics.summary import PhaseTotal, Summary
+from teegpu.metrics.traffic import together
 
 SCHEMA = "teegpu.report/1"
 
@@ -23,14 +28,30 @@ def document(
     summary: Summary,
     output: dict[str, Any] | None,
     error: str | None = None,
+    note: str = "",
+    environment: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The document. ``status`` is ``complete``, ``interrupted`` or ``failed`` (then ``error`` says why)."""
+    """The document. ``status`` is ``complete``, ``interrupted`` or ``failed`` (then ``error`` says why).
+
+    ``record`` says what is missing from the run's record: ``truncated``, ``failure``, ``damage``. Advice is added by
+    who asks for it.
+    """
+    figures = linkestimate.figures(settings.get("link_figures"), summary.link.measured())
+    kept = record or {}
     return {
         "schema": SCHEMA,
         "id": run_id,
         "status": status,
         **({"error": error} if error else {}),
         "started_at": started_at,
+        "note": note,
+        "environment": dict(environment or {}),
+        "record": {
+            "truncated": bool(kept.get("truncated", False)),
+            "failure": kept.get("failure"),
+            "damage": list(kept.get("damage", ())),
+        },
         "model": model,
         "settings": settings,
         "tee": tee,
@@ -42,21 +63,115 @@ def document(
             "tpot_median_seconds": summary.tpot_percentile(0.5),
             "tpot_p95_seconds": summary.tpot_percentile(0.95),
         },
-        "limit": limit(summary),
+        "link": figures.to_json(),
+        "memory": {
+            "runner_peak_bytes": summary.memory.runner_bytes or None,
+            "server_bytes": summary.memory.server_bytes or None,
+        },
+        "endpoints": endpoints(summary, settings.get("endpoints", ())),
+        "limit": limit(summary, settings, model, figures),
         "advice": [],
     }
 
 
-def limit(summary: Summary) -> dict[str, float | None]:
-    """What the run could not have gone below. None where the link's speed would have to be known, which is not yet
-    measured: ``link_seconds``, and with it the bound and the run's ratio to it."""
+def rebuild(
+    meta: Mapping[str, Any],
+    summary: Summary,
+    status: str,
+    *,
+    output: dict[str, Any] | None = None,
+    error: str | None = None,
+    **record: Any,
+) -> dict[str, Any]:
+    """The document of a run from its stored ``meta`` and a ``summary`` that has taken its events. ``record`` as in
+    ``document``."""
+    return document(
+        run_id=str(meta.get("id", "")),
+        status=status,
+        started_at=str(meta.get("started_at", "")),
+        model=dict(meta.get("model") or {}),
+        settings=dict(meta.get("settings") or {}),
+        tee=dict(meta.get("tee") or {}),
+        server=dict(meta.get("server") or {}),
+        summary=summary,
+        output=output,
+        error=error,
+        note=str(meta.get("note") or ""),
+        environment=meta.get("environment"),
+        record=record,
+    )
+
+
+def endpoints(summary: Summary, addresses: Sequence[str]) -> list[dict[str, Any]]:
+    """What each server did, in the order of the settings; one that did nothing has zeros. The server that a run starts
+    for itself has an empty address."""
+    count = max(len(addresses), max(summary.endpoints, default=-1) + 1) if addresses else len(summary.endpoints)
+    listed = range(count) if addresses else sorted(summary.endpoints)
+    rows = []
+    for index in listed:
+        address = addresses[index] if index < len(addresses) else ""
+        total = summary.endpoints.get(index)
+        figures = asdict(total) if total is not None else dict.fromkeys(_ENDPOINT_KEYS, 0)
+        rows.append({"address": address, **figures})
+    return rows
+
+
+_ENDPOINT_KEYS = ("rpc_calls", "bytes_up", "bytes_down", "retries")
+
+
+def limit(
+    summary: Summary, settings: Mapping[str, Any], model: Mapping[str, Any], figures: LinkFigures
+) -> dict[str, float | None]:
+    """What the run could not have gone below (see ``metrics.predict``), phase by phase, and its ratio to that.
+
+    ``link_seconds``, and with it the bound and the ratio, are None where requests were sent and nothing is known of the
+    link. Where parts overlap the bound is less than their sum.
+    """
+    link = Link.of(figures)
+    carried = waited = gpu = tee = bound = wall = 0.0
+    known = True
+    for name, total in summary.phases.items():
+        gpu += total.busy.gpu_seconds
+        tee += total.tee_seconds
+        wall += total.seconds
+        carrying = waiting = 0.0
+        overlaps = overlapping(total.chunks, settings)
+        if total.rpc_calls and link is None:
+            known = False
+        elif link is not None:
+            carrying = link.carrying_seconds(total.bytes_up, total.bytes_down)
+            waiting = rounds(name, total, settings, model) * link.rtt_seconds
+        carried += max(carrying, waiting) if overlaps else carrying
+        waited += 0.0 if overlaps else waiting
+        bound += limit_seconds(
+            carrying=carrying,
+            waiting=waiting,
+            gpu=total.busy.gpu_seconds,
+            tee=total.tee_seconds,
+            overlaps=overlaps and bool(total.rpc_calls),
+        )
     return {
-        "link_seconds": None,
-        "gpu_seconds": sum(total.busy.gpu_seconds for total in summary.phases.values()),
-        "tee_seconds": sum(total.tee_seconds for total in summary.phases.values()),
-        "bound_seconds": None,
-        "ratio": None,
+        "link_seconds": carried + waited if known else None,
+        "gpu_seconds": gpu,
+        "tee_seconds": tee,
+        "bound_seconds": bound if known and bound > 0.0 else None,
+        "ratio": wall / bound if known and bound > 0.0 else None,
     }
+
+
+def overlapping(chunks: int, settings: Mapping[str, Any]) -> bool:
+    """Whether a phase of ``chunks`` had several of them under way at once."""
+    return chunks > 1 and str(settings.get("transport", "")).startswith("pipelined")
+
+
+def rounds(name: str, total: PhaseTotal, settings: Mapping[str, Any], model: Mapping[str, Any]) -> int:
+    """The round trips of a phase that could not be had at the same time: its RPC calls in lock step, those of one chunk
+    where chunks or projections were under way together."""
+    if not str(settings.get("transport", "")).startswith("pipelined"):
+        return total.rpc_calls
+    layers = model.get("layers")
+    at_once = together(str(settings.get(f"{name}_plan", "")), layers) if isinstance(layers, int) else 0
+    return min(total.rpc_calls, max(1, total.passes) * at_once) if at_once else total.rpc_calls
 
 
 def phase(total: PhaseTotal) -> dict[str, Any]:
@@ -64,10 +179,17 @@ def phase(total: PhaseTotal) -> dict[str, Any]:
     return {
         "tokens": total.tokens,
         "passes": total.passes,
+        "chunks": total.chunks,
         "seconds": total.seconds,
         "tokens_per_second": total.tokens_per_second,
         "rpc_calls": total.rpc_calls,
-        "rpc_retries": 0,  # a request that fails ends the run
+        "rpc_retries": total.rpc_retries,
+        "rpcs_per_token": total.rpcs_per_token,
+        "rpc_latency": {
+            "median_seconds": total.latencies.quantile(0.5),
+            "p95_seconds": total.latencies.quantile(0.95),
+            "max_seconds": total.latencies.max_seconds if total.latencies.count else None,
+        },
         "bytes_up": total.bytes_up,
         "bytes_down": total.bytes_down,
         "tee_seconds": total.tee_seconds,
@@ -91,4 +213,5 @@ def phase(total: PhaseTotal) -> dict[str, Any]:
         "busy": asdict(total.busy),
         "ops": {name: asdict(op) for name, op in total.ops.items()},
         "layers": [{"layer": layer, **asdict(sums)} for layer, sums in sorted(total.layers.items())],
+        "outside_layers": asdict(total.outside),
     }

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from teegpu.metrics import events as ev
-from teegpu.metrics.document import SCHEMA, document, phase
+from teegpu.metrics.document import SCHEMA, document, phase, rebuild
 from teegpu.metrics.summary import PhaseTotal, Summary
+from tests.teegpu.metrics.simulated import Speeds, run
 
 MS = 1_000_000
 
 PHASE_KEYS = {
     "tokens", "seconds", "tokens_per_second", "rpc_calls", "rpc_retries", "bytes_up", "bytes_down", "tee_seconds",
     "serialization_seconds", "wait_seconds", "network_seconds", "server_seconds", "gpu_seconds", "other_seconds",
-    "communication_share", "busy", "ops", "layers",
+    "communication_share", "busy", "ops", "layers", "outside_layers", "rpc_latency", "rpcs_per_token",
 }  # fmt: skip
 
 
@@ -82,8 +83,8 @@ def test_the_keys_of_a_document(summary: Summary) -> None:
     got = made(summary)
     assert got["schema"] == SCHEMA == "teegpu.report/1"
     assert list(got) == [
-        "schema", "id", "status", "started_at", "model", "settings", "tee", "server", "phases", "latency", "limit",
-        "advice",
+        "schema", "id", "status", "started_at", "note", "environment", "record", "model", "settings", "tee", "server",
+        "phases", "latency", "link", "memory", "endpoints", "limit", "advice",
     ]  # fmt: skip
     assert set(got["phases"]) == {"prefill", "decode"}
     for each in got["phases"].values():
@@ -142,6 +143,66 @@ def test_a_run_that_never_began_has_a_whole_document() -> None:
     assert got["phases"]["prefill"] == got["phases"]["decode"] == phase(PhaseTotal())
     assert set(got["latency"].values()) == {None}
     assert got["phases"]["decode"]["tokens_per_second"] == 0.0
+
+
+def test_the_link_is_the_given_one_where_there_is_one(summary: Summary) -> None:
+    unknown = {"rtt_seconds": None, "bandwidth_up_bytes_per_second": None, "bandwidth_down_bytes_per_second": None}
+    assert made(summary)["link"] == unknown | {"source": "unknown"}
+    figures = {"rtt_seconds": 0.005, "bandwidth_up_bytes_per_second": 1e6, "bandwidth_down_bytes_per_second": 2e6}
+    got = made(summary, settings={"link_figures": figures})
+    assert got["link"] == figures | {"source": "given"}
+    assert got["limit"]["link_seconds"] == pytest.approx(0.005 + 30 / 2e6)
+    assert got["limit"]["bound_seconds"] == pytest.approx(0.005 + 30 / 2e6 + 0.004 + 0.06)
+    assert got["limit"]["ratio"] == pytest.approx(0.09 / got["limit"]["bound_seconds"])
+
+
+def test_the_limit_of_overlapped_chunks_is_the_largest_part() -> None:
+    given = run(prompt=512, chunk_tokens=128, made=0, speeds=Speeds(rtt=0.005, up=125e6, down=125e6))
+    prefill, limit = given["phases"]["prefill"], given["limit"]
+    assert prefill["chunks"] == 4
+    assert limit["link_seconds"] == pytest.approx(prefill["bytes_down"] / 125e6)
+    assert limit["bound_seconds"] == pytest.approx(limit["link_seconds"])
+    lock_step = run(prompt=512, chunk_tokens=512, transport="zmq", speeds=Speeds(rtt=0.005, up=125e6, down=125e6))
+    limit = lock_step["limit"]
+    carried = lock_step["phases"]["prefill"]["bytes_down"] / 125e6
+    assert limit["link_seconds"] == pytest.approx(carried + 0.005 * lock_step["phases"]["prefill"]["rpc_calls"])
+    parts = limit["link_seconds"] + limit["gpu_seconds"] + limit["tee_seconds"]
+    assert limit["bound_seconds"] == pytest.approx(parts)
+    for document_ in (given, lock_step):
+        assert document_["limit"]["ratio"] >= 1.0
+
+
+@pytest.mark.parametrize("plan", ["per-op", "batched", "attention", "fused"])
+@pytest.mark.parametrize("transport", ["zmq", "pipelined"])
+def test_no_run_is_below_its_limit(plan: str, transport: str) -> None:
+    got = run(plan=plan, transport=transport, prompt=300, made=3, chunk_tokens=64)
+    assert 1.0 <= got["limit"]["ratio"] < 3.0
+
+
+def test_a_run_in_the_tee_alone_is_bound_by_the_tee() -> None:
+    limit = run(plan="local", prompt=64, made=2)["limit"]
+    assert (limit["link_seconds"], limit["gpu_seconds"]) == (0.0, 0.0)
+    assert limit["ratio"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_servers_have_their_own_figures(summary: Summary) -> None:
+    settings = {"endpoints": ["tcp://a:1", "tcp://b:1"]}
+    got = made(summary, settings=settings)["endpoints"]
+    assert got[0] == {"address": "tcp://a:1", "rpc_calls": 1, "bytes_up": 10, "bytes_down": 30, "retries": 0}
+    assert got[1] == {"address": "tcp://b:1", "rpc_calls": 0, "bytes_up": 0, "bytes_down": 0, "retries": 0}
+    assert made(summary)["endpoints"] == [got[0] | {"address": ""}]
+    assert made(Summary())["endpoints"] == []
+
+
+def test_a_stored_run_gives_the_document_that_it_ended_with(summary: Summary) -> None:
+    whole = made(summary, note="10GbE", environment={"cpu": "x"}, record={"truncated": True})
+    meta = {name: whole[name] for name in ("id", "started_at", "model", "settings", "tee", "server", "note")}
+    meta |= {"schema": "teegpu.meta/1", "pid": 1, "environment": {"cpu": "x"}}
+    assert rebuild(meta, summary, "complete", truncated=True) == whole
+    broken = rebuild(meta, summary, "interrupted", damage=["3 blocks can't be read"], failure="disk full")
+    assert broken["status"] == "interrupted"
+    assert broken["record"] == {"truncated": False, "failure": "disk full", "damage": ["3 blocks can't be read"]}
+    assert rebuild({}, Summary(), "interrupted")["phases"]["prefill"] == phase(PhaseTotal())
 
 
 def test_a_document_is_json(summary: Summary) -> None:

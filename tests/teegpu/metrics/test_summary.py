@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from teegpu.metrics import events as ev
 from teegpu.metrics import summary as summing
 from teegpu.metrics.recorder import Recorder
-from teegpu.metrics.summary import OpTotal, PhaseTotal, Summary, exposed, server_parts
+from teegpu.metrics.summary import EndpointTotal, LayerTotal, OpTotal, PhaseTotal, Summary, exposed, server_parts
 
 MS = 1_000_000
 
@@ -145,7 +145,9 @@ def test_nothing_outside_of_a_phase_counts() -> None:
     assert summary.phases == {}
     summary.add([ev.PhaseBegan(20 * MS, ev.DECODE), ev.PhaseEnded(30 * MS, ev.DECODE, 1, 1)])
     summary.add(outside)
-    assert summary.phases == {ev.DECODE: PhaseTotal(tokens=1, passes=1, seconds=near(0.01))}
+    empty = PhaseTotal(tokens=1, passes=1, chunks=1, seconds=near(0.01), other_seconds=near(0.01))
+    empty.outside.other_seconds = near(0.01)
+    assert summary.phases == {ev.DECODE: empty}
 
 
 def test_an_empty_phase_divides_by_nothing() -> None:
@@ -224,8 +226,8 @@ def test_a_wait_for_an_unknown_request_is_all_network(request_id: int) -> None:
 
 
 def test_a_request_is_exposed_by_one_wait_only() -> None:
-    wait = lap(0, 100, ev.WAIT, request_id=5)
-    total = summed(rpc(5, **SERVER), wait, wait).phases[ev.PREFILL]
+    waits = lap(0, 100, ev.WAIT, request_id=5), lap(100, 200, ev.WAIT, request_id=5)
+    total = summed(rpc(5, **SERVER), *waits).phases[ev.PREFILL]
     assert total.gpu_seconds == near(0.03)
     assert total.wait_seconds == near(0.2)
 
@@ -415,3 +417,123 @@ def test_the_parts_add_up_to_the_wall_whatever_happens(data: st.DataObject) -> N
         assert 0.0 <= total.communication_share <= 1.0 + 1e-9
         assert sum(op.seconds for op in total.ops.values() if op.where == "gpu") <= total.busy.gpu_seconds + 1e-9
         assert sum(layer.tee_seconds for layer in total.layers.values()) <= total.tee_seconds + 1e-9
+        assert whole(total) == pytest.approx(total.seconds, abs=1e-9)
+
+
+# A log that breaks off, or has lost something
+
+
+def whole(total: PhaseTotal) -> float:
+    """All exclusive parts of all layers, and of what belongs to none."""
+    rows = [*total.layers.values(), total.outside]
+    return sum(sum(getattr(row, name) for name in LayerTotal.__slots__) for row in rows)
+
+
+def test_a_phase_without_an_end_reaches_to_its_last_lap() -> None:
+    summary = Summary()
+    summary.add(
+        [
+            ev.PhaseBegan(0, ev.PREFILL, 9),
+            lap(0, 100, ev.TEE, "SILU"),
+            ev.TokensMade(100 * MS, 1),
+            ev.PhaseBegan(120 * MS, ev.DECODE, 5),
+            lap(120, 150, ev.TEE, "SILU"),
+            ev.TokensMade(150 * MS, 1),
+            ev.TokensMade(160 * MS, 2),
+            lap(150, 170, ev.SERIALIZATION),
+        ]
+    )
+    prefill, decode = summary.phases[ev.PREFILL], summary.phases[ev.DECODE]
+    assert (prefill.tokens, prefill.passes, prefill.seconds) == (9, 1, near(0.1))
+    assert (decode.tokens, decode.passes, decode.seconds) == (3, 2, near(0.05))
+    assert parts(decode) == near(0.05) == near(whole(decode))
+
+
+def test_what_was_counted_gives_way_to_what_the_end_says() -> None:
+    summary = Summary()
+    summary.add([ev.PhaseBegan(0, ev.DECODE), ev.TokensMade(0, 1), ev.TokensMade(0, 1)])
+    assert (summary.phases[ev.DECODE].tokens, summary.phases[ev.DECODE].passes) == (2, 2)
+    summary.add([ev.PhaseEnded(MS, ev.DECODE, 7, 3)])
+    assert (summary.phases[ev.DECODE].tokens, summary.phases[ev.DECODE].passes) == (7, 3)
+
+
+def test_time_whose_laps_are_lost_is_other() -> None:
+    total = summed(lap(0, 100, ev.TEE), lap(400, 600, ev.TEE), until_ms=700).phases[ev.PREFILL]
+    assert (total.tee_seconds, total.other_seconds, total.seconds) == (near(0.3), near(0.4), near(0.7))
+    assert total.outside.other_seconds == near(0.4)
+
+
+def test_no_instant_counts_twice_when_the_clock_goes_backwards() -> None:
+    total = summed(
+        lap(0, 100, ev.TEE), lap(40, 90, ev.TEE), lap(90, 130, ev.TEE), lap(200, 150, ev.TEE), until_ms=100
+    ).phases[ev.PREFILL]
+    assert total.seconds == near(0.2) == near(parts(total)) == near(whole(total))
+    assert total.tee_seconds == near(0.13)
+
+
+def test_a_wait_that_is_cut_short_exposes_no_more_than_itself() -> None:
+    call = rpc(1, 0, 100, compute_seconds=0.1)
+    total = summed(lap(0, 80, ev.TEE), call, lap(0, 100, ev.WAIT, request_id=1), until_ms=100).phases[ev.PREFILL]
+    assert (total.wait_seconds, total.gpu_seconds, total.network_seconds) == (near(0.02), near(0.02), near(0.0))
+
+
+def test_an_end_whose_beginning_is_lost_closes_what_is_open() -> None:
+    summary = Summary()
+    summary.add([ev.PhaseBegan(0, ev.PREFILL, 9), lap(0, 100, ev.TEE), ev.PhaseEnded(900 * MS, ev.DECODE, 5, 5)])
+    assert summary.phases[ev.PREFILL].seconds == near(0.1)
+    assert (summary.phases[ev.DECODE].tokens, summary.phases[ev.DECODE].seconds) == (5, 0.0)
+    summary.add([lap(900, 950, ev.TEE)])
+    assert summary.phases[ev.PREFILL].seconds == near(0.1)
+
+
+def test_a_log_of_nonsense_keeps_its_memory_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summing, "MAX_NAMES", 10)
+    monkeypatch.setattr(summing, "MAX_WAITED_FOR", 10)
+    summary = Summary()
+    summary.add([ev.PhaseBegan(0, ev.PREFILL)])
+    for number in range(100):
+        call = rpc(number, operations={f"OP{number}": (1, 0.0)}, endpoint=number, layer=number)
+        summary.add([call, lap(number, number + 1, ev.TEE, f"T{number}", layer=number)])
+    total = summary.phases[ev.PREFILL]
+    assert (len(total.layers), len(summary.endpoints), len(summary._rpcs)) == (10, 10, 10)
+    assert len(total.ops) <= 10
+    assert total.seconds == near(0.1) == near(whole(total))
+    assert total.rpc_calls == 100
+
+
+# More figures
+
+
+def test_retries_are_counted_by_phase_and_server() -> None:
+    summary = summed(
+        ev.Retried(1, 1, 0, 0, 1, "ConnectionLostError"), rpc(1, endpoint=0, attempts=2), rpc(2, endpoint=1), rpc(3)
+    )
+    total = summary.phases[ev.PREFILL]
+    assert (total.rpc_retries, total.rpc_calls) == (1, 3)
+    assert summary.endpoints == {0: EndpointTotal(2, 200, 600, 0), 1: EndpointTotal(1, 100, 300, 1)}
+
+
+def test_the_peak_of_memory_is_kept_even_outside_of_a_phase() -> None:
+    summary = Summary()
+    summary.add([ev.Sampled(1, 50, 0, 0.0), ev.Sampled(2, 90, 7, 0.0), ev.Sampled(3, 60, 3, 0.0)])
+    assert (summary.memory.runner_bytes, summary.memory.server_bytes) == (90, 7)
+
+
+def test_latencies_are_those_of_the_round_trips() -> None:
+    total = summed(*(rpc(number, 0, number) for number in range(1, 101))).phases[ev.PREFILL]
+    assert total.latencies.quantile(0.5) == pytest.approx(0.050, rel=0.011)
+    assert total.latencies.quantile(0.95) == pytest.approx(0.095, rel=0.011)
+    assert total.latencies.max_seconds == near(0.1)
+
+
+def test_layers_and_what_belongs_to_none_are_the_wall() -> None:
+    total = summed(
+        lap(0, 10, ev.TEE, "EMBEDDING", layer=ev.NO_LAYER),
+        lap(10, 20, ev.OTHER, "TURN", layer=1),
+        rpc(7, 20, 120, compute_seconds=0.04, queue_seconds=0.01),
+        lap(20, 120, ev.WAIT, layer=0, request_id=7),
+        until_ms=130,
+    ).phases[ev.PREFILL]
+    assert whole(total) == near(total.seconds) == near(0.13)
+    assert total.layers[1].other_seconds == near(0.01)
+    assert (total.outside.tee_seconds, total.outside.other_seconds) == (near(0.01), near(0.01))

@@ -1,0 +1,279 @@
+"""What a plan sends: RPC calls, rounds and bytes each way, from a model's dimensions alone. Pure formulas.
+
+They count what ``tee.decoder`` sends with the programs of ``tee.plans``, tensor by tensor: the frames of a message. Its
+envelope and header come on top, some 500 bytes for both directions of one RPC (``HEADER_BYTES_UP``, ``…_DOWN``).
+Written out for one layer and n tokens (Q = heads · head_dim, K = kv_heads · head_dim, H hidden, I intermediate, P
+positions):
+
+| plan      | up                                              | down                                        |
+|-----------|-------------------------------------------------|---------------------------------------------|
+| per-op    | 3 n·H + n·Q + 2 n·H + n·I, and below            | n·(Q + 2K) + n·H + 2 n·I + n·H, and below   |
+| batched   | n·H + n·Q + n·H + n·I, and below                | the same                                    |
+| the two   | q n·Q, keys P·K; weights heads·n·P, values P·K  | scores heads·n·P; context n·Q               |
+| attention | n·H + n·Q + n·H + n·I                           | n·(Q + 2K) + n·H + 2 n·I + n·H              |
+| fused     | n·(Q + H) + n·(I + H)                           | n·(H + 2I) + n·(H + Q + 2K)                 |
+
+Of the last layer only what is wanted is computed: a chunk whose logits nobody needs ends at its keys and values, one
+whose last token is wanted goes on with that one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Final, Literal
+
+Want = Literal["none", "last", "all"]
+
+DECODE_RUNS: Final = 16
+
+REMOTE_PLANS: Final = ("per-op", "batched", "attention", "fused")
+SCORES_ON_LINK: Final = ("per-op", "batched")
+FLOAT_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2}
+ID_BYTES: Final = 4
+INT8_GROUP: Final = 64
+RESIDUAL: Final = frozenset({"x", "z", "logits"})
+"""Registers that stay in fp16 when the wire dtype is int8."""
+
+HEADER_BYTES_UP: Final = 290
+HEADER_BYTES_DOWN: Final = 210
+"""Envelope and header of a request and of its reply, as SmolLM2's fused programs have them (docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The dimensions of a model that its traffic depends on. ``windows``: of each layer, the sliding window or None.
+    ``cuts``: the layers at which another server's group of layers begins; ``fused`` makes two requests of one there."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    windows: tuple[int | None, ...] = ()
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def q(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def layer_values(self) -> int:
+        """Values in the matrices of one layer."""
+        return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.intermediate)
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any]) -> Shape | None:
+        """The shape in the ``model`` of a document, or None where it does not say (a record of an older release)."""
+        names = "layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "vocab_size"
+        sizes = [value for name in names if isinstance(value := model.get(name), int) and value > 0]
+        if len(sizes) != len(names):
+            return None
+        layers, hidden, intermediate, heads, kv_heads, head_dim, vocab = sizes
+        windows = tuple(model.get("layer_windows") or ())
+        return cls(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, windows)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """``rounds`` are the RPCs that can't be had at the same time, ``bytes_*`` those of tensors, without headers."""
+
+    rpc_calls: int = 0
+    rounds: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.rpc_calls + other.rpc_calls,
+            self.rounds + other.rounds,
+            self.bytes_up + other.bytes_up,
+            self.bytes_down + other.bytes_down,
+        )
+
+    def times(self, count: int) -> Traffic:
+        return Traffic(self.rpc_calls * count, self.rounds * count, self.bytes_up * count, self.bytes_down * count)
+
+    @property
+    def bytes_up_with_headers(self) -> int:
+        return self.bytes_up + self.rpc_calls * HEADER_BYTES_UP
+
+    @property
+    def bytes_down_with_headers(self) -> int:
+        return self.bytes_down + self.rpc_calls * HEADER_BYTES_DOWN
+
+
+def together(plan: str, layers: int) -> int:
+    """The rounds of one pass with its logits, where requests that do not need each other are under way together; 0 for
+    a plan without requests."""
+    per_layer = {"per-op": 6, "batched": 6, "attention": 4, "fused": 2}.get(plan)
+    if per_layer is None:
+        return 0
+    return per_layer * layers + (2 if plan in SCORES_ON_LINK else 1)
+
+
+@lru_cache(maxsize=64)
+def prefill(
+    shape: Shape, plan: str, wire_dtype: str, *, tokens: int, chunk_tokens: int, overlaps: bool, start: int = 0
+) -> Traffic:
+    """The traffic of a prompt's prefill: ``tokens`` new ones after ``start`` that are in the KV cache.
+
+    With ``overlaps`` (a pipelined transport) the chunks are under way together, so that all of them take the rounds of
+    the last one.
+    """
+    edges = [*range(start, start + tokens, max(1, chunk_tokens)), start + tokens]
+    total = Traffic()
+    last = len(edges) - 2
+    for chunk, (begin, end) in enumerate(pairwise(edges)):
+        part = forward(
+            shape, plan, wire_dtype, tokens=end - begin, start=begin, want="last" if chunk == last else "none",
+            overlaps=overlaps,
+        )  # fmt: skip
+        if overlaps and chunk != last:
+            part = Traffic(part.rpc_calls, 0, part.bytes_up, part.bytes_down)
+        total += part
+    return total
+
+
+@lru_cache(maxsize=64)
+def decode(shape: Shape, plan: str, wire_dtype: str, *, passes: int, start: int, overlaps: bool) -> Traffic:
+    """The traffic of ``passes`` steps of one token each, the first at position ``start``.
+
+    With scores on the link a step grows with its position, in a straight line but for a sliding window's end and the
+    last group of int8: of many steps, ``DECODE_RUNS`` stretches are each taken for straight.
+    """
+    if passes <= 0:
+        return Traffic()
+
+    def step(position: int) -> Traffic:
+        return forward(shape, plan, wire_dtype, tokens=1, start=position, want="last", overlaps=overlaps)
+
+    if plan not in SCORES_ON_LINK:  # then a step's traffic does not depend on its position
+        return step(start).times(passes)
+    total = Traffic()
+    length = max(1, math.ceil(passes / DECODE_RUNS))
+    for first in range(start, start + passes, length):
+        count = min(length, start + passes - first)
+        ends = step(first) + step(first + count - 1)
+        total += Traffic(*(value * count // 2 for value in astuple(ends)))
+    return total
+
+
+def forward(
+    shape: Shape, plan: str, wire_dtype: str, *, tokens: int, start: int, want: Want, overlaps: bool = False
+) -> Traffic:
+    """The traffic of one forward pass over ``tokens`` at positions ``start``…. Raises ``ValueError`` for an unknown
+    plan or wire dtype."""
+    total = Traffic()
+    for up, down, at_once in messages(shape, plan, wire_dtype, tokens=tokens, start=start, want=want):
+        total += Traffic(1, 0 if at_once and overlaps else 1, up, down)
+    return total
+
+
+def messages(
+    shape: Shape, plan: str, wire_dtype: str, *, tokens: int, start: int, want: Want
+) -> Iterator[tuple[int, int, bool]]:
+    """The requests of one forward pass in their order: bytes up, bytes down, and whether one can be under way together
+    with the one before it. Raises ``ValueError`` as ``forward`` does."""
+    if plan == "local":
+        return
+    if plan not in REMOTE_PLANS or wire_dtype not in (*FLOAT_BYTES, "int8"):
+        raise ValueError(f"no plan {plan!r} over {wire_dtype!r}")
+    for inputs, outputs, at_once in _messages(shape, plan, tokens, start, want):
+        up = sum(frame_bytes(register, dims, wire_dtype) for register, dims in inputs)
+        down = sum(frame_bytes(register, dims, wire_dtype) for register, dims in outputs)
+        yield up, down, at_once
+
+
+def frame_bytes(register: str, dims: tuple[int, ...], wire_dtype: str) -> int:
+    """Bytes of the frame that carries ``register`` of ``dims``, as ``wire.dtypes.nbytes`` has them."""
+    values = math.prod(dims)
+    if register == "ids":
+        return values * ID_BYTES
+    if wire_dtype == "int8":
+        if register not in RESIDUAL:
+            return values + 2 * (values // dims[-1]) * math.ceil(dims[-1] / INT8_GROUP)
+        wire_dtype = "fp16"
+    return values * FLOAT_BYTES[wire_dtype]
+
+
+_Tensor = tuple[str, tuple[int, ...]]
+_Message = tuple[list[_Tensor], list[_Tensor], bool]
+"""What goes up, what comes down, and whether it goes together with the message before it where requests can."""
+
+
+def _messages(shape: Shape, plan: str, n: int, start: int, want: Want) -> Iterator[_Message]:
+    if plan == "fused":
+        yield from _fused(shape, n, want)
+    else:
+        yield from _plain(shape, plan, n, start, want)
+
+
+def _fused(shape: Shape, n: int, want: Want) -> Iterator[_Message]:
+    qkv = [("q", shape.q), ("k", shape.kv), ("v", shape.kv)]
+    yield [("n", (n, shape.hidden))], [(name, (n, width)) for name, width in qkv], False
+    for layer in range(shape.layers):
+        last = layer == shape.layers - 1
+        if last and want == "none":
+            return
+        m = 1 if last and want == "last" else n
+        after_attention = [("z", shape.hidden), ("gate", shape.intermediate), ("up", shape.intermediate)]
+        yield (
+            [("a", (m, shape.q)), ("x", (m, shape.hidden))],
+            [(name, (m, width)) for name, width in after_attention],
+            False,
+        )
+        if layer + 1 in shape.cuts and not last:
+            yield [("h", (m, shape.intermediate))], [("d", (m, shape.hidden))], False
+            yield [("n", (m, shape.hidden))], [(name, (m, width)) for name, width in qkv], False
+            continue
+        after_mlp = [("x", shape.hidden), *([("logits", shape.vocab)] if last else qkv)]
+        yield (
+            [("h", (m, shape.intermediate)), ("z", (m, shape.hidden))],
+            [(name, (m, width)) for name, width in after_mlp],
+            False,
+        )
+
+
+def _plain(shape: Shape, plan: str, n: int, start: int, want: Want) -> Iterator[_Message]:
+    scores_on_link, merged = plan in SCORES_ON_LINK, plan != "per-op"
+    if scores_on_link:  # and with them the embedding
+        yield [("ids", (n,))], [("x", (n, shape.hidden))], False
+    for layer in range(shape.layers):
+        last = layer == shape.layers - 1
+        yield from _products("n", n, shape.hidden, [("q", shape.q), ("k", shape.kv), ("v", shape.kv)], merged)
+        if last and want == "none":
+            return
+        m = 1 if last and want != "all" else n
+        if scores_on_link:
+            window = shape.windows[layer] if layer < len(shape.windows) else None
+            first_query = start + n - m
+            positions = start + n - (0 if window is None else max(0, first_query - window + 1))
+            queries, keys = (shape.heads, m, shape.head_dim), (shape.kv_heads, positions, shape.head_dim)
+            scores = (shape.heads, m, positions)
+            yield [("q", queries), ("k", keys)], [("scores", scores)], False
+            yield [("p", scores), ("v", keys)], [("context", queries)], False
+        yield from _products("a", m, shape.q, [("o", shape.hidden)], merged)
+        yield from _products("n", m, shape.hidden, [("gate", shape.intermediate), ("up", shape.intermediate)], merged)
+        yield from _products("h", m, shape.intermediate, [("d", shape.hidden)], merged)
+    m = n if want == "all" else 1
+    yield [("n", (m, shape.hidden))], [("logits", (m, shape.vocab))], False
+
+
+def _products(source: str, rows: int, width: int, outputs: list[tuple[str, int]], merged: bool) -> Iterator[_Message]:
+    """One input with one or more matrices: in one message, or the input again with each of them."""
+    tensors: list[_Tensor] = [(name, (rows, size)) for name, size in outputs]
+    if merged:
+        yield [(source, (rows, width))], tensors, False
+        return
+    for index, tensor in enumerate(tensors):
+        yield [(source, (rows, width))], [tensor], index > 0

@@ -1,0 +1,304 @@
+"""A document as advice reads it: its figures by name, and what a phase would have taken with other settings.
+
+A prediction starts from what was measured. The bytes that crossed are scaled by what the formulas of
+``metrics.traffic`` say of the two settings, the work on both sides is the run's own, and ``metrics.predict`` puts them
+together. Where the formulas do not even explain the run as it was, nothing is predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Final
+
+from teegpu.metrics import predict, traffic
+from teegpu.metrics.events import DECODE, PREFILL
+from teegpu.metrics.linkestimate import LinkFigures
+from teegpu.metrics.predict import Link, Work
+from teegpu.metrics.traffic import Shape, Traffic
+
+LOCAL: Final = "local"
+OVERLAPPING: Final = "pipelined"
+
+EXPLAINED: Final = (0.7, 1.4)
+"""Between these shares of a phase's real time its prediction must lie, or the formulas miss something in it."""
+
+INT8_SERIALIZATION: Final = 1.5
+"""Serialization with int8 over that with fp16: 18 % of 1.17 s became 32 % of 1.15 s, network included, on loopback."""
+
+TEE_FLOPS_PER_THREAD: Final = 5e9
+"""What one thread of the TEE computes at least where a run does not tell (attention that was left to a GPU)."""
+
+
+def figure(source: Any, *path: str) -> float:
+    """The number at ``path`` in a document, 0 where there is none."""
+    for name in path:
+        source = source.get(name) if isinstance(source, Mapping) else None
+    if isinstance(source, bool) or not isinstance(source, int | float) or not math.isfinite(source):
+        return 0.0
+    return float(source)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a document. Seconds are exclusive parts of its wall time; ``busy_…`` are sums over requests."""
+
+    name: str
+    plan: str
+    overlaps: bool
+    data: Mapping[str, Any]
+
+    def __getattr__(self, name: str) -> float:
+        """``tokens``, ``seconds``, ``tee_seconds``, …: the document's figures, ``busy_…`` those below ``busy``."""
+        if name.startswith("busy_"):
+            return figure(self.data, "busy", name.removeprefix("busy_"))
+        if name.startswith("compression_"):
+            return figure(self.data, "compression", name.removeprefix("compression_"))
+        return figure(self.data, name)
+
+    @property
+    def remote(self) -> bool:
+        return self.plan != LOCAL and self.rpc_calls > 0
+
+    def op_seconds(self, *names: str) -> float:
+        return sum(figure(self.data, "ops", name, "seconds") for name in names)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Other settings for a phase; None: as they were. ``crossing``: bytes that cross over bytes that there are, up and
+    down; ``codec_seconds``: what both sides spend on that, added to each."""
+
+    plan: str | None = None
+    wire: str | None = None
+    overlaps: bool | None = None
+    chunk_tokens: int | None = None
+    crossing: tuple[float, float] | None = None
+    codec_seconds: tuple[float, float] = (0.0, 0.0)
+
+
+class Reading:
+    """What a document says, by the names that rules use. Nothing here raises, whatever is missing."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self.document = document
+        self.settings: Mapping[str, Any] = _mapping(document, "settings")
+        self.server: Mapping[str, Any] = _mapping(document, "server")
+        self.shape = Shape.of(_mapping(document, "model"))
+        self.link = Link.of(LinkFigures.from_json(_mapping(document, "link")))
+        self.transport = str(self.settings.get("transport", ""))
+        self.wire = str(self.settings.get("wire_dtype", ""))
+        self.prefill = self._phase(PREFILL)
+        self.decode = self._phase(DECODE)
+
+    def _phase(self, name: str) -> Phase:
+        data = _mapping(_mapping(self.document, "phases"), name)
+        plan = str(self.settings.get(f"{name}_plan", ""))
+        overlaps = self.transport.startswith(OVERLAPPING) and figure(data, "chunks") > 1
+        return Phase(name, plan, overlaps and name == PREFILL, data)
+
+    @property
+    def phases(self) -> tuple[Phase, Phase]:
+        return self.prefill, self.decode
+
+    @cached_property
+    def seconds(self) -> float:
+        return self.prefill.seconds + self.decode.seconds
+
+    @property
+    def remote(self) -> bool:
+        return self.prefill.remote or self.decode.remote
+
+    @property
+    def chunk_tokens(self) -> int:
+        return int(figure(self.settings, "chunk_tokens"))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of one prompt, on average."""
+        return round(self.prefill.tokens / max(1.0, self.prefill.passes))
+
+    @property
+    def cores(self) -> int:
+        return int(figure(self.settings, "threads", "cores"))
+
+    @property
+    def runner_threads(self) -> int:
+        return int(figure(self.settings, "threads", "runner"))
+
+    @property
+    def server_threads(self) -> int:
+        return int(figure(self.server, "threads"))
+
+    @property
+    def server_on_cpu(self) -> bool:
+        return self.server.get("device") == "cpu"
+
+    @property
+    def same_machine(self) -> bool:
+        """Whether the server computes beside the runner: embedded, or at a local address."""
+        if self.server.get("embedded") is True:
+            return True
+        addresses = self.settings.get("endpoints") or ()
+        return bool(addresses) and all(str(address).startswith(_LOCAL_ADDRESSES) for address in addresses)
+
+    @property
+    def shared_cores(self) -> bool:
+        """Whether runner and server compute with more threads than there are cores for both."""
+        threads = self.runner_threads + self.server_threads
+        return self.same_machine and self.server_on_cpu and 0 < self.cores < threads
+
+    # What would have been
+
+    def saving(self, change: Change, *names: str) -> float | None:
+        """Seconds that ``change`` saves over the phases ``names`` (both, where none is named); None where that can't be
+        told of one of them. Less than zero where it costs time."""
+        total = 0.0
+        for phase in self.phases:
+            if phase.remote and (not names or phase.name in names):
+                seconds = self.predicted(phase, change)
+                if seconds is None:
+                    return None
+                total += phase.seconds - seconds
+        return total
+
+    def bytes_share(self, change: Change) -> float:
+        """The bytes that would cross the link with ``change``, over those that did."""
+        before = after = 0
+        for phase in self.phases:
+            now, then = self._formula(phase, Change()), self._formula(phase, change)
+            if phase.remote and now is not None and then is not None:
+                sends = self._as_sent(phase, now, then, change)
+                before += int(phase.bytes_up + phase.bytes_down)
+                after += sends.bytes_up_with_headers + sends.bytes_down_with_headers
+        return after / before if before else 1.0
+
+    def predicted(self, phase: Phase, change: Change) -> float | None:
+        """The seconds of ``phase`` with other settings, or None where the run does not tell enough."""
+        link = self.link
+        if link is None or not phase.remote or not phase.seconds:
+            return None
+        now, then = self._formula(phase, Change()), self._formula(phase, change)
+        if now is None or then is None or not now.rpc_calls:
+            return None
+        overlaps = phase.overlaps if change.overlaps is None else change.overlaps
+        sent, sends = self._as_sent(phase, now, now, Change()), self._as_sent(phase, now, then, change)
+        work = self._work(phase)
+        changed = self._changed(phase, work, change, sent, sends)
+        chunks = phase.chunks
+        if change.chunk_tokens and phase.name == PREFILL:
+            chunks = math.ceil(self.prompt_tokens / change.chunk_tokens)
+        if phase.overlaps:
+            explained = predict.overlapped(sent, link, work, int(phase.chunks)).seconds / phase.seconds
+            if not EXPLAINED[0] <= explained <= EXPLAINED[1]:
+                return None
+            return predict.overlapped(sends, link, changed, int(chunks)).seconds / explained
+        link = self._calibrated(phase, sent, link)
+        if overlaps and chunks > 1:
+            return predict.overlapped(sends, link, changed, int(chunks)).seconds
+        return predict.lock_step(sends, link, changed).seconds
+
+    def _calibrated(self, phase: Phase, sent: Traffic, link: Link) -> Link:
+        """The link as this phase, in lock step, really had it: with what each round cost beyond the RTT, or quicker
+        than its figures by a factor."""
+        expected = link.up_seconds(sent) + link.down_seconds(sent) + sent.rounds * link.rtt_seconds
+        if phase.network_seconds >= expected or not phase.network_seconds:
+            return replace(link, overhead_seconds=(phase.network_seconds - expected) / max(1, sent.rounds))
+        quicker = expected / phase.network_seconds
+        return Link(
+            link.rtt_seconds / quicker, link.up_bytes_per_second * quicker, link.down_bytes_per_second * quicker
+        )
+
+    def _formula(self, phase: Phase, change: Change) -> Traffic | None:
+        """What the formulas say that ``phase`` sends."""
+        shape, plan, wire = self.shape, change.plan or phase.plan, change.wire or self.wire
+        if shape is None or plan not in traffic.REMOTE_PLANS or wire not in (*traffic.FLOAT_BYTES, "int8"):
+            return None
+        overlaps = change.overlaps if change.overlaps is not None else self.transport.startswith(OVERLAPPING)
+        passes = max(1, int(phase.passes))
+        if phase.name == DECODE:
+            return traffic.decode(shape, plan, wire, passes=passes, start=self.prompt_tokens, overlaps=overlaps)
+        chunk = change.chunk_tokens or self.chunk_tokens or self.prompt_tokens
+        one = traffic.prefill(
+            shape, plan, wire, tokens=self.prompt_tokens, chunk_tokens=max(1, chunk), overlaps=overlaps
+        )
+        return one.times(passes)
+
+    def _as_sent(self, phase: Phase, now: Traffic, then: Traffic, change: Change) -> Traffic:
+        """``then`` scaled by what was really sent over what the formulas say of it, headers included."""
+        up, down = phase.bytes_up, phase.bytes_down
+        if change.crossing is not None:
+            up = figure(phase.data, "compression", "raw_bytes_up") * change.crossing[0]
+            down = figure(phase.data, "compression", "raw_bytes_down") * change.crossing[1]
+        up *= then.bytes_up_with_headers / now.bytes_up_with_headers
+        down *= then.bytes_down_with_headers / now.bytes_down_with_headers
+        calls = phase.rpc_calls * then.rpc_calls / now.rpc_calls
+        return Traffic(
+            round(calls),
+            round(then.rounds * phase.rpc_calls / now.rpc_calls),
+            round(up - round(calls) * traffic.HEADER_BYTES_UP),
+            round(down - round(calls) * traffic.HEADER_BYTES_DOWN),
+        )
+
+    def _work(self, phase: Phase) -> Work:
+        # In lock step the server's share is what was waited for, so that the parts are those of the wall.
+        gpu, serialization = phase.busy_gpu_seconds, phase.busy_server_serialization_seconds
+        if not phase.overlaps:
+            gpu, serialization = phase.gpu_seconds, phase.server_seconds
+        return Work(
+            phase.tee_seconds, phase.serialization_seconds, phase.other_seconds, gpu, serialization, self.shared_cores
+        )
+
+    def _changed(self, phase: Phase, work: Work, change: Change, now: Traffic, then: Traffic) -> Work:
+        tee, gpu = work.tee, work.gpu
+        ours, theirs = work.serialization, work.server_serialization
+        more = then.rpc_calls - now.rpc_calls
+        if change.plan is not None:
+            scale = (then.bytes_up + then.bytes_down) / max(1, now.bytes_up + now.bytes_down)
+            ours, theirs = ours * scale, theirs * scale
+            if phase.plan in traffic.SCORES_ON_LINK and change.plan not in traffic.SCORES_ON_LINK:
+                moved = phase.op_seconds("MATMUL", "MATMUL@gpu")
+                gpu = max(0.0, gpu - moved)
+                tee += moved if self.server_on_cpu else self._attention_seconds(phase)
+        elif change.wire is not None:
+            small = predict.INT8_SECONDS_PER_RPC / 2 * then.rpc_calls
+            if change.wire == "int8":
+                ours, theirs = ours * INT8_SERIALIZATION + small, theirs * INT8_SERIALIZATION + small
+            elif self.wire == "int8":
+                ours, theirs = max(ours / 2, ours - small), max(theirs / 2, theirs - small)
+        work = replace(
+            work,
+            tee=tee,
+            gpu=gpu,
+            serialization=max(0.0, ours + change.codec_seconds[0]),
+            server_serialization=max(0.0, theirs + change.codec_seconds[1]),
+        )
+        return work if change.plan is not None else work.with_rpc_calls(more)
+
+    def _attention_seconds(self, phase: Phase) -> float:
+        """Attention in the TEE, computed at a rate that any processor reaches: QKᵀ and AV over the positions seen."""
+        shape = self.shape
+        if shape is None:
+            return 0.0
+        prompt = self.prompt_tokens
+        positions = phase.tokens * (prompt / 2 if phase.name == PREFILL else prompt + phase.tokens / 2)
+        return 4 * shape.q * shape.layers * positions / (TEE_FLOPS_PER_THREAD * max(1, self.runner_threads))
+
+    @property
+    def largest_frame_bytes(self) -> int:
+        """Of the prefill: what the compression's minimum is held against."""
+        shape = self.shape
+        if shape is None or self.wire not in (*traffic.FLOAT_BYTES, "int8"):
+            return 0
+        tokens = min(self.chunk_tokens or self.prompt_tokens, self.prompt_tokens)
+        return traffic.frame_bytes("gate", (max(1, tokens), shape.intermediate), self.wire)
+
+
+_LOCAL_ADDRESSES = ("ipc://", "inprocess://", "tcp://127.", "tcp://localhost", "tcp://[::1]")
+
+
+def _mapping(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = source.get(name)
+    return found if isinstance(found, Mapping) else {}

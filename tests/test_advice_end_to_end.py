@@ -1,0 +1,117 @@
+"""Advice that is followed: a real run over an emulated link, the setting changed as it says, and what that brought.
+
+The machine may be busy, so a saving has to be within a factor of two of what was predicted; the links are slow enough
+that the time on them is most of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from teegpu import config
+from teegpu.model.folder import ModelFolder
+from teegpu.report.advice import advise
+from teegpu.tee.embedded_server import EmbeddedServer
+from teegpu.tee.generate import Generation
+from teegpu.tee.runner import Runner
+from teegpu.tee.sampling import Sampler, SamplingOptions
+from tests.conftest import TinyModel
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
+PROMPT = 320
+SHORT = 96
+"""Tokens of a prompt that fits into one chunk, so that nothing is to be had from overlap."""
+
+SHARED: dict[str, Any] = {
+    "run.prefix_cache_mib": 0,
+    "run.threads": 1,
+    "run.wire_dtype": "fp16",
+    "run.max_tokens": 2,
+    "server.dtype": "fp32",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: TinyModel) -> ModelFolder:
+    return tiny_model(
+        "llama", hidden_size=256, intermediate_size=768, head_dim=64, num_hidden_layers=4, max_position_embeddings=1024
+    )
+
+
+@pytest.fixture(scope="module")
+def server(folder: ModelFolder) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(folder, config.load(SHARED, environ={}), threads=1) as server:
+        server.wait()
+        yield server
+
+
+def seconds(document: dict[str, Any]) -> float:
+    return sum(float(phase["seconds"]) for phase in document["phases"].values())
+
+
+def run(server: EmbeddedServer, folder: ModelFolder, settings: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The quicker of two runs of one prompt."""
+    made = config.load(SHARED | {"run.endpoints": (server.endpoint,)} | settings, environ={})
+    ids = [number * 7 % 250 for number in range(tokens)]
+    documents = []
+    with Runner(made, folder) as runner:
+        for _ in range(2):
+            runner.restart_summary()
+            runner.generate(
+                ids, sampler=Sampler(SamplingOptions()), on_token=lambda _: False, result=Generation(), ignore_end=True
+            )
+            documents.append(runner.report("complete"))
+    return min(documents, key=seconds)
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        ("overlap", {"run.transport": "zmq", "run.wire_dtype": "fp32", "run.link": "rtt=10ms,bandwidth=100mbit"}),
+        (
+            "plan-scores",
+            {"run.transport": "zmq", "run.prefill_plan": "batched", "run.link": "rtt=5ms,bandwidth=100mbit"},
+        ),
+        ("wire-dtype", {"run.wire_dtype": "fp32", "run.chunk_tokens": 64, "run.link": "rtt=5ms,bandwidth=100mbit"}),
+        ("wire-int8", {"run.chunk_tokens": 64, "run.link": "rtt=5ms,bandwidth=50mbit"}),
+        ("chunk-too-small", {"run.transport": "zmq", "run.chunk_tokens": 16, "run.link": "rtt=10ms"}),
+        (
+            "chunk-too-large",
+            {"run.chunk_tokens": 1024, "run.wire_dtype": "fp32", "run.link": "rtt=5ms,bandwidth=80mbit"},
+        ),
+        ("plan-rounds", {"run.decode_plan": "attention", "run.max_tokens": 6, "run.link": "rtt=15ms"}),
+        ("decode-local", {"run.max_tokens": 8, "run.link": "rtt=15ms"}),
+    ],
+)
+def test_a_run_that_follows_advice_is_quicker_by_about_what_was_predicted(
+    rule: str, settings: dict[str, Any], server: EmbeddedServer, folder: ModelFolder
+) -> None:
+    tokens = SHORT if rule in ("chunk-too-small", "plan-rounds", "decode-local") else PROMPT
+    before = run(server, folder, settings, tokens)
+    # What the server's own times tell would put "decode-local" before all else; here each rule is followed by itself.
+    found = {entry["id"]: entry for entry in advise(_without(before, rule))}
+    entry = found[rule]
+    changed = {name: int(value) if value.isdigit() else value for name, value in entry["settings"].items()}
+    after = run(server, folder, settings | changed, tokens)
+    saved = seconds(before) - seconds(after)
+    assert saved > 0
+    assert 0.5 < saved / entry["predicted_saving_seconds"] < 2.0, (saved, entry)
+
+
+def _without(document: dict[str, Any], rule: str) -> dict[str, Any]:
+    """``document`` without what the rules about the TEE alone rest on, unless it is one of them that is wanted."""
+    if rule == "decode-local":
+        phases = document["phases"]
+        return document | {"phases": phases | {"prefill": phases["prefill"] | {"seconds": 1e-9, "rpc_calls": 0}}}
+    return document | {"server": document["server"] | {"device": "cuda"}}
