@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from teegpu.bench.summary import verdict
+from teegpu.units import count, fixed, percent, times
 
 Entry = Mapping[str, Any]
 Look = Callable[[Entry], Any]
@@ -48,25 +49,8 @@ def _output(entry: Entry) -> str | None:
     return verdict(entry["output"]) if entry.get("output") else None
 
 
-def _fixed(digits: int) -> Callable[[float], str]:
-    return lambda value: f"{value:,.{digits}f}"
-
-
 def _between(digits: int) -> Callable[[tuple[float, float]], str]:
     return lambda pair: f"{pair[0]:,.{digits}f}–{pair[1]:,.{digits}f}"
-
-
-def _count(value: float) -> str:
-    """A whole number as such, else one decimal (calls a step, with speculation)."""
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}×"
 
 
 def _mib(value: float) -> str:
@@ -91,26 +75,26 @@ _SERVER = Column("server", at("server", "dtype"))
 _PREFILL = (
     _CASE,
     _SERVER,
-    Column("RPC calls", at("prefill", "rpc_calls"), _count),
+    Column("RPC calls", at("prefill", "rpc_calls"), count),
     Column("MiB up", at("prefill", "bytes_up"), _mib),
     Column("MiB down", at("prefill", "bytes_down"), _mib),
-    Column("seconds", at("prefill", "seconds", "median"), _fixed(3)),
+    Column("seconds", at("prefill", "seconds", "median"), fixed(3)),
     Column("min–max", spread("prefill", "seconds"), _between(3)),
-    Column("speed-up", at("prefill", "speed_up"), _times),
-    Column("communication", at("prefill", "communication_share"), _percent),
-    Column("link's floor", at("prefill", "link_floor_seconds"), _fixed(3)),
-    Column("× floor", at("prefill", "ratio_to_floor"), _times),
+    Column("speed-up", at("prefill", "speed_up"), times),
+    Column("communication", at("prefill", "communication_share"), percent),
+    Column("link's floor", at("prefill", "link_floor_seconds"), fixed(3)),
+    Column("× floor", at("prefill", "ratio_to_floor"), times),
 )
 _DECODE = (
     _CASE,
-    Column("RPC calls", at("decode", "rpc_calls_per_step"), _count),
+    Column("RPC calls", at("decode", "rpc_calls_per_step"), count),
     Column("KiB up", at("decode", "bytes_up_per_step"), _kib),
     Column("KiB down", at("decode", "bytes_down_per_step"), _kib),
-    Column("tokens/s", at("decode", "tokens_per_second", "median"), _fixed(1)),
+    Column("tokens/s", at("decode", "tokens_per_second", "median"), fixed(1)),
     Column("min–max", spread("decode", "tokens_per_second"), _between(1)),
-    Column("speed-up", at("decode", "speed_up"), _times),
-    Column("communication", at("decode", "communication_share"), _percent),
-    Column("× floor", at("decode", "ratio_to_floor"), _times),
+    Column("speed-up", at("decode", "speed_up"), times),
+    Column("communication", at("decode", "communication_share"), percent),
+    Column("× floor", at("decode", "ratio_to_floor"), times),
 )
 _OUTPUT = (
     _CASE,
@@ -123,7 +107,7 @@ _ACCURACY = (
     Column("worst text", at("kl_nats_worst_text"), _tiny),
     Column("top-1 agreement", at("top1_agreement"), lambda value: f"{value:.4f}"),
     Column("perplexity", at("perplexity"), lambda value: f"{value:.4f}"),
-    Column("positions", at("positions"), _count),
+    Column("positions", at("positions"), count),
 )
 _OVERHEAD = (
     Column("milliseconds", at("label")),
@@ -132,10 +116,75 @@ _OVERHEAD = (
     Column("min", at("seconds", "min"), _milliseconds),
 )
 
+_CURVE = (
+    Column("bytes each way", at("label")),
+    Column("ms a round trip", at("round_trip", "median"), _milliseconds),
+    Column("p95", at("round_trip", "p95"), _milliseconds),
+    Column("min", at("round_trip", "min"), _milliseconds),
+    Column("+ ms", at("cost", "round_trip_seconds"), _milliseconds),
+    Column("MB/s each way", at("bytes_per_second", "median"), lambda value: f"{value / 1e6:,.1f}"),
+    Column("min–max", spread("bytes_per_second"), lambda pair: f"{pair[0] / 1e6:,.1f}–{pair[1] / 1e6:,.1f}"),
+    Column("of that without", at("cost", "throughput_ratio"), percent),
+)
+_SOAK = (
+    Column("client", at("label")),
+    Column("programs", at("programs"), count),
+    Column("per second", at("programs_per_second"), lambda value: f"{value:.1f}"),
+    Column("server s", at("server_seconds"), lambda value: f"{value:.2f}"),
+    Column("queue median, ms", at("queue_seconds", "median"), _milliseconds),
+    Column("queue p95, ms", at("queue_seconds", "p95"), _milliseconds),
+    Column("refused", at("refusals"), count),
+    Column("connections", at("reconnects"), count),
+    Column("errors", at("errors"), count),
+)
+
+_RECORDING = (
+    Column("seconds", at("label")),
+    Column("not recorded", at("off_seconds", "median"), fixed(3)),
+    Column("min–max", spread("off_seconds"), _between(3)),
+    Column("recorded", at("on_seconds", "median"), fixed(3)),
+    Column("min–max", spread("on_seconds"), _between(3)),
+    Column("overhead", at("overhead", "median"), lambda value: f"{value:+.2%}"),
+    Column("of pairs", spread("overhead"), lambda pair: f"{pair[0]:+.1%} to {pair[1]:+.1%}"),
+    Column("slower pairs", at("slower_pairs"), count),
+)
+
+
+_WATCHING = tuple(
+    replace(column, heading={"not recorded": "alone", "recorded": "watched"}.get(column.heading, column.heading))
+    for column in _RECORDING
+)
+
+
+def _accounts(phase: str) -> tuple[Column, ...]:
+    return (
+        _CASE,
+        Column("wall s", at(phase, "wall_seconds"), fixed(3)),
+        Column("TEE", at(phase, "tee_seconds"), fixed(3)),
+        Column("serialization", at(phase, "serialization_seconds"), fixed(3)),
+        Column("network", at(phase, "network_seconds"), fixed(3)),
+        Column("server", at(phase, "server_seconds"), fixed(3)),
+        Column("GPU", at(phase, "gpu_seconds"), fixed(3)),
+        Column("other", at(phase, "other_seconds"), fixed(3)),
+        Column("sum ÷ wall", at(phase, "sum_over_wall"), _exactly),
+        Column("layers ÷ wall", at(phase, "layers_over_wall"), _exactly),
+        Column("requests", at(phase, "requests_seconds"), fixed(3)),
+    )
+
+
+def _exactly(value: float) -> str:
+    return f"{value:.3%}"
+
+
 TABLES: dict[str, tuple[tuple[str, tuple[Column, ...]], ...]] = {
     "plans": (("Prefill", _PREFILL), ("Decode, per step", _DECODE), ("Output", _OUTPUT)),
     "accuracy": (("Against transformers in fp32", _ACCURACY),),
+    "soak": (("Clients", _SOAK),),
     "overhead": (("One RPC of a decode step", _OVERHEAD),),
+    "curve": (("What keys cost", _CURVE),),
+    "recording": (("What a record costs", _RECORDING),),
+    "watch": (("What watching costs", _WATCHING),),
+    "accounting": (("Prefill", _accounts("prefill")), ("Decode", _accounts("decode"))),
 }
 """For each benchmark its tables: title and columns. What no entry has a figure for is left out."""
 
@@ -186,6 +235,83 @@ SHEETS: dict[str, dict[str, Look]] = {
         "top1_agreement": at("top1_agreement"),
         "perplexity": at("perplexity"),
         "positions": at("positions"),
+    },
+    "recording": {
+        "part": at("part"),
+        "off_seconds_median": at("off_seconds", "median"),
+        "off_seconds_min": at("off_seconds", "min"),
+        "off_seconds_max": at("off_seconds", "max"),
+        "on_seconds_median": at("on_seconds", "median"),
+        "on_seconds_min": at("on_seconds", "min"),
+        "on_seconds_max": at("on_seconds", "max"),
+        "overhead_median": at("overhead", "median"),
+        "overhead_min": at("overhead", "min"),
+        "overhead_max": at("overhead", "max"),
+        "slower_pairs": at("slower_pairs"),
+        "pairs": at("pairs"),
+    },
+    "watch": {
+        "part": at("part"),
+        "off_seconds_median": at("off_seconds", "median"),
+        "off_seconds_min": at("off_seconds", "min"),
+        "off_seconds_max": at("off_seconds", "max"),
+        "on_seconds_median": at("on_seconds", "median"),
+        "on_seconds_min": at("on_seconds", "min"),
+        "on_seconds_max": at("on_seconds", "max"),
+        "overhead_median": at("overhead", "median"),
+        "overhead_min": at("overhead", "min"),
+        "overhead_max": at("overhead", "max"),
+        "slower_pairs": at("slower_pairs"),
+        "pairs": at("pairs"),
+    },
+    "accounting": {
+        "label": at("label"),
+        "plan": at("plan"),
+        "transport": at("transport"),
+        **{
+            f"{phase}_{key}": at(phase, key)
+            for phase in ("prefill", "decode")
+            for key in (
+                "wall_seconds",
+                "tee_seconds",
+                "serialization_seconds",
+                "network_seconds",
+                "server_seconds",
+                "gpu_seconds",
+                "other_seconds",
+                "wait_seconds",
+                "sum_over_wall",
+                "layers_over_wall",
+                "requests",
+                "requests_seconds",
+            )
+        },
+        "phases_over_wall": at("run", "phases_over_wall"),
+        "error": at("error"),
+    },
+    "curve": {
+        "bytes": at("bytes"),
+        "encrypted": at("encrypted"),
+        "round_trip_seconds_median": at("round_trip", "median"),
+        "round_trip_seconds_p95": at("round_trip", "p95"),
+        "round_trip_seconds_min": at("round_trip", "min"),
+        "bytes_per_second_median": at("bytes_per_second", "median"),
+        "bytes_per_second_min": at("bytes_per_second", "min"),
+        "bytes_per_second_max": at("bytes_per_second", "max"),
+        "round_trip_ratio": at("cost", "round_trip_ratio"),
+        "throughput_ratio": at("cost", "throughput_ratio"),
+    },
+    "soak": {
+        "label": at("label"),
+        "kind": at("kind"),
+        "programs": at("programs"),
+        "programs_per_second": at("programs_per_second"),
+        "server_seconds": at("server_seconds"),
+        "queue_seconds_median": at("queue_seconds", "median"),
+        "queue_seconds_p95": at("queue_seconds", "p95"),
+        "refusals": at("refusals"),
+        "reconnects": at("reconnects"),
+        "errors": at("errors"),
     },
     "overhead": {
         "part": at("part"),

@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import re
 from collections.abc import Sequence
 
-from rich.cells import cell_len
-
+from teegpu import formats
 from teegpu.bench.columns import SHEETS, TABLES, Column, Entry
-from teegpu.errors import UsageError, nearest
-
-_NUMBERS_ONLY = re.compile(r"\[\s+[-+.\deE,\s]+\]")
+from teegpu.formats import NOTHING
 
 FORMATS = ("table", "json", "csv", "md")
-NOTHING = "–"
 
 
 def choose(given: str, out: str) -> str:
     """The format: the one that is given, else that of the file's suffix, else ``table``. Raises ``UsageError``."""
-    if given and given not in FORMATS:
-        raise UsageError(f"--format {given} is not one of {', '.join(FORMATS)}{nearest(given, list(FORMATS))}")
-    suffix = out.rpartition(".")[2].lower()
-    return given or (suffix if suffix in FORMATS else "table")
+    return formats.choose(given, out, FORMATS)
 
 
 def render(document: Entry, form: str) -> str:
     """``document`` in ``form``, one of ``FORMATS``, ending in a line break."""
     if form == "json":
-        return _NUMBERS_ONLY.sub(_on_one_line, json.dumps(document, indent=2, ensure_ascii=False)) + "\n"
+        return formats.as_json(document)
     if form == "csv":
         return _csv(document)
     return _text(document, markdown=form == "md")
-
-
-def _on_one_line(numbers: re.Match[str]) -> str:
-    return "[" + ", ".join(numbers.group()[1:-1].replace(",", " ").split()) + "]"
 
 
 def _csv(document: Entry) -> str:
@@ -62,7 +49,7 @@ def _text(document: Entry, *, markdown: bool) -> str:
         if len(rows) == 1:
             continue
         table = _columns_that_say_something(rows)
-        blocks.append(f"{title}\n\n{_markdown(table)}" if markdown else f"{title}\n{_plain(table)}")
+        blocks.append(f"{title}\n\n{formats.markdown(table)}" if markdown else f"{title}\n{formats.aligned(table)}")
     failures = [f"{entry['label']} failed: {entry['error']}" for entry in results if entry.get("error")]
     remarks = [*failures, *document["notes"]]
     if remarks:
@@ -72,7 +59,7 @@ def _text(document: Entry, *, markdown: bool) -> str:
 
 def _heading(document: Entry) -> str:
     model, machine, settings = document["model"], document["machine"], document["settings"]
-    facts = [f"teegpu bench {document['benchmark']}", model["name"]]
+    facts = [f"teegpu bench {document['benchmark']}", *([model["name"]] if model else [])]
     facts += [f"{settings[key]:,} {word}" for key, word in _NUMBERS if key in settings]
     if "link" in settings:
         facts.append(f"link {settings['link']}" if settings["link"] else "no emulated link")
@@ -91,6 +78,7 @@ _NUMBERS = (
     ("tokens", "tokens a text"),
     ("repeats", "repeats"),
     ("rounds", "rounds"),
+    ("pairs", "pairs"),
 )
 
 
@@ -103,26 +91,3 @@ def _columns_that_say_something(rows: Sequence[Sequence[str]]) -> list[list[str]
     """``rows`` without the columns that are empty in all of them (a link's limit where there is no link)."""
     kept = [place for place in range(len(rows[0])) if place == 0 or any(row[place] != NOTHING for row in rows[1:])]
     return [[row[place] for place in kept] for row in rows]
-
-
-def _plain(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(cell_len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [_padded(row[0], widths[0], left=True)]
-        cells += [_padded(cell, width, left=False) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _padded(text: str, width: int, *, left: bool) -> str:
-    space = " " * (width - cell_len(text))
-    return text + space if left else space + text
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return "\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])

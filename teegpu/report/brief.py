@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
 from rich.text import Text
 
+from teegpu.report import facts
+from teegpu.report.facts import PHASES
 from teegpu.units import human_bytes
-
-PHASES = ("prefill", "decode")
 
 _GAP = 2
 
@@ -25,10 +26,11 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
 )
 
 
-def brief(document: dict[str, Any], width: int | None = None) -> Text:
+def brief(document: dict[str, Any], width: int | None = None, details: str = "") -> Text:
     """The summary of a ``teegpu.report/1`` document, for a terminal of ``width`` columns (None: as wide as it takes).
 
-    The lines are broken here: print them with ``soft_wrap=True``. Where the table is too wide, its columns become rows.
+    ``details``: the command that shows more, where there is one. The lines are broken here: print them with
+    ``soft_wrap=True``. Where the table is too wide, its columns become rows.
     """
     text = Text("\n".join(_packed(_facts(document), " · ", width)))
     table = _table(document)
@@ -38,28 +40,23 @@ def brief(document: dict[str, Any], width: int | None = None) -> Text:
             upright = _aligned([list(column) for column in zip(*table, strict=True)])
         for line in upright:
             text.append("\n").append_text(line)
-    for note in _notes(document):
+    for note in (*_notes(document), *_advice(document)):
         for part in _packed(note.split(" "), " ", width):
             text.append("\n").append(part)
+    if details:
+        text.append(f"\ndetails: {details}", style="dim")
     return text
 
 
 def _facts(document: dict[str, Any]) -> list[str]:
-    latency, settings = document["latency"], document["settings"]
-    facts = [] if document["status"] == "complete" else [document["status"]]
-    plans = settings["prefill_plan"]
-    if settings["decode_plan"] != plans:
-        plans += f" / {settings['decode_plan']}"
-    facts += [document["model"]["name"], plans]
-    if document["server"]:
-        facts += [settings["transport"], settings["wire_dtype"]]
-    if settings.get("link"):
-        facts.append(f"link {settings['link']}")
+    latency = document["latency"]
+    found = [] if document["status"] == "complete" else [document["status"]]
+    found += facts.setup(document)
     if latency["ttft_seconds"] is not None:
-        facts.append(f"TTFT {latency['ttft_seconds']:.3f} s")
+        found.append(f"TTFT {latency['ttft_seconds']:.3f} s")
     if latency["tpot_median_seconds"] is not None:
-        facts.append(f"TPOT {latency['tpot_median_seconds'] * 1e3:.1f} ms")
-    return facts
+        found.append(f"TPOT {latency['tpot_median_seconds'] * 1e3:.1f} ms")
+    return found
 
 
 def _table(document: dict[str, Any]) -> list[list[str]]:
@@ -89,6 +86,16 @@ def _notes(document: dict[str, Any]) -> list[str]:
             f"{decode['tokens'] / decode['passes']:.2f} tokens per step"
         )
     return notes
+
+
+def _advice(document: dict[str, Any]) -> list[str]:
+    """The advice that would save most; it is the first."""
+    for entry in facts.advice(document)[:1]:
+        # why in a sentence, then what to do; the rest is in the report
+        why = re.split(r"(?<=[.:]) (?=[A-Z])", entry["text"])[0].rstrip(".:")
+        what = " ".join(part for part in (entry["setting"], facts.saving(entry)) if part)
+        return [f"advice: {why}" + (f": {what}" if what else "")]
+    return []
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[Text]:

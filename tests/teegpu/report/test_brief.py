@@ -136,3 +136,26 @@ def test_accepted_guesses() -> None:
     assert brief(make(events=events)).plain.endswith("\n6 of 8 guessed tokens accepted, 3.00 tokens per step")
     narrow = brief(make(events=events), 30).plain.splitlines()
     assert narrow[-2:] == ["6 of 8 guessed tokens", "accepted, 3.00 tokens per step"]
+
+
+def test_advice_and_where_there_is_more() -> None:
+    advised = make()
+    advised["advice"] = [
+        {
+            "id": "decode-local",
+            "text": "Decode took 745 ms a token, 78% of it network. In the TEE alone it would take 0.1 s.",
+            "settings": {"run.decode_plan": "local", "run.check_finite": False},
+            "predicted_saving_seconds": 9.337,
+        },
+        {"id": "another", "text": "Another."},
+    ]
+    lines = brief(advised, details="teegpu report last").plain.splitlines()
+    assert lines[-2:] == [
+        "advice: Decode took 745 ms a token, 78% of it network: "
+        "run.decode_plan = local, run.check_finite = false saves about 9.3 s",
+        "details: teegpu report last",
+    ]
+
+
+def test_strings_from_elsewhere_do_nothing_to_the_terminal() -> None:
+    assert "\x1b" not in brief(make(model={"name": "\x1b[2J"}, settings={"transport": "\x1b]0;x"})).plain

@@ -1,0 +1,73 @@
+"""Where a command's result goes: standard output, or a file that is there whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from teegpu.cli.common import message_console
+from teegpu.errors import UsageError
+
+STDOUT = Path("-")
+
+
+class Destination:
+    """``out`` None or ``-``: standard output.
+
+    Raises ``UsageError`` at once for a place that can't be written to, or that holds a file without ``force``: a result
+    that took long must not be lost for that in the end.
+    """
+
+    def __init__(self, out: Path | None, *, force: bool, quiet: bool = False) -> None:
+        self.path = None if out in (None, STDOUT) else out
+        self._force = force
+        self._quiet = quiet
+        if self.path is None:
+            if sys.stdout is None:
+                raise UsageError("standard output is closed: give --out FILE for the result")
+            return
+        if self.path.is_dir():
+            raise UsageError(f"--out {self.path}: it is a folder")
+        if not os.access(self.path.parent, os.W_OK):
+            raise UsageError(f"--out {self.path}: there is no folder {self.path.parent} that can be written to")
+        if not force and os.path.lexists(self.path):
+            raise self._taken()
+
+    def _taken(self) -> UsageError:
+        return UsageError(f"--out {self.path}: it is there already; --force replaces it")
+
+    def write(self, pieces: str | Iterable[str]) -> None:
+        """Writes the text. A reader of the file never sees half of it, and what was there before stays until then."""
+        parts = [pieces] if isinstance(pieces, str) else pieces
+        if self.path is None:
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                # a terminal's encoding may lack a character
+                sys.stdout.reconfigure(errors="replace")
+            for part in parts:
+                sys.stdout.write(part)
+            sys.stdout.flush()
+            return
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(parts)
+            if self._force:
+                partial.replace(self.path)
+            else:
+                self._link(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+        if not self._quiet:
+            message_console().print(f"written to {self.path}", soft_wrap=True)
+
+    def _link(self, partial: Path, path: Path) -> None:
+        """Unlike a rename, a link does not replace what somebody else has put there meanwhile."""
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise self._taken() from None
+        except OSError:  # a file system without links
+            partial.replace(path)
