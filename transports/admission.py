@@ -1,0 +1,276 @@
+"""Who may connect to a server: the allow-list, and the thread that answers zmq when it asks.
+
+zmq hands every CURVE handshake to a handler (ZAP, inproc://zeromq.zap.01) after the client has proved that it has the
+key that it shows. ``Gatekeeper`` is that handler. It compares the key with the allow-list, which it reads anew when the
+folder has changed, and it tells the log, at a bounded rate, who was turned away.
+
+zmq can't end one established connection by its key. So the key of a connection travels with each of its messages
+(``User-Id``, which zmq sets and a client can't), and ``RouterServer`` asks ``admits`` for each: a client that was taken
+off the list stays connected until it leaves, and gets nothing but refusals.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from transports.errors import BadKeyError
+from transports.security import PUBLIC_SUFFIX, CurveServer, PublicKey, read_public
+from transports.wakeup import Wakeup
+
+log = logging.getLogger(__name__)
+
+CHECK_SECONDS = 1.0
+"""How often the folder is looked at while nobody connects; it is with every handshake too."""
+
+SETTLE_SECONDS = 2.0
+"""A file's time stamp is coarse: a folder that changed a moment ago is read once more."""
+
+REPEAT_SECONDS = 60.0
+MAX_KINDS = 256
+"""Bounds of the log of failures: one line a minute for each kind, and so many kinds; the others are one kind."""
+
+MAX_FILES = 65536
+
+ZAP_VERSION = b"1.0"
+ZAP_OK, ZAP_REFUSED, ZAP_ERROR = b"200", b"400", b"500"
+
+_MONITOR_EVENT = struct.Struct("=HI")
+_monitor_numbers = itertools.count()
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
+
+
+class AllowList:
+    """The public keys in a folder, one ``.pub`` file each; the file's name is the client's.
+
+    Fails closed: what can't be read or trusted lets nobody in. Used by one thread, except for ``names``, which is
+    replaced as a whole and may be read from any.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ``BadKeyError`` where the folder can't be read, or where everybody could add a key to it."""
+        self.folder = folder
+        self.names: dict[str, str] = {}
+        """The clients' names, by the hexadecimal digits of their keys."""
+        self._signature: Signature | None = None
+        self._changed_at = 0.0
+        self._trouble = ""
+        try:
+            status = folder.stat()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise BadKeyError(f"{folder}: this folder of clients' keys can't be read: {reason}") from None
+        if not stat.S_ISDIR(status.st_mode):
+            raise BadKeyError(f"{folder}: this is to be a folder of clients' public keys, and it is a file")
+        if status.st_mode & stat.S_IWOTH:
+            raise BadKeyError(f"{folder}: everybody on this machine can admit clients there: chmod o-w {folder}")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the folder if it has changed."""
+        try:
+            signature = self._look()
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            self._replace({})
+            self._signature = None
+            self._complain(f"the clients' keys in {self.folder} can't be read ({error.strerror}): nobody is admitted")
+            return
+        except OSError as error:
+            # Too many open files, a fault of the disk: no reason to turn away those who were let in.
+            self._complain(f"the clients' keys in {self.folder} can't be read now ({error.strerror}): the list stays")
+            return
+        self._trouble = ""
+        now = time.time()
+        if signature == self._signature and now - self._changed_at > SETTLE_SECONDS:
+            return
+        quiet = signature == self._signature
+        if not quiet:
+            self._signature, self._changed_at = signature, now
+        self._replace(self._read([name for name, *_ in signature], quiet=quiet))
+
+    def _look(self) -> Signature:
+        found = []
+        if os.stat(self.folder).st_mode & stat.S_IWOTH:
+            raise PermissionError(errno.EPERM, "everybody on this machine can write to that folder")
+        with os.scandir(self.folder) as entries:
+            for entry in itertools.islice(entries, MAX_FILES):
+                if entry.name.endswith(PUBLIC_SUFFIX) and not entry.name.startswith("."):
+                    try:
+                        status = os.stat(entry.path)
+                    except FileNotFoundError:
+                        continue  # removed a moment ago, or a link to nothing
+                    found.append((entry.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        return tuple(sorted(found))
+
+    def _read(self, files: list[str], *, quiet: bool) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for name in files:
+            try:
+                key = read_public(self.folder / name)
+            except BadKeyError as error:
+                if not quiet:
+                    log.warning("ignored in the list of clients: %s", error)
+                continue
+            names[key.raw.hex()] = name.removesuffix(PUBLIC_SUFFIX)
+        return names
+
+    def _replace(self, names: dict[str, str]) -> None:
+        before, self.names = self.names, names
+        for key, name in names.items():
+            if key not in before:
+                log.info("client %s may connect (key %s)", name, PublicKey(bytes.fromhex(key)))
+        for key, name in before.items():
+            if key not in names:
+                log.info("client %s may not connect any more (key %s)", name, PublicKey(bytes.fromhex(key)))
+
+    def _complain(self, trouble: str) -> None:
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.error("%s", trouble)
+
+
+class FailureLog:
+    """Failures by kind: the first of each at once, the others counted and told once a minute. Its memory is bounded."""
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write = write
+        self._clock = clock
+        self._kinds: dict[str, tuple[float, int]] = {}
+
+    def failed(self, kind: str) -> None:
+        if kind not in self._kinds and len(self._kinds) >= MAX_KINDS:
+            kind = "failed handshakes of more kinds than are told apart"
+        told_at, count = self._kinds.get(kind, (None, 0))
+        if told_at is None:
+            self._write(kind)
+            told_at = self._clock()
+        else:
+            count += 1
+        self._kinds[kind] = (told_at, count)
+        self.tick()
+
+    def tick(self) -> None:
+        """Tell what was counted a minute ago, and forget what has not come again."""
+        now = self._clock()
+        for kind, (told_at, count) in list(self._kinds.items()):
+            if now - told_at < REPEAT_SECONDS:
+                continue
+            if count:
+                self._write(f"{kind} ({count:,} time{'s' * (count != 1)} more in {now - told_at:.0f} s)")
+                self._kinds[kind] = (now, 0)
+            else:
+                del self._kinds[kind]
+
+
+class Gatekeeper:
+    """Answers zmq's questions about the clients of ``socket`` in a thread of its own, until ``close``.
+
+    Make it before ``socket`` is bound: it sets the socket's options too. Raises ``BadKeyError`` for a folder of keys
+    that can't be used.
+    """
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], options: CurveServer
+    ) -> None:
+        self.failures = FailureLog(lambda line: log.warning("%s", line))
+        self._cuts = FailureLog(lambda line: log.info("%s", line))
+        self._list = AllowList(options.clients) if options.clients is not None else None
+        self._closed = False
+        self._signal = Wakeup()
+        self._zap = context.socket(zmq.REP)
+        self._monitor = context.socket(zmq.PAIR)
+        try:
+            self._zap.setsockopt(zmq.LINGER, 0)
+            self._monitor.setsockopt(zmq.LINGER, 0)
+            self._zap.bind("inproc://zeromq.zap.01")
+            # A socket has one monitor, and that is the guard's: it hands on the handshakes that failed.
+            self.handshakes = f"inproc://teegpu-handshakes-{next(_monitor_numbers)}"
+            self._monitor.bind(self.handshakes)
+            options.apply(socket)
+        except BaseException:
+            self._release()
+            raise
+        self._thread = threading.Thread(target=self._loop, name="teegpu-gatekeeper", daemon=True)
+        self._thread.start()
+
+    def admits(self, user: str) -> bool:
+        """Whether the client with the key ``user`` (hexadecimal, from a message's ``User-Id``) may still be served."""
+        return self._list is None or user in self._list.names
+
+    def close(self) -> None:
+        """From now on no handshake is answered. ``socket`` is still to be closed, and only after this."""
+        self._closed = True
+        self._signal.set()
+        self._thread.join()
+        self._release()
+
+    def _release(self) -> None:
+        self._zap.close(0)
+        self._monitor.close(0)
+        self._signal.close()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        for source in (self._zap, self._monitor, self._signal.fd):
+            poller.register(source, zmq.POLLIN)
+        while not self._closed:
+            ready = dict(poller.poll(int(CHECK_SECONDS * 1000)))
+            try:
+                if self._monitor in ready:
+                    self._on_event(self._monitor.recv_multipart())
+                if self._list is not None and self._zap not in ready:
+                    self._list.refresh()
+                self.failures.tick()
+                self._cuts.tick()
+            except Exception:
+                log.exception("the list of clients could not be looked after")
+            if self._zap in ready:
+                self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
+
+    def _on_event(self, parts: list[bytes]) -> None:
+        event, cause = _MONITOR_EVENT.unpack(parts[0])
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            # The other side may have seen first that it is of no use; or somebody looked whether the port is open.
+            self._cuts.failed("a connection ended before any key was shown: a client without keys, or no client at all")
+        elif cause == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            self.failures.failed("turned away: a client that uses no keys (link.server_key on its side)")
+        elif cause == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+            self.failures.failed("turned away: a client that expects another key of this server, or has a broken one")
+        else:
+            self.failures.failed("turned away: something that is not a client of teegpu")
+
+    def _answer(self, question: list[bytes]) -> list[bytes]:
+        """ZAP's reply: version, request, status, text, user, metadata. Never raises: the socket would be stuck."""
+        request = question[1] if len(question) > 1 else b""
+        try:
+            status, text, user = self._judge(question)
+        except Exception:
+            log.exception("a client's key could not be checked")
+            status, text, user = ZAP_ERROR, b"the server could not check the key", b""
+        return [ZAP_VERSION, request, status, text, user, b""]
+
+    def _judge(self, question: list[bytes]) -> tuple[bytes, bytes, bytes]:
+        version, _, _, address, _, mechanism, *credentials = question
+        if version != ZAP_VERSION or mechanism != b"CURVE" or [len(each) for each in credentials] != [32]:
+            return ZAP_ERROR, b"not a CURVE handshake", b""
+        key = PublicKey(credentials[0])
+        user = key.raw.hex()
+        where = address.decode("ascii", "replace")
+        if self._list is not None:
+            self._list.refresh()
+            if user not in self._list.names:
+                self.failures.failed(f"turned away: {where or 'a local client'} with key {key}, which is not allowed")
+                return ZAP_REFUSED, b"key not allowed", b""
+            log.debug("client %s connected from %s (key %s)", self._list.names[user], where, key)
+        return ZAP_OK, b"OK", user.encode()
