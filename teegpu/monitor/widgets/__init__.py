@@ -1,0 +1,1 @@
+"""The monitor's widgets: panels, dialogs, and the line of views."""
