@@ -2,7 +2,7 @@
 
 Q, K and V are one matrix, gate and up another. A program that asks for one of them alone (the plan ``per-op``) gets its
 rows as a matrix of its own, made when it is first asked for: a view, or a copy where matrices are packed. So is a tied
-``lm_head``, of the embedding.
+``lm_head``, of the embedding, where both are held.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",),
 class DeviceWeights:
     """Weights of ``spec`` on ``device`` in ``dtype``, read straight from safetensors, one slice at a time.
 
-    ``progress`` is called with the fraction that is done, 0 to 1. Raises ``ModelError`` for a file that can't be read.
+    ``layers``, the first and the last one to hold, loads the weights that are placed with these alone (see
+    ``ModelSpec.layer_of``); None loads all. ``progress`` is called with the fraction that is done, 0 to 1. Raises
+    ``ModelError`` for a file that can't be read.
     """
 
     def __init__(
@@ -31,8 +33,11 @@ class DeviceWeights:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        layers: tuple[int, int] | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
+        self.spec = spec
+        self.layers = layers or (0, spec.layers - 1)
         self.device = device
         self.dtype = dtype
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -43,18 +48,21 @@ class DeviceWeights:
         self._load(store, spec, progress or (lambda _: None))
 
     def _load(self, store: WeightStore, spec: ModelSpec, progress: Callable[[float], None]) -> None:
-        self._load_tensor(store, spec, "embed_tokens")
-        self._load_tensor(store, spec, "norm")
-        if spec.tied_embeddings:
-            self._add_matrix(("lm_head",), (spec.weights["lm_head"],), self._tensors["embed_tokens"], owned=False)
-        else:
-            self._load_matrix(store, spec, ("lm_head",))
-        for layer in range(spec.layers):
+        first, last = self.layers
+        if first == 0:
+            self._load_tensor(store, spec, "embed_tokens")
+        if last == spec.layers - 1:
+            self._load_tensor(store, spec, "norm")
+            if spec.tied_embeddings and first == 0:
+                self._add_matrix(("lm_head",), (spec.weights["lm_head"],), self._tensors["embed_tokens"], owned=False)
+            else:
+                self._load_matrix(store, spec, ("lm_head",))
+        for layer in range(first, last + 1):
             for group in GROUPS:
                 self._load_matrix(store, spec, tuple(f"layers.{layer}.{projection}" for projection in group))
             for norm in LAYER_NORMS:
                 self._load_tensor(store, spec, f"layers.{layer}.{norm}")
-            progress((layer + 1) / spec.layers)
+            progress((layer + 1 - first) / (last + 1 - first))
 
     def _load_tensor(self, store: WeightStore, spec: ModelSpec, name: str) -> None:
         self._shapes[name] = spec.weights[name]
@@ -100,8 +108,13 @@ class DeviceWeights:
         return found
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of ``name``, or None for a name that programs may not use."""
+        """The shape of ``name``, or None for a name that programs may not use, or that is not held here."""
         return self._shapes.get(name)
+
+    def elsewhere(self, name: str) -> bool:
+        """Whether ``name`` is a weight of the model that is placed with layers other than those held here."""
+        first, last = self.layers
+        return name in self.spec.weights and not first <= self.spec.layer_of(name) <= last
 
     @property
     def nbytes(self) -> int:

@@ -86,6 +86,13 @@ class ModelSpec:
         yield "norm", (self.hidden_size,)
         yield "lm_head", (self.vocab_size, self.hidden_size)
 
+    def layer_of(self, weight: str) -> int:
+        """The layer with which ``weight`` is placed: the embedding goes with the first, the final norm and lm_head with
+        the last."""
+        if weight.startswith("layers."):
+            return int(weight.split(".", 2)[1])
+        return 0 if weight == "embed_tokens" else self.layers - 1
+
     @property
     def parameters(self) -> int:
         """Number of distinct parameters: a tied lm_head is counted once, as in the embedding."""

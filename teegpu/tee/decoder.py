@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +77,9 @@ class Pass:
 
 
 class Decoder:
-    """Runs passes under one plan. Keeps nothing between passes but caches of constants."""
+    """Runs passes under one plan. Keeps nothing between passes but caches of constants.
+
+    ``borders`` are the layers that another group of servers holds than the layer before: no program crosses one."""
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class Decoder:
         plan: Plan,
         products: Products,
         recorder: Recorder,
+        borders: Collection[int] = (),
     ) -> None:
         self.plan = plan
         self.products = products
@@ -95,6 +99,7 @@ class Decoder:
         self._record = recorder
         self._masks = Masks()
         self._programs = programs(spec, plan)
+        self._borders = frozenset(borders)
         self._scale = 1.0 / math.sqrt(spec.head_dim)
 
     async def forward(self, work: Pass) -> torch.Tensor | None:
@@ -241,8 +246,7 @@ class Decoder:
     async def _forward_fused(self, work: Pass) -> torch.Tensor | None:
         spec = self._spec
         x = await self._embed(work)
-        n = self._norm(x, "layers.0.input_layernorm", 0, work)
-        out = await self.products.run(Call(self._programs[0].qkv[0], {"n": n}, 0, work.chunk))
+        out = await self._enter(x, 0, work)
         factor: torch.Tensor | None = None
         rms = inverse_rms(x, spec.rms_eps).reciprocal_() if self.products.narrow_range else None
         for layer, code in enumerate(self._programs):
@@ -261,12 +265,22 @@ class Decoder:
             up = self._finish(out["up"], factor, prefix + "up_proj.bias")
             self._record.lap(TEE, "RMSNORM", layer, work.chunk)
             h = self._silu(gate, up, layer, work)
+            border = layer + 1 in self._borders
+            following = code.end if border else code.after_mlp
             x, out, rms, factor = await self._fused_step(
-                code.after_mlp, ("h", h), ("z", z), prefix + "down_proj.bias", rms, layer, work
+                following, ("h", h), ("z", z), prefix + "down_proj.bias", rms, layer, work
             )
+            if border:
+                out, factor = await self._enter(x, layer + 1, work), None
         logits = self._finish(out["logits"], factor, "")
         self._record.lap(TEE, "RMSNORM", chunk=work.chunk)
         return logits
+
+    async def _enter(self, x: torch.Tensor, layer: int, work: Pass) -> dict[str, torch.Tensor]:
+        """Q, K and V of the first layer of a group, whose server has nothing of the layer before to go on from: the
+        norm is done here."""
+        n = self._norm(x, f"layers.{layer}.input_layernorm", layer, work)
+        return await self.products.run(Call(self._programs[layer].qkv[0], {"n": n}, layer, work.chunk))
 
     async def _fused_step(
         self,

@@ -115,6 +115,11 @@ class EmbeddedServer:
         return True
 
     @property
+    def gone(self) -> bool:
+        """Whether the child is seen to have ended, without waiting for it."""
+        return self._child.poll() is not None
+
+    @property
     def pid(self) -> int:
         return self._child.pid
 
@@ -178,6 +183,7 @@ def _environment(config: Config) -> dict[str, str]:
     shared = ("limits.", "compression.")
     environment = dict(os.environ)
     environment |= {variable_name(key): str(value) for key, value in config.values().items() if key.startswith(shared)}
+    environment[variable_name("server.layers")] = ""  # the only server of its run holds all
     root = str(Path(__file__).resolve().parents[2])
     if root not in (*site.getsitepackages(), site.getusersitepackages()):
         # We run from a checkout, which may be known to us by nothing but the current folder.

@@ -1,34 +1,36 @@
 """Programs to the GPU server and back: encode, send, wait, check the answer, decode, and record what each step took.
 
-The server is not trusted. What it answers is held against what was asked: registers, shapes, wire dtypes, finite
-values. A layer that masks inputs and verifies results belongs here, between ``run`` and the wire: a program is
-linear."""
+The server is not trusted. What it answers is held against what was asked: size, registers, shapes, wire dtypes,
+operations, finite values. A layer that masks inputs and verifies results belongs here, between ``run`` and the wire: a
+program is linear."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from teegpu import __version__
-from teegpu.config import Config
-from teegpu.errors import BadReplyError, MismatchError, ServerRefusedError, WireError
-from teegpu.metrics.events import SERIALIZATION, WAIT, Rpc
+from teegpu.errors import BadReplyError, ServerRefusedError
+from teegpu.metrics.events import SERIALIZATION, WAIT, Retried, Rpc
 from teegpu.metrics.recorder import Recorder
 from teegpu.model.spec import ModelSpec
-from teegpu.options import client_options, frame_kinds, wire_limits
+from teegpu.options import frame_kinds
+from teegpu.tee.connections import Group, Member
+from teegpu.tee.fleet import Fleet
+from teegpu.tee.greeting import check_digest, decode_reply, hello
 from teegpu.tee.products import Call
 from teegpu.wire import codec
-from teegpu.wire.limits import Limits
-from teegpu.wire.messages import Execute, Hello, Refusal, Result, Welcome
-from teegpu.wire.messages import Message as WireMessage
+from teegpu.wire.dtypes import nbytes
+from teegpu.wire.limits import MAX_HEADER_BYTES, Limits
+from teegpu.wire.messages import Execute, Result, Welcome
 from teegpu.wire.program import Program, Shape, infer_shapes
 from transports.base import Client, Message, Reply
+from transports.errors import TransportError
 
 RESIDUAL = frozenset({"x", "z", "logits"})
 """Registers that stay in fp16 when the wire dtype is int8: errors in the residual add up over the layers."""
@@ -42,15 +44,21 @@ class _Request(Message):
     request_id: int = field(kw_only=True)
 
 
-class GpuClient:
-    """Runs programs on one GPU server over ``transport``.
+_Fault = tuple[Group, Member, Client, TransportError]
+"""To whom a request was sent over which connection, and what came of it."""
 
-    ``overlapped`` says whether calls are awaited on an asyncio loop (with an overlapping transport) or made at once.
+
+class GpuClient:
+    """Runs programs on the GPU servers of a fleet, or on the one at the end of a ``Client``.
+
+    A request that the network loses is sent again, as ``Fleet`` says; its caller notices the time that it took, or gets
+    ``ConnectionFailedError`` where it took too long. ``overlapped`` says whether calls are awaited on an asyncio loop
+    (with an overlapping transport) or made at once.
     """
 
     def __init__(
         self,
-        transport: Client,
+        servers: Fleet | Client,
         spec: ModelSpec,
         *,
         wire_dtype: str,
@@ -62,53 +70,141 @@ class GpuClient:
         self.wire_dtype = wire_dtype
         self.narrow_range = wire_dtype in ("fp16", "int8")
         self.overlapped = False
-        self._transport = transport
+        self._fleet = fleet = servers if isinstance(servers, Fleet) else Fleet.of(servers, recorder)
         self._recorder = recorder
         self._decoder = codec.Decoder(limits)
         self._check_finite = check_finite
         self._next_id = 0
-        self._shapes: dict[tuple[Any, ...], dict[str, Shape]] = {}
+        self._lines: tuple[asyncio.AbstractEventLoop | None, dict[int, asyncio.Lock]] = (None, {})
+        self._shapes: dict[tuple[Any, ...], tuple[dict[str, Shape], int]] = {}
         self._layouts: dict[bytes, tuple[dict[str, str], dict[str, str]]] = {}
-        transport.on_sent = self._sent
+        fleet.tell_when_sent(self._sent)
 
     @property
     def can_overlap(self) -> bool:
-        return self._transport.overlaps
+        return self._fleet.overlaps
 
     def hello(self, timeout_seconds: float, digest: str | None = None) -> Welcome:
-        """The server's introduction.
+        """The introduction of the server of a fleet that has but one connection (see ``Fleet.of``).
 
         With ``digest``, raises ``MismatchError`` when the server holds another model than that. Raises
         ``ConnectionFailedError`` (from the transport) when nobody answers, ``MismatchError`` for another protocol
         version, ``BadReplyError`` for nonsense.
         """
-        welcome = hello(self._transport, self._decoder, timeout_seconds)
-        if digest is not None and welcome.digest != digest:
-            raise MismatchError(
-                f"the server at {self._transport.endpoint} serves {welcome.model!r} (digest {welcome.digest[:12]}), "
-                f"this runner has {self.spec.name!r} (digest {digest[:12]}): give both the same --model"
-            )
+        client = self._fleet.members[0].client
+        if client is None:
+            raise RuntimeError("there is no connection to say hello over")
+        welcome = hello(client, self._decoder, timeout_seconds)
+        if digest is not None:
+            check_digest(welcome, self.spec, digest, client.endpoint)
         return welcome
 
     async def run(self, call: Call) -> dict[str, torch.Tensor]:
         request_id, message = self._encode(call)
-        if self.overlapped:
-            reply = await self._transport.request_async(message)
+        member = self._fleet.at_hand
+        if member is not None and (client := member.client) is not None:
+            # The way of nearly every request; what can go wrong is the business of ``_persist``.
+            try:
+                if self.overlapped:
+                    reply = await client.request_async(message)
+                else:
+                    reply = client.request(message)
+            except TransportError as error:
+                fault = (self._fleet.group_of(call), member, client, error)
+            else:
+                return self._finish(call, request_id, reply, member, 1)
         else:
-            reply = self._transport.request(message)
-        return self._finish(call, request_id, reply)
+            fault = None
+        (reply,), member, attempts = await self._persist([message], fault)
+        return self._finish(call, request_id, reply, member, attempts)
 
     async def run_all(self, calls: Sequence[Call]) -> list[dict[str, torch.Tensor]]:
+        fleet = self._fleet
         if self.overlapped:
             return list(await asyncio.gather(*(self.run(call) for call in calls)))
-        if not self._transport.overlaps:
+        if not fleet.overlaps or len({id(fleet.group_of(call)) for call in calls}) != 1:
             return [await self.run(call) for call in calls]
-        encoded = [self._encode(call) for call in calls]
-        replies = self._transport.request_all([message for _, message in encoded])
+        messages = [self._encode(call)[1] for call in calls]
+        replies, member, attempts = await self._persist(messages, None)
         return [
-            self._finish(call, request_id, reply)
-            for call, (request_id, _), reply in zip(calls, encoded, replies, strict=True)
+            self._finish(call, message.request_id, reply, member, attempts)
+            for call, message, reply in zip(calls, messages, replies, strict=True)
         ]
+
+    async def _persist(self, messages: Sequence[_Request], fault: _Fault | None) -> tuple[list[Reply], Member, int]:
+        """The replies to ``messages`` (of one group), who gave them, and how often they were sent, ``fault`` included.
+
+        Raises what ``Fleet.pick``, ``failed`` and ``pause`` do."""
+        fleet = self._fleet
+        group = fleet.group_of(messages[0].call)
+        attempts = 0
+        while True:
+            if fault is not None:
+                attempts += 1
+                self._lost(messages, fault)
+            member, client = await self._member(group)
+            try:
+                if self.overlapped:
+                    replies = [await client.request_async(message) for message in messages]
+                elif len(messages) == 1:
+                    replies = [client.request(messages[0])]
+                else:
+                    replies = client.request_all(messages)
+            except TransportError as error:
+                fault = (group, member, client, error)
+            else:
+                fleet.answered(group, member, client)
+                return replies, member, attempts + 1
+
+    async def _member(self, group: Group) -> tuple[Member, Client]:
+        """A member of ``group`` that can be sent to, once there is one."""
+        fleet, waited = self._fleet, False
+        async with self._line(group) if self.overlapped else contextlib.nullcontext():
+            try:
+                while (member := fleet.pick(group)) is None or member.client is None:
+                    seconds, waited = fleet.pause(group), True
+                    if self.overlapped:
+                        await asyncio.sleep(seconds)
+                    else:
+                        fleet.sleep(seconds)
+            finally:
+                if waited:
+                    self._recorder.lap(WAIT, "WAIT")
+        return member, member.client
+
+    def _line(self, group: Group) -> asyncio.Lock:
+        """Those who wait for ``group`` in the loop that runs now go on in the order in which they came, so that
+        requests are sent in the order in which they were made or lost."""
+        loop = asyncio.get_running_loop()
+        if self._lines[0] is not loop:
+            self._lines = (loop, {})
+        return self._lines[1].setdefault(group.index, asyncio.Lock())
+
+    def _lost(self, messages: Sequence[_Request], fault: _Fault) -> None:
+        """Records that ``messages`` were sent in vain and will be sent again. Raises what ``Fleet.failed`` does.
+
+        The time since is a wait, and as no reply ends it all of it counts as network."""
+        record = self._recorder
+        now = record.clock_ns()
+        for message in messages:
+            record.lap_until(now, WAIT, "WAIT", message.call.layer, message.call.chunk)
+        _, member, _, error = fault
+        self._check_size(messages, member)
+        self._fleet.failed(*fault)
+        for message in messages:
+            call, reason = message.call, type(error).__name__
+            record.add(Retried(now, message.request_id, call.layer, call.chunk, member.index, reason))
+
+    def _check_size(self, messages: Sequence[_Request], member: Member) -> None:
+        """Raises ``ServerRefusedError`` where a message was lost because it is longer than the server takes: it closes
+        the connection without a word, and would do so each time."""
+        most = None if member.welcome is None else member.welcome.limits.get("message_bytes")
+        longest = max(message.nbytes for message in messages)
+        if most is not None and longest > most:
+            raise ServerRefusedError(
+                f"a request has {longest} bytes, and the server at {member.address} takes {most} (its "
+                "limits.message_mib): make chunks of the prompt shorter (run.chunk_tokens), or let it take more"
+            )
 
     def _encode(self, call: Call) -> tuple[int, _Request]:
         self._next_id += 1
@@ -117,7 +213,8 @@ class GpuClient:
         if layout is None:
             layout = self._layouts[program.packed] = self._layout(program)
         encoded = codec.encode_execute(Execute(self._next_id, program, call.inputs, *layout))
-        message = _Request(encoded.frames, frame_kinds(encoded.kinds), call=call, request_id=self._next_id)
+        _, most = self._expected(call)
+        message = _Request(encoded.frames, frame_kinds(encoded.kinds), most, call=call, request_id=self._next_id)
         self._recorder.lap(SERIALIZATION, "ENCODE", call.layer, call.chunk)
         return self._next_id, message
 
@@ -136,10 +233,12 @@ class GpuClient:
     def _encoding(self, register: str) -> str:
         return "fp16" if self.wire_dtype == "int8" and register in RESIDUAL else self.wire_dtype
 
-    def _finish(self, call: Call, request_id: int, reply: Reply) -> dict[str, torch.Tensor]:
+    def _finish(
+        self, call: Call, request_id: int, reply: Reply, member: Member, attempts: int
+    ) -> dict[str, torch.Tensor]:
         record = self._recorder
-        result = self._result(request_id, reply)
-        outputs = self._checked(call, result)
+        result = self._result(request_id, reply, member.address)
+        outputs = self._checked(call, result, member.address)
         times = result.times
         record.add(
             Rpc(
@@ -157,10 +256,13 @@ class GpuClient:
                 queue_seconds=times.queue_seconds,
                 decode_seconds=times.decode_seconds,
                 compute_seconds=times.compute_seconds,
-                encode_seconds=times.encode_seconds,
+                # The server's own encoding and compressing of this reply came after it had written down its times.
+                encode_seconds=times.encode_seconds + max(0.0, reply.server_ns / 1e9 - times.total_seconds),
                 operations=times.operations,
                 tried_bytes=reply.up.tried_bytes + reply.down.tried_bytes,
                 compressed_bytes=reply.up.raw_bytes + reply.down.raw_bytes,
+                endpoint=member.index,
+                attempts=attempts,
             )
         )
         # What follows the reply's arrival is decompressing, decoding and checking it. In an overlapped prefill it may
@@ -169,86 +271,51 @@ class GpuClient:
         record.lap(SERIALIZATION, "DECODE", call.layer, call.chunk)
         return outputs
 
-    def _result(self, request_id: int, reply: Reply) -> Result:
-        answer = decode_reply(self._decoder, reply, self._transport.endpoint)
+    def _result(self, request_id: int, reply: Reply, address: str) -> Result:
+        answer = decode_reply(self._decoder, reply, address)
         if answer.request_id != request_id or not isinstance(answer, Result):
-            raise BadReplyError(
-                f"the server at {self._transport.endpoint} answered another question than the one asked"
-            )
+            raise BadReplyError(f"the server at {address} answered another question than the one asked")
         return answer
 
-    def _checked(self, call: Call, result: Result) -> dict[str, torch.Tensor]:
-        """The outputs in fp32. Raises ``BadReplyError`` where they can't be the answer to ``call``."""
+    def _expected(self, call: Call) -> tuple[dict[str, Shape], int]:
+        """The shapes of all registers of ``call``, and how many bytes the answer may have at most."""
         program = call.program
         key = (program.packed, *(tensor.shape for tensor in call.inputs.values()))
-        shapes = self._shapes.get(key)
-        if shapes is None:
+        expected = self._shapes.get(key)
+        if expected is None:
             given = {name: tuple(tensor.shape) for name, tensor in call.inputs.items()}
             shapes = infer_shapes(program, given, self.spec.weights.get)
+            most = MAX_HEADER_BYTES + sum(nbytes(shapes[name], self._encoding(name)) for name in program.outputs)
             if len(self._shapes) > 8192:
                 self._shapes.clear()
-            self._shapes[key] = shapes
+            expected = self._shapes[key] = shapes, most
+        return expected
+
+    def _checked(self, call: Call, result: Result, address: str) -> dict[str, torch.Tensor]:
+        """The outputs in fp32. Raises ``BadReplyError`` where they can't be the answer to ``call``."""
+        program = call.program
+        shapes, _ = self._expected(call)
         if tuple(result.tensors) != program.outputs:
-            raise self._bad(call, "other registers than were asked for")
+            raise _bad(call, address, "other registers than were asked for")
+        for name, (count, _) in result.times.operations.items():
+            if program.counts.get(name) != count:
+                raise _bad(call, address, f"another count of operations than were asked for: {name} × {count}")
         outputs: dict[str, torch.Tensor] = {}
         for name, tensor in result.tensors.items():
             if tuple(tensor.shape) != shapes[name] or result.encodings[name] != self._encoding(name):
-                raise self._bad(call, f"register {name!r} as {result.encodings[name]} {tuple(tensor.shape)}, expected "
-                                      f"{self._encoding(name)} {shapes[name]}")  # fmt: skip
+                found = f"{result.encodings[name]} {tuple(tensor.shape)}"
+                expected = f"{self._encoding(name)} {shapes[name]}"
+                raise _bad(call, address, f"register {name!r} as {found}, expected {expected}")
             values = tensor.to(torch.float32)
             # One pass: infinities and NaNs survive a sum. (int8 has none: its scales were checked when it was decoded.)
             checked = result.encodings[name] == "int8" or not self._check_finite
             if not checked and not math.isfinite(values.sum().item()):
-                raise self._bad(call, f"values that are not finite in {name!r} (if the server's dtype is fp16, its "
+                raise _bad(call, address, f"values that are not finite in {name!r} (if the server's dtype is fp16, its "
                                       "range may be exceeded: serve with --dtype bf16)")  # fmt: skip
             outputs[name] = values
         return outputs
 
-    def _bad(self, call: Call, what: str) -> BadReplyError:
-        where = f"layer {call.layer}" if call.layer >= 0 else "embedding or lm_head"
-        return BadReplyError(f"the server at {self._transport.endpoint} answered {where} with {what}")
 
-
-def decode_reply(decoder: codec.Decoder, reply: Reply, endpoint: str) -> WireMessage:
-    """The message in ``reply``. Raises ``BadReplyError``, and for a refusal ``ServerRefusedError`` or
-    ``MismatchError``."""
-    try:
-        answer = decoder.decode(reply.frames)
-    except WireError as error:
-        raise BadReplyError(f"the server at {endpoint} sent a reply that is not valid: {error}") from error
-    if isinstance(answer, Refusal):
-        kind = MismatchError if answer.code == "version" else ServerRefusedError
-        raise kind(f"the server at {endpoint} refused ({answer.code}): {answer.text}")
-    return answer
-
-
-def hello(transport: Client, decoder: codec.Decoder, timeout_seconds: float) -> Welcome:
-    """One ``hello`` exchange."""
-    encoded = codec.encode_hello(Hello(0, __version__))
-    reply = transport.request(Message(encoded.frames), timeout_seconds=timeout_seconds)
-    answer = decode_reply(decoder, reply, transport.endpoint)
-    if not isinstance(answer, Welcome):
-        raise BadReplyError(f"what answers at {transport.endpoint} is not a teegpu GPU server")
-    return answer
-
-
-def probe(endpoint: str, config: Config) -> dict[str, Any]:
-    """Who answers at ``endpoint``: version, model, digest, device, dtype, and the median of a few round trips."""
-    import transports
-
-    decoder = codec.Decoder(wire_limits(config))
-    with transports.connect("zmq", endpoint, client_options(config)) as transport:
-        welcome = hello(transport, decoder, config.link.hello_timeout_seconds)
-        samples = []
-        for _ in range(5):
-            start = time.perf_counter()
-            hello(transport, decoder, config.link.hello_timeout_seconds)
-            samples.append(time.perf_counter() - start)
-    return {
-        "version": welcome.software,
-        "model": welcome.model,
-        "digest": welcome.digest,
-        "device": welcome.device,
-        "dtype": welcome.dtype,
-        "rtt_seconds": sorted(samples)[len(samples) // 2],
-    }
+def _bad(call: Call, address: str, what: str) -> BadReplyError:
+    where = f"layer {call.layer}" if call.layer >= 0 else "embedding or lm_head"
+    return BadReplyError(f"the server at {address} answered {where} with {what}")

@@ -22,12 +22,13 @@ class Plan:
     remote_embedding: bool = False
     fused: bool = False
 
-    def rpc_calls(self, layers: int) -> int:
-        """RPCs of one pass over the whole model in one chunk, its last logits included."""
+    def rpc_calls(self, layers: int, groups: int = 1) -> int:
+        """RPCs of one pass over the whole model in one chunk, its last logits included. ``groups``: over how many
+        groups of servers the layers are cut."""
         if not self.remote:
             return 0
         if self.fused:
-            return 2 * layers + 1
+            return 2 * layers + 1 + (groups - 1)
         projections = 4 if self.merged else 7
         per_layer = projections + (2 if self.remote_attention else 0)
         return per_layer * layers + 1 + (1 if self.remote_embedding else 0)
@@ -65,7 +66,11 @@ LM_HEAD = single(["n"], linear("logits", "lm_head", "n"))
 @dataclass(frozen=True, slots=True)
 class LayerPrograms:
     """The programs of one layer. ``qkv`` and ``gate_up`` hold one program each when the plan merges them, else one per
-    projection. The last two are the fused plan's: from attention to gate and up, and from ``h`` to the next layer."""
+    projection. The last three are the fused plan's: from attention to gate and up, from ``h`` to the next layer, and
+    ``end``, from ``h`` to the end of the layer, for where the next one is on another server.
+
+    All but ``after_mlp`` take the weights of their own layer alone; ``after_mlp`` also takes those of the next layer,
+    or of lm_head after the last one."""
 
     qkv: tuple[Program, ...]
     o: Program
@@ -73,6 +78,7 @@ class LayerPrograms:
     down: Program
     after_attention: Program
     after_mlp: Program
+    end: Program
 
     @property
     def plain(self) -> tuple[Program, ...]:
@@ -99,6 +105,7 @@ def _layer(spec: ModelSpec, plan: Plan, layer: int) -> LayerPrograms:
         down=single(["h"], down),
         after_attention=Program(("a", "x"), (o, Step("add", "z", ("x", "o")), post_norm, *gate_up), ("z", *GATE_UP)),
         after_mlp=_after_mlp(spec, layer, down),
+        end=Program(("h", "z"), (down, Step("add", "x", ("z", "d"))), ("x",)),
     )
 
 

@@ -6,37 +6,44 @@ The one place where the parts of the runner meet. Commands and benchmarks use it
 from __future__ import annotations
 
 import contextlib
-import secrets
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 import transports
-from teegpu import __version__, machine
+from teegpu import __version__, endpoints, machine
 from teegpu.config import Config
-from teegpu.errors import ConfigError, MismatchError, ServerRefusedError
+from teegpu.endpoints import Endpoint
+from teegpu.errors import ConfigError, ServerRefusedError, TeegpuError
+from teegpu.metrics import environment
 from teegpu.metrics.document import document
+from teegpu.metrics.eventlog import EventWriter
 from teegpu.metrics.recorder import Recorder
+from teegpu.metrics.start import Start
 from teegpu.metrics.summary import Summary
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_config, read_spec
 from teegpu.model.spec import ModelSpec
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.model.weights import WeightStore
-from teegpu.options import MIB, client_options, wire_limits
+from teegpu.options import MIB, client_options, wire_dtype, wire_limits
 from teegpu.tee import plans
+from teegpu.tee.connections import RetryPolicy
 from teegpu.tee.decoder import Decoder
 from teegpu.tee.embedded_server import EmbeddedServer
+from teegpu.tee.fleet import Fleet
 from teegpu.tee.generate import Generation, OnToken, Session
 from teegpu.tee.gpu_client import GpuClient
+from teegpu.tee.greeting import Greeter
 from teegpu.tee.kv_cache import KVCache
 from teegpu.tee.products import LocalProducts, Products
 from teegpu.tee.rotary import RotaryTable
 from teegpu.tee.sampling import Sampler, SamplingOptions
 from teegpu.tee.weights import TeeWeights
+from teegpu.wire.codec import Decoder as WireDecoder
 from teegpu.wire.messages import Welcome
 from transports.base import Client
 from transports.errors import ConnectionLostError
@@ -66,20 +73,30 @@ class Threads:
 class Runner:
     """A runner that is ready for prompts. Use it with ``with``: leaving closes the connection and ends what it started.
 
-    ``notify`` is told in one line what takes time or what a user should know. Raises ``TeegpuError`` of every kind, and
-    the transports' errors, from ``__init__``.
+    ``notify`` is told in one line what takes time or what a user should know. ``log`` is where the events go, beside
+    the runner's own ``summary``; ``start`` is the run's, None: now. Raises ``TeegpuError`` of every kind, and the
+    transports' errors, from ``__init__``.
     """
 
-    def __init__(self, config: Config, folder: ModelFolder, *, notify: Notify = lambda _: None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: ModelFolder,
+        *,
+        notify: Notify = lambda _: None,
+        log: EventWriter | None = None,
+        start: Start | None = None,
+    ) -> None:
         self.config = config
-        self.id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
-        self.started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.start = start or Start.now()
         self.summary = Summary()
         self.recorder = Recorder(lambda events: self.summary.add(events))
+        self.log_to(log)
         self.welcome: Welcome | None = None
         self.link: LinkSpec | None = None
         self.embedded: EmbeddedServer | None = None
-        self._client: Client | None = None
+        self.endpoints: list[Endpoint] = []
+        self._fleet: Fleet | None = None
         self._gpu: GpuClient | None = None
         self._seed: int | None = None
         self._notify = notify
@@ -111,11 +128,13 @@ class Runner:
                 "run.link emulates the link to a server, and the plan 'local' has none: choose another plan"
             )
         self.threads = self._split_threads(remote)
-        endpoint = self._start_server(stack) if remote else ""
+        self.endpoints = self._servers(stack) if remote else []
         machine.keep_freed_memory()
         # The server loads its weights meanwhile.
         torch.set_num_threads(self.threads.runner)
         self.spec: ModelSpec = read_spec(self.folder)
+        if remote:
+            endpoints.ranges(self.endpoints, self.spec.layers)  # before the model's bytes are read for its digest
         self._store = stack.enter_context(WeightStore(self.folder, self.spec))
         self.digest = self._store.digest()
         self.tokenizer = Tokenizer(self.folder)
@@ -124,7 +143,7 @@ class Runner:
             self._weights.preload(plan)
         self._rotary = RotaryTable(read_config(self.folder))
         if remote:
-            self._connect(stack, endpoint)
+            self._connect(stack)
         self.session = self._session()
 
     def _split_threads(self, remote: bool) -> Threads:
@@ -141,40 +160,92 @@ class Runner:
             )
         return threads
 
-    def _start_server(self, stack: contextlib.ExitStack) -> str:
-        """The endpoint to connect to: the configured one, or that of an embedded server."""
+    def _servers(self, stack: contextlib.ExitStack) -> list[Endpoint]:
+        """Where the servers are: as configured, or at the address of an embedded one."""
         config = self.config
-        if config.run.endpoint:
-            return config.run.endpoint
+        if config.run.endpoints:
+            found = endpoints.parse_all(config.run.endpoints)
+            for endpoint in found:
+                client_options(config, endpoint)  # keys that can't be used are told of before anything is loaded
+            return found
         server_threads = self.threads.server or 1
         self._notify(
             f"no endpoint given: embedded GPU server (threads: runner {self.threads.runner}, server {server_threads})"
         )
         self.embedded = stack.enter_context(EmbeddedServer(self.folder, config, threads=server_threads))
-        return self.embedded.endpoint
+        return [Endpoint(self.embedded.endpoint)]
 
-    def _connect(self, stack: contextlib.ExitStack, endpoint: str) -> None:
+    def _connect(self, stack: contextlib.ExitStack) -> None:
         config = self.config
         if self.embedded is not None:
             self.embedded.wait()
-        if self.link is not None:
-            relay = stack.enter_context(EmulatedLink(self.link, endpoint))
-            endpoint = relay.endpoint
-        self._client = stack.enter_context(transports.connect(config.run.transport, endpoint, client_options(config)))
+        else:
+            self._tell_what_is_open()
+        self._fleet = fleet = Fleet(
+            self.endpoints,
+            self.spec.layers,
+            connect=self._connector(stack),
+            greeter=Greeter(WireDecoder(wire_limits(config)), self.spec, self.digest),
+            policy=RetryPolicy(
+                budget_seconds=config.link.retry_budget_seconds,
+                backoff_seconds=config.link.retry_backoff_seconds,
+                connect_timeout_seconds=config.link.connect_timeout_seconds,
+                hello_timeout_seconds=config.link.hello_timeout_seconds,
+            ),
+            recorder=self.recorder,
+            spread=config.run.spread,
+            layer_of=self.spec.layer_of,
+            gone=self._embedded_end,
+        )
+        stack.callback(fleet.close)
+        fleet.open()
+        self.welcome = fleet.welcome
         self._gpu = GpuClient(
-            self._client,
+            fleet,
             self.spec,
-            wire_dtype=config.run.wire_dtype,
+            wire_dtype=wire_dtype(config, (member.welcome.dtype for member in fleet.members if member.welcome)),
             recorder=self.recorder,
             limits=wire_limits(config),
+            check_finite=config.run.check_finite,
         )
-        self.welcome = self._gpu.hello(config.link.hello_timeout_seconds, self.digest)
-        if self.welcome.dims.get("layers") != self.spec.layers:
-            raise MismatchError(f"the server at {endpoint} has another number of layers than model '{self.spec.name}'")
-        beside = self.threads.server is None and self.welcome.device == "cpu" and _same_machine(endpoint)
-        if beside and machine.oversubscribed(self.threads.runner, self.welcome.threads, self.threads.cores):
+        for member in fleet.members:
+            if member.client is None:
+                self._notify(f"going on without the server at {member.address}: {member.error or 'no answer yet'}")
+            elif member.welcome is not None:
+                self._check_threads(member.address, member.welcome)
+
+    def _connector(self, stack: contextlib.ExitStack) -> Callable[[Endpoint], Client]:
+        """Makes clients of endpoints; where a link is emulated, each endpoint is behind one of its own."""
+        config = self.config
+        reached = {endpoint.address: endpoint.address for endpoint in self.endpoints}
+        if self.link is not None:
+            for address in reached:
+                reached[address] = stack.enter_context(EmulatedLink(self.link, address)).endpoint
+
+        def connect(endpoint: Endpoint) -> Client:
+            options = client_options(config, endpoint)
+            return transports.connect(config.run.transport, reached[endpoint.address], options)
+
+        return connect
+
+    def _tell_what_is_open(self) -> None:
+        """Say where prompts could be read, or answers changed, on the way."""
+        for endpoint in self.endpoints:
+            if not (endpoint.key or self.config.link.server_key or _same_machine(endpoint.address)):
+                self._notify(
+                    f"the link to {endpoint.address} has no keys: who is on the way can read the activations and "
+                    "answer in the server's place (run --server-key)"
+                )
+
+    def _embedded_end(self) -> TeegpuError | None:
+        """Why nobody will answer any more: an embedded server is ours, and nobody starts it again."""
+        return self.embedded.failure() if self.embedded is not None and self.embedded.gone else None
+
+    def _check_threads(self, address: str, welcome: Welcome) -> None:
+        beside = self.threads.server is None and welcome.device == "cpu" and _same_machine(address)
+        if beside and machine.oversubscribed(self.threads.runner, welcome.threads, self.threads.cores):
             self._notify(
-                f"the server at {endpoint} computes on this machine with {self.welcome.threads} threads, the runner "
+                f"the server at {address} computes on this machine with {welcome.threads} threads, the runner "
                 f"with {self.threads.runner}, and there are {self.threads.cores} cores: expect both to be slow "
                 "(serve --threads, run --threads)"
             )
@@ -186,7 +257,8 @@ class Runner:
 
         def decoder(plan: plans.Plan) -> Decoder:
             products: Products = gpu if plan.remote and gpu is not None else local
-            return Decoder(self.spec, self._weights, self._rotary, plan, products, self.recorder)
+            borders = self._fleet.borders if plan.remote and self._fleet is not None else ()
+            return Decoder(self.spec, self._weights, self._rotary, plan, products, self.recorder, borders)
 
         prefill = decoder(self.prefill_plan)
         decode = prefill if self.decode_plan is self.prefill_plan else decoder(self.decode_plan)
@@ -259,6 +331,13 @@ class Runner:
                 raise ServerRefusedError(f"{error} ({self.embedded.last_words})") from None
             raise
 
+    def log_to(self, log: EventWriter | None) -> None:
+        """From now on events go to ``log`` too; None: to no log. Not within a prompt."""
+        self.recorder.flush()
+        self.recorder.log = log
+        if log is not None:
+            log.follow(lambda: self.recorder.held)
+
     def restart_summary(self) -> None:
         """Begins the figures anew: ``summary`` and ``report`` leave out what has been so far."""
         self.recorder.flush()
@@ -267,17 +346,25 @@ class Runner:
     def report(self, status: str, *, output: dict[str, Any] | None = None, error: str | None = None) -> dict[str, Any]:
         """The run so far as a ``teegpu.report/1`` document."""
         self.recorder.flush()
+        server_pid = self.embedded.pid if self.embedded is not None else None
+        self.summary.add([environment.sampled(server_pid, peak=True)])
         spec = self.spec
         return document(
-            run_id=self.id,
+            run_id=self.start.id,
             status=status,
-            started_at=self.started_at,
+            started_at=self.start.at,
             model={
                 "name": spec.name,
                 "digest": self.digest,
                 "architecture": spec.architecture,
                 "layers": spec.layers,
                 "hidden_size": spec.hidden_size,
+                "intermediate_size": spec.intermediate_size,
+                "heads": spec.heads,
+                "kv_heads": spec.kv_heads,
+                "head_dim": spec.head_dim,
+                "vocab_size": spec.vocab_size,
+                "layer_windows": list(spec.layer_windows) if any(spec.layer_windows) else [],
                 "parameters": spec.parameters,
             },
             settings=self._settings(),
@@ -286,7 +373,16 @@ class Runner:
             summary=self.summary,
             output=output,
             error=error,
+            note=self.config.run.note,
+            environment=environment.describe(),
         )
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether all that goes to servers elsewhere is encrypted, and they proved to be who they are."""
+        if self.embedded is not None or not self.endpoints:
+            return False
+        return all(endpoint.key or self.config.link.server_key for endpoint in self.endpoints)
 
     def _settings(self) -> dict[str, Any]:
         run = self.config.run
@@ -298,10 +394,13 @@ class Runner:
             "prefill_plan": run.prefill_plan,
             "decode_plan": run.decode_plan,
             "transport": run.transport,
-            "wire_dtype": run.wire_dtype,
+            "wire_dtype": self._gpu.wire_dtype if self._gpu is not None else run.wire_dtype,
             "chunk_tokens": self.chunk_tokens,
             "endpoints": list(run.endpoints),
+            "encrypted": self.encrypted,
             "link": str(self.link) if self.link is not None else "",
+            "link_figures": _figures(self.link) if self.link is not None else None,
+            "compression": dict(vars(self.config.compression)),
             "threads": {"runner": self.threads.runner, "server": self.threads.server, "cores": self.threads.cores},
             "max_tokens": run.max_tokens,
             "speculate": run.speculate,
@@ -320,6 +419,16 @@ class Runner:
             "memory_bytes": self.welcome.memory_bytes,
             "embedded": self.embedded is not None,
         }
+
+
+def _figures(link: LinkSpec) -> dict[str, float | None]:
+    """An emulated link as ``metrics.linkestimate`` takes it: None where there is no limit."""
+    up, down = link.up_bytes_per_second, link.down_bytes_per_second
+    return {
+        "rtt_seconds": link.rtt_seconds,
+        "bandwidth_up_bytes_per_second": up if math.isfinite(up) else None,
+        "bandwidth_down_bytes_per_second": down if math.isfinite(down) else None,
+    }
 
 
 def _same_machine(endpoint: str) -> bool:

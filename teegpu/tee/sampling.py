@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from teegpu.errors import BadReplyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,22 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, logits: torch.Tensor, context: Sequence[int]) -> int:
-        """A token id for ``logits`` (vocab,) in fp32, after ``context``, the ids of prompt and output so far."""
+        """A token id for ``logits`` (vocab,) in fp32, after ``context``, the ids of prompt and output so far.
+
+        Raises ``BadReplyError`` where nothing can be drawn: a server's values may be finite, and still so large that
+        what is computed from them is not."""
         options = self.options
         if options.repetition_penalty != 1.0:
             logits = _penalise(logits, context, options.repetition_penalty)
+        values = logits if options.temperature == 0.0 else self.probabilities(logits)
+        if not math.isfinite(values.sum().item()):
+            raise BadReplyError(
+                "the next token's probabilities are not numbers: the server's results are false, or out of range (try "
+                "--wire-dtype bf16, and bf16 or fp32 as the server's dtype)"
+            )
         if options.temperature == 0.0:
-            return int(logits.argmax())
-        probabilities = self.probabilities(logits)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+            return int(values.argmax())
+        return int(torch.multinomial(values, 1, generator=self._generator))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The distribution that is drawn from, (vocab,), zero where a filter has removed a token."""

@@ -4,8 +4,9 @@ socket."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,19 +29,22 @@ from teegpu.tee.kv_cache import KVCache
 from teegpu.tee.products import LocalProducts, Products, drive
 from teegpu.tee.rotary import RotaryTable
 from teegpu.tee.weights import TeeWeights
+from teegpu.wire import codec
 from teegpu.wire.limits import Limits
+from teegpu.wire.messages import Execute
 from transports.base import Client, Incoming, Message, Reply
 
 
 class DirectClient(Client):
     """Hands each message to the server's ``answer`` and keeps what crossed. ``tamper`` may change the reply's
-    frames."""
+    frames. Of several ``servers``, each with some layers, the one is asked that holds the program's first weight."""
 
     name = "direct"
     endpoint = "direct"
 
-    def __init__(self, server: GpuServer) -> None:
-        self.server = server
+    def __init__(self, *servers: GpuServer) -> None:
+        self.servers = servers
+        self.asked: list[int] = []
         self.sent: list[list[bytes]] = []
         self.tamper: Callable[[list[memoryview]], list[memoryview]] = lambda frames: frames
 
@@ -48,10 +52,19 @@ class DirectClient(Client):
         sent_ns = time.perf_counter_ns()
         frames = [bytes(frame) for frame in message.frames]
         self.sent.append(frames)
-        encoded = self.server.answer(Incoming([memoryview(bytearray(f)) for f in frames], b"", None, sent_ns))
+        incoming = Incoming([memoryview(bytearray(f)) for f in frames], b"", None, sent_ns)
+        self.asked.append(self._place(incoming.frames))
+        encoded = self.servers[self.asked[-1]].answer(incoming)
         answer = self.tamper([memoryview(bytearray(frame)) for frame in encoded.frames])
         up, down = sum(map(len, frames)), sum(frame.nbytes for frame in answer)
         return Reply(answer, sent_ns, time.perf_counter_ns(), up, down)
+
+    def _place(self, frames: list[memoryview]) -> int:
+        message = codec.Decoder(Limits()).decode(frames)
+        weights = [step.weight for step in message.program.steps if step.weight] if isinstance(message, Execute) else []
+        held = [server._executor.weights for server in self.servers]
+        places = [number for number, each in enumerate(held) if weights and each.shape(weights[0]) is not None]
+        return places[0] if places else 0
 
     async def request_async(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
         return self.request(message, timeout_seconds=timeout_seconds)
@@ -71,9 +84,9 @@ class Harness:
     store: WeightStore
     recorder: Recorder
     summary: Summary
-    server: GpuServer
     client: DirectClient
     wire_dtype: str
+    borders: frozenset[int] = frozenset()
     caches: list[KVCache] = field(default_factory=list)
 
     def gpu_client(self, **options: Any) -> GpuClient:
@@ -84,7 +97,7 @@ class Harness:
     def decoder(self, plan: str) -> Decoder:
         chosen = plans.get(plan)
         products: Products = self.gpu_client() if chosen.remote else LocalProducts(self.weights, self.recorder)
-        return Decoder(self.spec, self.weights, self.rotary, chosen, products, self.recorder)
+        return Decoder(self.spec, self.weights, self.rotary, chosen, products, self.recorder, self.borders)
 
     def session(
         self, plan: str, *, decode_plan: str | None = None, chunk_tokens: int = 4096, **options: Any
@@ -125,17 +138,28 @@ MakeHarness = Callable[..., Harness]
 
 @pytest.fixture
 def harness() -> Iterator[MakeHarness]:
-    """``harness(folder, wire_dtype="fp32", dtype=torch.float32)``."""
+    """``harness(folder, wire_dtype="fp32", dtype=torch.float32, groups=())``. ``groups``: the first and the last layer
+    of each server, where there are several."""
     stores: list[WeightStore] = []
 
-    def make(folder: ModelFolder, *, wire_dtype: str = "fp32", dtype: torch.dtype = torch.float32) -> Harness:
+    def make(
+        folder: ModelFolder,
+        *,
+        wire_dtype: str = "fp32",
+        dtype: torch.dtype = torch.float32,
+        groups: Sequence[tuple[int, int]] = (),
+    ) -> Harness:
         spec = read_spec(folder)
         store = WeightStore(folder, spec)
         stores.append(store)
         summary = Summary()
-        device = DeviceWeights(store, spec, device=torch.device("cpu"), dtype=dtype)
-        identity = Identity(spec, "digest", "cpu", "fp32", 1, device.nbytes)
-        server = GpuServer(None, Executor(device, Limits()), identity, Limits())  # type: ignore[arg-type]
+        servers = []
+        for layers in groups or [(0, spec.layers - 1)]:
+            device = DeviceWeights(store, spec, device=torch.device("cpu"), dtype=dtype, layers=layers)
+            identity = Identity(spec, "digest", "cpu", "fp32", 1, device.nbytes, layers)
+            # It is asked directly, and only notes with its transport what it holds.
+            transport: Any = SimpleNamespace(user_bytes=0)
+            servers.append(GpuServer(transport, Executor(device, Limits()), identity, Limits()))
         return Harness(
             folder=folder,
             spec=spec,
@@ -144,9 +168,9 @@ def harness() -> Iterator[MakeHarness]:
             store=store,
             recorder=Recorder(summary.add),
             summary=summary,
-            server=server,
-            client=DirectClient(server),
+            client=DirectClient(*servers),
             wire_dtype=wire_dtype,
+            borders=frozenset(first for first, _ in groups if first),
         )
 
     yield make

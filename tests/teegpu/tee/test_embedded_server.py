@@ -16,11 +16,12 @@ import pytest
 
 from teegpu import config
 from teegpu.config import Config
+from teegpu.endpoints import Endpoint
 from teegpu.errors import ConnectionFailedError, ModelError, TeegpuError, UsageError
 from teegpu.model.folder import ModelFolder
 from teegpu.tee import embedded_server
 from teegpu.tee.embedded_server import EmbeddedServer
-from teegpu.tee.gpu_client import probe
+from teegpu.tee.health import probe
 from tests.conftest import TinyModel
 
 FOLDER = ModelFolder("tiny", Path("/nowhere/tiny"))
@@ -72,7 +73,7 @@ def test_a_real_one(tiny_model: TinyModel, scratch: Path, tmp_path: Path, monkey
         (folder,) = scratch.glob("teegpu-*")
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert server.wait() == {"address": server.endpoint}
-        assert probe(server.endpoint, settings)["dtype"] == "fp32"
+        assert probe(Endpoint(server.endpoint), settings).health.dtype == "fp32"
         environment = Path(f"/proc/{server.pid}/environ").read_bytes().split(b"\0")
         assert b"TEEGPU_LIMITS_MESSAGE_MIB=77" in environment
         assert Path(server.endpoint.removeprefix("ipc://")).is_socket()

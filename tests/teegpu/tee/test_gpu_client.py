@@ -69,6 +69,10 @@ def test_the_outputs_are_the_products(runner: Harness) -> None:
     out["q"].zero_()  # the caller's own
 
 
+def with_operations(operations: dict[str, tuple[int, float]]) -> Callable[[Frames], Frames]:
+    return rebuilt(lambda result: replace(result, times=replace(result.times, operations=operations)))
+
+
 TAMPERED: dict[str, tuple[Callable[[Frames], Frames], str]] = {
     "another shape": (with_tensor("q", lambda t: t[:1]), r"register 'q' as fp32 \(1, 32\), expected fp32 \(3, 32\)"),
     "another dtype": (rebuilt(lambda r: replace(r, encodings=r.encodings | {"k": "fp16"})), "register 'k' as fp16"),
@@ -83,6 +87,8 @@ TAMPERED: dict[str, tuple[Callable[[Frames], Frames], str]] = {
         rebuilt(lambda r: replace(r, tensors=r.tensors | {"w": torch.ones(1)}, encodings=r.encodings | {"w": "fp32"})),
         "other registers",
     ),
+    "an operation that was not asked for": (with_operations({"MATMUL": (1, 0.1)}), "count of operations.*MATMUL × 1"),
+    "another count of operations": (with_operations({"LINEAR": (2**62, 0.1)}), "count of operations.*LINEAR × 4611"),
     "no reply at all": (lambda _: [], "not valid"),
     "garbage": (lambda _: [memoryview(bytearray(b"\xc1garbage"))], "not valid"),
     "a frame cut short": (lambda frames: [*frames[:-1], frames[-1][:-4]], "not valid"),
@@ -107,9 +113,10 @@ def test_values_that_are_not_finite_can_be_let_through(runner: Harness) -> None:
     assert out["v"].isnan().any()
 
 
-def test_a_refusal_is_told_with_its_reason(runner: Harness) -> None:
-    unknown = Call(single(["n"], linear("o", "layers.99.q_proj", "n")), {"n": torch.zeros(1, 32)})
-    with pytest.raises(ServerRefusedError, match=r"unknown-weight.*layers\.99\.q_proj"):
+def test_a_refusal_is_told_with_its_reason(tiny_model: TinyModel, harness: MakeHarness) -> None:
+    runner = harness(tiny_model("llama"), groups=[(0, 0)])
+    unknown = Call(single(["n"], linear("o", "layers.1.q_proj", "n")), {"n": torch.zeros(1, 32)})
+    with pytest.raises(ServerRefusedError, match=r"unknown-weight.*layers\.1\.q_proj"):
         drive(runner.gpu_client().run(unknown))
 
 

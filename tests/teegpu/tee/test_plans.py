@@ -28,5 +28,23 @@ def test_rpc_counts_for_22_layers(name: str) -> None:
 def test_every_weight_of_a_program_is_in_the_model(name: str, tiny_model: TinyModel) -> None:
     spec = read_spec(tiny_model("llama"))
     for layer in plans.programs(spec, plans.get(name)):
-        for program in (*layer.plain, layer.after_attention, layer.after_mlp):
+        for program in (*layer.plain, layer.after_attention, layer.after_mlp, layer.end):
             assert {step.weight for step in program.steps if step.weight} <= set(spec.weights)
+
+
+@pytest.mark.parametrize("name", plans.PLANS)
+def test_programs_take_the_weights_of_one_layer_but_for_the_one_that_leads_to_the_next(
+    name: str, tiny_model: TinyModel
+) -> None:
+    spec = read_spec(tiny_model("llama", num_hidden_layers=3))
+    for layer, code in enumerate(plans.programs(spec, plans.get(name))):
+        for program in (*code.plain, code.after_attention, code.end):
+            assert {spec.layer_of(step.weight) for step in program.steps if step.weight} == {layer}
+        places = {spec.layer_of(step.weight) for step in code.after_mlp.steps if step.weight}
+        assert places == {layer, min(layer + 1, spec.layers - 1)}
+
+
+def test_rpc_counts_over_several_servers() -> None:
+    assert [plans.get("fused").rpc_calls(22, groups) for groups in (1, 2, 3)] == [45, 46, 47]
+    assert [plans.get("attention").rpc_calls(22, groups) for groups in (1, 2, 3)] == [89, 89, 89]
+    assert plans.get("local").rpc_calls(22, 3) == 0

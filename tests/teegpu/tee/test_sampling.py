@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers.generation import logits_process as reference
 
+from teegpu.errors import BadReplyError
 from teegpu.tee.sampling import Sampler, SamplingOptions
 
 
@@ -76,3 +79,20 @@ def test_draws_follow_the_distribution() -> None:
     counts = torch.bincount(torch.tensor([sampler(values, []) for _ in range(4000)]), minlength=10) / 4000
     assert float((counts - sampler.probabilities(values)).abs().max()) < 0.03
     assert int((counts > 0).sum()) <= 4
+
+
+@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(temperature=0.7, top_p=0.9, min_p=0.1, seed=1)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_no_token_can_be_drawn_from_is_told(value: float, options: SamplingOptions) -> None:
+    damaged = torch.zeros(50)
+    damaged[7] = value
+    if value < 0 and options.temperature:
+        assert 0 <= Sampler(options)(damaged, []) < 50  # a token that can't be, as the filters make them too
+        return
+    with pytest.raises(BadReplyError, match="not numbers"):
+        Sampler(options)(damaged, [])
+
+
+def test_finite_logits_that_overflow_on_the_way_are_told() -> None:
+    with pytest.raises(BadReplyError, match="not numbers"):
+        Sampler(SamplingOptions(temperature=0.01, seed=1))(torch.full((50,), 3e38), [])

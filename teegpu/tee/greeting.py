@@ -1,0 +1,79 @@
+"""The first exchange with a server: who it is, and whether it is the one that was meant."""
+
+from __future__ import annotations
+
+from teegpu import __version__
+from teegpu.endpoints import Endpoint
+from teegpu.errors import BadReplyError, MismatchError, ServerRefusedError, WireError
+from teegpu.model.spec import ModelSpec
+from teegpu.wire import codec
+from teegpu.wire.limits import MAX_HEADER_BYTES
+from teegpu.wire.messages import Hello, Refusal, Welcome
+from teegpu.wire.messages import Message as WireMessage
+from transports.base import Client, Message, Reply
+
+
+def decode_reply(decoder: codec.Decoder, reply: Reply, endpoint: str) -> WireMessage:
+    """The message in ``reply``. Raises ``BadReplyError``, and for a refusal ``ServerRefusedError`` or
+    ``MismatchError``."""
+    try:
+        answer = decoder.decode(reply.frames)
+    except WireError as error:
+        raise BadReplyError(f"the server at {endpoint} sent a reply that is not valid: {error}") from error
+    if isinstance(answer, Refusal):
+        kind = MismatchError if answer.code == "version" else ServerRefusedError
+        raise kind(f"the server at {endpoint} refused ({answer.code}): {answer.text}")
+    return answer
+
+
+def hello_message() -> Message:
+    return Message(codec.encode_hello(Hello(0, __version__)).frames, max_reply_bytes=MAX_HEADER_BYTES)
+
+
+def read_welcome(decoder: codec.Decoder, reply: Reply, endpoint: str) -> Welcome:
+    """The answer to a hello. Raises what ``decode_reply`` does, and ``BadReplyError`` for any other message."""
+    answer = decode_reply(decoder, reply, endpoint)
+    if not isinstance(answer, Welcome):
+        raise BadReplyError(f"what answers at {endpoint} is not a teegpu GPU server")
+    return answer
+
+
+def hello(transport: Client, decoder: codec.Decoder, timeout_seconds: float) -> Welcome:
+    """One ``hello`` exchange."""
+    reply = transport.request(hello_message(), timeout_seconds=timeout_seconds)
+    return read_welcome(decoder, reply, transport.endpoint)
+
+
+class Greeter:
+    """Says hello for a runner of the model ``spec`` with ``digest``, and checks who answers."""
+
+    def __init__(self, decoder: codec.Decoder, spec: ModelSpec, digest: str) -> None:
+        self.message = hello_message()
+        self._decoder = decoder
+        self._spec = spec
+        self._digest = digest
+
+    def check(self, reply: Reply, endpoint: Endpoint) -> Welcome:
+        """Who answered. Raises ``MismatchError`` for another protocol version, for another model than ours, and where
+        the server does not hold the layers that ``endpoint`` names; else as ``read_welcome``."""
+        welcome = read_welcome(self._decoder, reply, endpoint.address)
+        spec, where = self._spec, f"the server at {endpoint.address}"
+        check_digest(welcome, spec, self._digest, endpoint.address)
+        if welcome.dims.get("layers") != spec.layers:
+            raise MismatchError(f"{where} has another number of layers than model '{spec.name}'")
+        first, last = endpoint.layers or (0, spec.layers - 1)
+        if welcome.layers[0] > first or welcome.layers[1] < last:
+            raise MismatchError(
+                f"{where} holds layers {welcome.layers[0]}-{welcome.layers[1]}, and is to compute {first}-{last}: "
+                "give it '#layers=…' in run.endpoints, or 'serve --layers' to match"
+            )
+        return welcome
+
+
+def check_digest(welcome: Welcome, spec: ModelSpec, digest: str, endpoint: str) -> None:
+    """Raises ``MismatchError`` where the server holds another model than ours."""
+    if welcome.digest != digest:
+        raise MismatchError(
+            f"the server at {endpoint} serves {welcome.model!r} (digest {welcome.digest[:12]}), "
+            f"this runner has {spec.name!r} (digest {digest[:12]}): give both the same --model"
+        )
