@@ -12,7 +12,10 @@ from __future__ import annotations
 import abc
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from transports.security import CurveClient, CurveServer
 
 Buffer = bytes | bytearray | memoryview
 
@@ -31,10 +34,12 @@ class FrameKind:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Frames to send. ``kinds`` is empty or as long as ``frames``."""
+    """Frames to send. ``kinds`` is empty or as long as ``frames``. ``max_reply_bytes``: more bytes than that can't be
+    the answer, whatever the limits allow; 0: the sender can't tell."""
 
     frames: Sequence[Buffer]
     kinds: Sequence[FrameKind] = ()
+    max_reply_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +63,8 @@ class Reply:
     ``sent_ns`` and ``received_ns`` are readings of ``time.perf_counter_ns``: when the request was handed to the socket
     and when its reply had arrived whole. ``bytes_up`` and ``bytes_down`` are what crossed the link, envelope and
     compression included. ``up`` and ``down`` say what compression did on this side: compressing and decompressing.
+    ``server_ns`` is from the request's arrival to the hand-over of its reply, compression included, as the server says;
+    never more than has passed here, and 0 where it does not say.
     """
 
     frames: list[memoryview]
@@ -67,6 +74,7 @@ class Reply:
     bytes_down: int
     up: Compression = field(default_factory=Compression)
     down: Compression = field(default_factory=Compression)
+    server_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +84,7 @@ class ClientOptions:
     ``connect_timeout_seconds`` bounds the first exchange with a server, ``reply_timeout_seconds`` every later one (per
     request; its clock starts when the request is handed to the socket). ``spin_seconds`` is how long a blocking receive
     polls before it sleeps. ``window_requests`` and ``window_bytes`` bound what an overlapping client has in flight.
+    ``curve`` are its keys; None: nothing is encrypted, and the server may be anybody.
     """
 
     connect_timeout_seconds: float = 10.0
@@ -87,19 +96,28 @@ class ClientOptions:
     max_frames: int = 64
     compression_level: int = 1
     compression_min_bytes: int = 2**20
+    curve: CurveClient | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """Settings of a server. The limits per client bound what one peer can make the server hold."""
+    """Settings of a server. The limits per client bound what one peer can make the server hold.
+
+    A connection over which no whole message came within ``hello_timeout_seconds`` is ended; what is remembered of a
+    client that has been silent for ``idle_timeout_seconds`` is forgotten. ``curve`` are its keys and those of its
+    clients; None: nothing is encrypted, and whoever reaches it may use it.
+    """
 
     max_message_bytes: int = 2 * 2**30
     max_frames: int = 64
     max_client_requests: int = 64
     max_client_bytes: int = 2**30
     max_clients: int = 256
+    hello_timeout_seconds: float = 30.0
+    idle_timeout_seconds: float = 3600.0
     compression_level: int = 1
     compression_min_bytes: int = 2**20
+    curve: CurveServer | None = None
 
 
 class Client(abc.ABC):
@@ -129,6 +147,19 @@ class Client(abc.ABC):
         Raises ``ReplyTimeoutError``, ``ConnectError``, ``ConnectionLostError``, ``FrameError``, ``LimitError`` (see
         ``transports.errors``).
         """
+
+    def post(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply | None]:
+        """Send ``message`` and go on. The function that is returned never waits: it gives the reply once that is there
+        and None before, and raises what ``request`` would.
+
+        A client that can't go on meanwhile has the reply, or raises, when ``post`` returns."""
+        reply = self.request(message, timeout_seconds=timeout_seconds)
+        return lambda: reply
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the requests that have no reply yet, those that stand in line for the window included."""
+        return 0
 
     def request_all(self, messages: Sequence[Message], *, timeout_seconds: float | None = None) -> list[Reply]:
         """The replies to ``messages``, in their order. An overlapping client has them in flight together."""
@@ -164,6 +195,20 @@ class Incoming:
     down: Compression = field(default_factory=Compression)
 
 
+@dataclass(frozen=True, slots=True)
+class ServerLoad:
+    """How much a server has to do. ``connections`` is 0 where they can't be counted; ``refused`` requests and
+    ``ended`` connections count since the start; ``in_flight`` are those that wait or are being computed."""
+
+    clients: int = 0
+    connections: int = 0
+    refused: int = 0
+    ended: int = 0
+    in_flight: int = 0
+    waiting_requests: int = 0
+    waiting_bytes: int = 0
+
+
 class Server(abc.ABC):
     """Accepts any number of clients on one address and hands their requests out in an order that is fair between them.
 
@@ -173,6 +218,19 @@ class Server(abc.ABC):
 
     address: str
     """Where it really listens: port 0 and wildcards are resolved."""
+
+    user_bytes: int = 0
+    """What the caller may take from memory for a request, beyond the request and its reply. Growth of the process that
+    neither this nor any message explains is held against peers whose messages do not end."""
+
+    @property
+    @abc.abstractmethod
+    def load(self) -> ServerLoad: ...
+
+    @abc.abstractmethod
+    def drain(self) -> None:
+        """From now on refuse new requests as closing; those that are here are still handed out by ``next``. Safe from a
+        signal handler and from other threads."""
 
     @abc.abstractmethod
     def next(self, timeout_seconds: float | None = None) -> Incoming | None:

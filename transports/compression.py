@@ -32,6 +32,9 @@ from transports.base import Buffer, Compression, FrameKind
 from transports.errors import FrameError
 from transports.framecodec import CODEC_NAMES, MAX_LEVEL, MIN_LEVEL, RAW, SHUFFLED_ZSTD, FrameCodec
 
+MAX_KINDS = 1024
+"""Kinds of frames that are told apart. A model has some tens; a peer that invents more has them all forgotten."""
+
 RESAMPLE_FRAMES = 64
 SAMPLE_SHARE = 0.005
 SAMPLE_SLICES, SAMPLE_SLICE_BYTES = 8, 16 * 1024  # spread over the frame: its start alone is not typical of it
@@ -263,6 +266,8 @@ class Compressor:
     def _compress_frame(self, frame: Buffer, kind: FrameKind, done: Compression) -> tuple[Buffer, int]:
         state = self._kinds.get(kind.label)
         if state is None:
+            if len(self._kinds) >= MAX_KINDS:
+                self._kinds.clear()
             state = self._kinds[kind.label] = KindStats(kind.label)
         data = np.frombuffer(frame, np.uint8)
         state.frames += 1

@@ -16,6 +16,7 @@ from transports import addresses, envelope
 from transports.base import Buffer, Client, ClientOptions, Compression, Message, Reply
 from transports.connection import Connection, receive_parts, send_parts
 from transports.errors import (
+    AuthenticationError,
     BadAddressError,
     ConnectError,
     ConnectionLostError,
@@ -26,11 +27,23 @@ from transports.errors import (
 )
 from transports.exchange import Exchange
 from transports.frames import flatten
+from transports.inflow import FRAMING_BYTES
 
 if TYPE_CHECKING:
     from transports.compression import Compressor
 
 ErrorMaker = Callable[[], TransportError]
+
+INFLOW_SECONDS = 0.05
+"""How often it is looked at, at most and while a reply is awaited at least, whether more arrives than can be one."""
+
+MAX_STRAYS = 1024
+MAX_STRAY_BYTES = 2**20
+"""Replies to nothing that is in flight which one connection may bring, beyond those of requests that were given up. Our
+own servers send none."""
+
+MAX_BANDWIDTH = 2**63
+"""What the envelope has room for. The bandwidth is measured with what the server says of its own time."""
 
 
 class DealerClient(Client):
@@ -69,6 +82,33 @@ class DealerClient(Client):
         exchange = self._submit(message, timeout_seconds)
         self._wait_for(exchange)
         return exchange.result()
+
+    def post(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply | None]:
+        exchange = self._submit(message, timeout_seconds)
+
+        def poll() -> Reply | None:
+            if not exchange.done:
+                try:
+                    self._look(exchange)
+                except BaseException:
+                    self._fail(self._lost("was given up"))  # as in _wait_for
+                    raise
+            return exchange.result() if exchange.done else None
+
+        return poll
+
+    def _look(self, exchange: Exchange) -> None:
+        """What ``_step`` does, without waiting."""
+        connection = self._connection
+        while not exchange.done and connection is self._connection and connection is not None and connection.readable():
+            self._receive(connection)
+        if not exchange.done and connection is self._connection and connection is not None:
+            self._check_connection(connection)
+            self._expire(time.perf_counter_ns())
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._in_flight_bytes
 
     def _wait_for(self, exchange: Exchange) -> None:
         try:
@@ -114,8 +154,11 @@ class DealerClient(Client):
         connection.sleep((self._next_deadline_ns(connection) - now) / 1e9)
 
     def _next_deadline_ns(self, connection: Connection) -> int:
-        """When the next request in flight, or the first attempt to connect, will have taken too long."""
+        """When the next request in flight, or the first attempt to connect, will have taken too long, or it is time to
+        look after what arrives."""
         deadline = min(entry.deadline_ns for entry in self._in_flight.values())
+        if connection.inflow.counts:
+            deadline = min(deadline, time.perf_counter_ns() + int(INFLOW_SECONDS * 1e9))
         return deadline if connection.handshaken else min(deadline, connection.connect_deadline_ns)
 
     # ---- sending
@@ -142,6 +185,10 @@ class DealerClient(Client):
         try:
             send_parts(connection.socket, parts)
         except BaseException as error:
+            if isinstance(error, zmq.ZMQError):
+                # zmq gives up where the two sides do not agree on keys, and then takes nothing to send.
+                connection.check_monitor()
+                self._raise_denied(connection)
             # A message that was sent in part can't be taken back: this connection is of no use any more.
             self._fail(self._lost("could not be sent to"))
             if isinstance(error, zmq.ZMQError):
@@ -150,6 +197,11 @@ class DealerClient(Client):
         if self.on_sent is not None:
             self.on_sent(message)
         return exchange
+
+    def _raise_denied(self, connection: Connection) -> None:
+        if connection.denied:
+            self._fail(lambda: AuthenticationError(connection.denied))
+            raise AuthenticationError(connection.denied)
 
     def _prepare(self, message: Message) -> tuple[list[Buffer], Exchange]:
         options = self.options
@@ -161,14 +213,15 @@ class DealerClient(Client):
         up = Compression()
         bandwidth = 0
         if self._compressor is not None:
-            bandwidth = int(self._compressor.bandwidth_bytes_per_second or 0)
+            bandwidth = min(int(self._compressor.bandwidth_bytes_per_second or 0), MAX_BANDWIDTH)
             frames, codecs, itemsizes, up = self._compressor.compress(frames, message.kinds)
         request_id = self._next_id
         self._next_id += 1
         head = envelope.pack(request_id, lengths, codecs, itemsizes, flags=self._flags, measured=bandwidth)
         parts = [head, *frames]
         bytes_up = len(head) + (sum(map(len, frames)) if codecs else total)
-        return parts, Exchange(request_id, total, bytes_up, up)
+        most = message.max_reply_bytes or options.max_message_bytes
+        return parts, Exchange(request_id, total, bytes_up, up, min(most, options.max_message_bytes))
 
     def _ready_connection(self) -> Connection:
         """The connection, opened anew if need be. Raises ``ConnectionLostError`` if it was lost since the last use.
@@ -181,9 +234,16 @@ class DealerClient(Client):
             connection = self._connection = Connection(self._context, self.endpoint, self.options)
             return connection
         connection.check_monitor()
+        self._raise_denied(connection)
         if connection.lost:
             self._fail(self._lost("was lost"))
             raise ConnectionLostError(f"the connection to {self.endpoint} was lost since the last request")
+        now = time.perf_counter_ns()
+        if now - connection.looked_ns >= INFLOW_SECONDS * 1e9:
+            connection.looked_ns = now
+            if self._flooded(connection):
+                self._fail(self._flood)
+                raise self._flood()
         return connection
 
     # ---- receiving
@@ -202,6 +262,7 @@ class DealerClient(Client):
         received_ns = time.perf_counter_ns()
         bytes_down = sum(map(len, parts))
         self._moved_down += bytes_down
+        connection.inflow.settle()
         request_id = envelope.peek_request_id(parts[0])
         if request_id is None:
             text = f"{self.endpoint} sent something that is not a reply; is it a teegpu server of the same release?"
@@ -209,7 +270,7 @@ class DealerClient(Client):
             return
         exchange = self._in_flight.get(request_id)
         if exchange is None:
-            self.dropped_replies += 1
+            self._drop_stray(connection, bytes_down)
             return
         if not connection.established:
             self._establish(connection)
@@ -222,6 +283,29 @@ class DealerClient(Client):
         except TransportError as error:
             exchange.error = error
         self._finish(exchange)
+
+    def _drop_stray(self, connection: Connection, nbytes: int) -> None:
+        """A reply to a request that was given up, or to none of ours. Without a bound, they could keep us for ever."""
+        self.dropped_replies += 1
+        connection.strays += 1
+        connection.stray_bytes += nbytes
+        if connection.strays > MAX_STRAYS or connection.stray_bytes > MAX_STRAY_BYTES + connection.owed_bytes:
+            text = f"{self.endpoint} goes on answering what nobody asked: the server is broken, or means harm"
+            self._fail(lambda: FrameError(text))
+
+    def _flooded(self, connection: Connection) -> bool:
+        """Whether more has come, without the end of a message, than all that we asked for can be."""
+        unfinished = connection.inflow.unfinished()
+        if unfinished <= FRAMING_BYTES:
+            return False
+        awaited = sum(entry.max_reply_bytes + FRAMING_BYTES for entry in self._in_flight.values())
+        return unfinished > awaited + connection.owed_bytes + MAX_STRAY_BYTES
+
+    def _flood(self) -> TransportError:
+        return FrameError(
+            f"{self.endpoint} sends more than the answer to all that it was asked can be: the server is broken, or "
+            "means harm"
+        )
 
     def _establish(self, connection: Connection) -> None:
         """The first exchange is over: what else is in flight has no longer the connect time-out to keep to."""
@@ -240,6 +324,11 @@ class DealerClient(Client):
         )
         if head.refusal:
             self._raise_refusal(head.refusal, envelope.read_reason(frames[0]))
+        if head.raw_bytes > exchange.max_reply_bytes:
+            raise FrameError(
+                f"{self.endpoint} sent a reply of {head.raw_bytes} bytes, where {exchange.max_reply_bytes} at most can "
+                "be right"
+            )
         down = Compression()
         if self._compressor is not None:
             self._observe(
@@ -249,7 +338,8 @@ class DealerClient(Client):
             if self._compressor is None:
                 raise FrameError(f"{self.endpoint} sent compressed frames, which were not asked for")
             frames, down = self._compressor.decompress(frames, head.codecs, head.itemsizes, head.raw_lengths)
-        return Reply(frames, exchange.sent_ns, received_ns, exchange.bytes_up, bytes_down, exchange.up, down)
+        server_ns = min(head.measured, received_ns - exchange.sent_ns)
+        return Reply(frames, exchange.sent_ns, received_ns, exchange.bytes_up, bytes_down, exchange.up, down, server_ns)
 
     def _observe(self, compressor: Compressor, exchange: Exchange, bytes_down: int, seconds: float) -> None:
         """Tell the compression policy what the link carried in ``seconds``, the server's own time left out.
@@ -268,6 +358,8 @@ class DealerClient(Client):
             raise LimitError(f"{self.endpoint} refused the request: {reason}")
         if refusal == envelope.REFUSED_FRAMING:
             raise FrameError(f"{self.endpoint} could not read the request: {reason}")
+        if refusal == envelope.REFUSED_KEY:
+            raise AuthenticationError(f"{self.endpoint} refused the request: {reason}")
         raise ConnectionLostError(f"{self.endpoint} is shutting down: {reason}")
 
     # ---- ends of an exchange
@@ -287,6 +379,10 @@ class DealerClient(Client):
             while connection is self._connection and connection.readable():
                 self._receive(connection)
             self._fail(self._lost("was lost"))
+        elif self._flooded(connection):
+            self._fail(self._flood)
+        elif connection.denied:
+            self._fail(lambda: AuthenticationError(connection.denied))
         elif not connection.handshaken and time.perf_counter_ns() >= connection.connect_deadline_ns:
             self._fail(self._unreachable(self.options.connect_timeout_seconds))
 
@@ -303,6 +399,8 @@ class DealerClient(Client):
             return
         seconds = f"{exchange.timeout_seconds:g} s"
         setting = "the limit given for this request" if exchange.explicit else "link.reply_timeout_seconds"
+        if connection is not None:
+            connection.owed_bytes += exchange.max_reply_bytes
         exchange.error = ReplyTimeoutError(f"no reply from {self.endpoint} within {seconds} ({setting})")
         self._finish(exchange)
 

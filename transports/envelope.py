@@ -5,6 +5,7 @@ Little-endian, without padding:
     magic     4 bytes   b"tgE\\x00"
     version   u8        1
     flags     u8        1: the sender accepts zstd   2: refused, a limit   4: refused, bad framing   8: refused, closing
+                        16: refused, the client's key is not allowed any more
     count     u16       how many frames follow
     request   u64       the request's id; a reply repeats it
     measured  u64       in a reply: nanoseconds from the request's arrival to the hand-over of the reply
@@ -12,7 +13,7 @@ Little-endian, without padding:
     count × { codec u8, itemsize u8, raw_length u64 }
 
 The first 16 bytes keep this layout in every version, so that a peer of another version can still be answered. A
-refusal is a reply in which one flag of 2, 4, 8 is set; its only frame is a reason in UTF-8.
+refusal is a reply in which one flag of 2, 4, 8, 16 is set; its only frame is a reason in UTF-8.
 
 ``unpack`` raises ``FrameError`` for whatever a correct sender never produces, and ``LimitError`` for a message that is
 well formed but larger than we accept. Both happen before anything of the announced size is allocated.
@@ -34,8 +35,9 @@ ACCEPTS_ZSTD = 1
 REFUSED_LIMIT = 2
 REFUSED_FRAMING = 4
 REFUSED_CLOSING = 8
-_REFUSED = REFUSED_LIMIT | REFUSED_FRAMING | REFUSED_CLOSING
-_REFUSALS = (0, REFUSED_LIMIT, REFUSED_FRAMING, REFUSED_CLOSING)
+REFUSED_KEY = 16
+_REFUSED = REFUSED_LIMIT | REFUSED_FRAMING | REFUSED_CLOSING | REFUSED_KEY
+_REFUSALS = (0, REFUSED_LIMIT, REFUSED_FRAMING, REFUSED_CLOSING, REFUSED_KEY)
 _KNOWN_FLAGS = ACCEPTS_ZSTD | _REFUSED
 
 RAW = 0

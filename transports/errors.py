@@ -4,6 +4,8 @@
     ├── UnknownTransportError      no transport of that name (the message lists those that exist)
     ├── LinkSpecError              an emulated link's description can't be read, or such a link can't be
     ├── BadAddressError            the address can't be used: syntax, port taken, no permission
+    ├── BadKeyError                a key or key file that can't be used: damaged, of the wrong kind, open to others
+    ├── AuthenticationError        the two sides do not agree on their keys, or one of them has none
     ├── ConnectError               no server answered within connect_timeout_seconds
     ├── ConnectionLostError        the connection ended while a request was in flight, or the client is closed
     ├── ReplyTimeoutError          the server is connected, but this reply did not come in time
@@ -35,6 +37,14 @@ class LinkSpecError(TransportError):
 
 
 class BadAddressError(TransportError):
+    pass
+
+
+class BadKeyError(TransportError):
+    pass
+
+
+class AuthenticationError(TransportError):
     pass
 
 

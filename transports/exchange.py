@@ -22,6 +22,7 @@ class Exchange:
         "error",
         "explicit",
         "future",
+        "max_reply_bytes",
         "moved_down_before",
         "moved_up_before",
         "raw_bytes",
@@ -32,11 +33,12 @@ class Exchange:
         "up",
     )
 
-    def __init__(self, request_id: int, raw_bytes: int, bytes_up: int, up: Compression) -> None:
+    def __init__(self, request_id: int, raw_bytes: int, bytes_up: int, up: Compression, max_reply_bytes: int) -> None:
         self.request_id = request_id
         self.raw_bytes = raw_bytes
         self.bytes_up = bytes_up
         self.up = up
+        self.max_reply_bytes = max_reply_bytes
         self.sent_ns = 0
         self.deadline_ns = 0
         self.timeout_seconds = 0.0

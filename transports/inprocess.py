@@ -14,7 +14,18 @@ from collections.abc import Awaitable
 from typing import ClassVar
 
 from transports import addresses
-from transports.base import Buffer, Client, ClientOptions, Compression, Incoming, Message, Reply, Server, ServerOptions
+from transports.base import (
+    Buffer,
+    Client,
+    ClientOptions,
+    Compression,
+    Incoming,
+    Message,
+    Reply,
+    Server,
+    ServerLoad,
+    ServerOptions,
+)
 from transports.done import DoneReply
 from transports.errors import BadAddressError, ConnectError, ConnectionLostError, LimitError, ReplyTimeoutError
 from transports.fairqueue import FairQueue
@@ -28,13 +39,13 @@ _client_numbers = itertools.count(1)
 class _Request:
     """``replies`` is the asking client's queue; it gets (this request, frames), or (this request, None) at the end."""
 
-    __slots__ = ("answered", "arrived_ns", "client", "frames", "nbytes", "replies")
+    __slots__ = ("answered", "arrived_ns", "client", "frames", "nbytes", "replies", "taken_ns")
 
     def __init__(self, client: bytes, frames: list[Buffer], nbytes: int, replies: _Replies) -> None:
         self.client = client
         self.frames = frames
         self.nbytes = nbytes
-        self.arrived_ns = time.perf_counter_ns()
+        self.arrived_ns = self.taken_ns = time.perf_counter_ns()
         self.replies = replies
         self.answered = False
 
@@ -57,11 +68,28 @@ class InprocessServer(Server):
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._unanswered: set[_Request] = set()
         self._woken = False
+        self._draining = False
+        self._refused = 0
         self._closed = False
         with _servers_lock:
             if self._name in _servers:
                 raise BadAddressError(f"can't listen on {address}: another server of this process has that name")
             _servers[self._name] = self
+
+    @property
+    def load(self) -> ServerLoad:
+        with self._lock:
+            queue = self._queue
+            return ServerLoad(
+                clients=queue.clients,
+                refused=self._refused,
+                in_flight=queue.in_flight,
+                waiting_requests=len(queue),
+                waiting_bytes=queue.waiting_bytes,
+            )
+
+    def drain(self) -> None:
+        self._draining = True
 
     def next(self, timeout_seconds: float | None = None) -> Incoming | None:
         deadline = None if timeout_seconds is None else time.perf_counter() + timeout_seconds
@@ -72,6 +100,7 @@ class InprocessServer(Server):
             with self._lock:
                 request = self._queue.pop()
             if request is not None:
+                request.taken_ns = time.perf_counter_ns()
                 frames = [memoryview(frame) for frame in request.frames]
                 return Incoming(frames, request.client, request, request.arrived_ns)
             try:
@@ -91,7 +120,7 @@ class InprocessServer(Server):
         with self._lock:
             if self._closed:
                 return Compression()
-            self._queue.done(request.client, request.nbytes)
+            self._queue.done(request.client, request.nbytes, (time.perf_counter_ns() - request.taken_ns) / 1e9)
             self._unanswered.discard(request)
         request.replies.put((request, [memoryview(frame) for frame in frames], nbytes))
         return Compression()
@@ -123,9 +152,13 @@ class InprocessServer(Server):
         with self._lock:
             if self._closed:
                 raise ConnectionLostError(f"the server at {self.address} has ended")
-            reason = self._queue.push(request.client, request, request.nbytes)
+            if self._draining:
+                raise ConnectionLostError(f"the server at {self.address} is being stopped")
+            reason = self._queue.push(request.client, request, request.nbytes, time.monotonic())
             if reason is None:
                 self._unanswered.add(request)
+            else:
+                self._refused += 1
         if reason is not None:
             raise LimitError(f"{self.address} refused the request: {reason}")
         self._bell.put(None)

@@ -216,6 +216,10 @@ class PipelinedClient(DealerClient):
 
     # ---- the window
 
+    @property
+    def pending_bytes(self) -> int:
+        return self._in_flight_bytes + sum(self._granted.values()) + sum(nbytes for _, nbytes in self._line)
+
     def _has_room(self, nbytes: int) -> bool:
         count = len(self._in_flight) + len(self._granted)
         if count == 0:

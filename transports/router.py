@@ -9,12 +9,14 @@ has noted (``_paused``) that it has not. Sending only hands buffers to zmq's own
 
 Bounds: a request over its client's bounds (number, bytes, clients) is refused with a reason, which its client sees as
 ``LimitError``. When what waits to be computed exceeds a few clients' worth of bytes, reading pauses for all, and zmq's
-queues and TCP hold the senders back. A reply to a client that is gone, or reads none of them, is dropped and counted.
+queues and TCP hold the senders back. A reply to a client that is gone is dropped and counted; a client that reads none
+of its replies loses its connection, as do those that ``transports.guard`` finds.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import select
 import threading
 import time
@@ -24,21 +26,23 @@ from typing import TYPE_CHECKING
 import zmq
 
 from transports import binding, envelope
-from transports.base import Buffer, Compression, Incoming, Message, Server, ServerOptions
+from transports.base import Buffer, Compression, Incoming, Message, Server, ServerLoad, ServerOptions
 from transports.connection import (
     NOBLOCK,
     NOBLOCK_MORE,
     ZERO_COPY_BYTES,
     has_message,
     keep_alive,
-    receive_parts,
 )
 from transports.errors import FrameError, LimitError, TransportError
 from transports.fairqueue import FairQueue
 from transports.frames import flatten
+from transports.guard import SPARE_CONNECTIONS, SWEEP_SECONDS, Guard, Peer
+from transports.security import CURVE_OVERHEAD_BYTES
 from transports.wakeup import Wakeup
 
 if TYPE_CHECKING:
+    from transports.admission import Gatekeeper
     from transports.compression import Compressor
 
 log = logging.getLogger(__name__)
@@ -49,18 +53,32 @@ RECEIVE_QUEUE_MESSAGES = 8
 WAITING_CLIENTS_WORTH = 2
 """Reading pauses when this many clients' full byte allowances wait to be computed."""
 
+HELD_CLIENTS_WORTH = 4
+"""When this many clients' full byte allowances are held, replies that are not taken included, the client with the
+largest part of it loses its connection."""
+
+IDLE_SWEEP_SECONDS = 1.0
+
 REFUSALS_QUEUED = 16
 """Room for refusals in a client's send queue, beyond one reply for each of its requests."""
+
+IO_THREADS_WITH_KEYS = 4
 
 QUICK_ANSWER_NS = 1_000_000
 SHARE_REQUESTS = 32
 """See ``RouterServer._should_share``."""
 
 
+def _io_threads(options: ServerOptions) -> int:
+    """zmq's threads. Each connection is served by one of them, which also encrypts and decrypts: with keys that is most
+    of its work, so that the connections of several clients are spread over several threads."""
+    return 1 if options.curve is None else min(IO_THREADS_WITH_KEYS, len(os.sched_getaffinity(0)))
+
+
 class _Request:
     """A request as it came; its ``Incoming.token`` too."""
 
-    __slots__ = ("answered", "arrived_ns", "client", "head", "nbytes", "parts")
+    __slots__ = ("answered", "arrived_ns", "client", "head", "nbytes", "parts", "taken_ns")
 
     def __init__(self, client: bytes, parts: list[memoryview], head: envelope.Envelope, nbytes: int) -> None:
         self.client = client
@@ -68,6 +86,7 @@ class _Request:
         self.head = head
         self.arrived_ns = time.perf_counter_ns()
         self.nbytes = nbytes
+        self.taken_ns = self.arrived_ns
         self.answered = False
 
 
@@ -80,6 +99,7 @@ class RouterServer(Server):
         self.malformed = 0
         self.undelivered = 0
         self._compressor: Compressor | None = None
+        self._gatekeeper: Gatekeeper | None = None
         self._client_bandwidth: float | None = None
         self._queue: FairQueue[_Request] = FairQueue(
             max_clients=options.max_clients,
@@ -95,16 +115,21 @@ class RouterServer(Server):
         self._io_parked = False
         self._woken = False
         self._closed = False
+        self._draining = False
+        self._idle_sweep_at = 0.0
         self._slept = False
         self._share_left = 0
         self._last_client = b""
         self._handed_out_ns = 0
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=_io_threads(options))
         self._socket = self._context.socket(zmq.ROUTER)
         try:
-            self._configure()
+            self._gatekeeper = self._configure()
+            self._guard = self._make_guard()
             self._binding = binding.bind(self._socket, address)
         except BaseException:
+            if self._gatekeeper is not None:
+                self._gatekeeper.close()
             self._context.destroy(linger=0)
             raise
         self.address = self._binding.address
@@ -116,14 +141,52 @@ class RouterServer(Server):
         self._thread = threading.Thread(target=self._io_loop, name="teegpu-transport", daemon=True)
         self._thread.start()
 
-    def _configure(self) -> None:
+    def _configure(self) -> Gatekeeper | None:
+        """Set the socket's options; where it is to have keys, also who guards it."""
         socket, options = self._socket, self.options
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, options.max_client_requests + REFUSALS_QUEUED)
         socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE_MESSAGES)
-        socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)
+        socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes + (CURVE_OVERHEAD_BYTES if options.curve else 0))
+        socket.setsockopt(zmq.HANDSHAKE_IVL, max(1, int(options.hello_timeout_seconds * 1000)))
         keep_alive(socket)
+        if options.curve is None:
+            return None
+        from transports.admission import Gatekeeper
+
+        return Gatekeeper(self._context, socket, options.curve)
+
+    def _make_guard(self) -> Guard:
+        options = self.options
+        return Guard(
+            self._context,
+            self._socket,
+            max_connections=options.max_clients + SPARE_CONNECTIONS,
+            max_message_bytes=options.max_message_bytes,
+            max_unfinished_bytes=self._max_waiting_bytes + options.max_message_bytes,
+            hello_timeout_seconds=options.hello_timeout_seconds,
+            queued_messages=RECEIVE_QUEUE_MESSAGES,
+            explained_bytes=lambda: self._queue.held_bytes,
+            failed_handshakes=None if self._gatekeeper is None else self._gatekeeper.handshakes,
+        )
+
+    @property
+    def load(self) -> ServerLoad:
+        with self._lock:
+            queue = self._queue
+            return ServerLoad(
+                clients=queue.clients,
+                connections=self._guard.connections,
+                refused=self.refused + self.malformed,
+                ended=self._guard.ended,
+                in_flight=queue.in_flight,
+                waiting_requests=len(queue),
+                waiting_bytes=queue.waiting_bytes,
+            )
+
+    def drain(self) -> None:
+        self._draining = True
 
     # ---- the caller's side
 
@@ -136,7 +199,7 @@ class RouterServer(Server):
                 return None
             if self._should_share(request, computed_ns) and self._io_parked:
                 self._io_signal.set()
-            self._handed_out_ns = time.perf_counter_ns()
+            self._handed_out_ns = request.taken_ns = time.perf_counter_ns()
             try:
                 frames, down = self._decompress(request)
             except FrameError as error:
@@ -236,8 +299,9 @@ class RouterServer(Server):
 
     def _answer(self, request: _Request, parts: list[Buffer] | list[bytes]) -> None:
         request.answered = True
+        seconds = (time.perf_counter_ns() - request.taken_ns) / 1e9
         with self._lock:
-            self._queue.done(request.client, request.nbytes)
+            self._queue.done(request.client, request.nbytes, seconds)
             if not self._closed:
                 self._send(request.client, parts)
                 self._read()
@@ -257,7 +321,10 @@ class RouterServer(Server):
                 self._send(request.client, reason)
         self._io_signal.set()
         self._thread.join()
+        self._guard.close()
         self._binding.release()
+        if self._gatekeeper is not None:
+            self._gatekeeper.close()
         # zmq itself sends what it has been given, for as long as the socket lingers; term waits for that.
         self._socket.close(linger=int(drain_seconds * 1000))
         self._context.term()
@@ -271,16 +338,27 @@ class RouterServer(Server):
         poll.register(self._io_signal.fd, select.POLLIN)
         router_fd = self._socket.FD
         poll.register(router_fd, select.POLLIN)
+        guard_fd = self._guard.fd
+        poll.register(guard_fd, select.POLLIN)
+        sweep_at = 0.0
         while not self._closed:
-            for fd, _ in poll.poll():
-                if fd == self._io_signal.fd:
-                    self._io_signal.clear()
+            events = poll.poll(SWEEP_SECONDS * 1000 if self._guard.connections else None)
+            if any(fd == self._io_signal.fd for fd, _ in events):
+                self._io_signal.clear()
+            now = time.monotonic()
+            sweeps = now >= sweep_at
+            watches = sweeps or any(fd == guard_fd for fd, _ in events)
             self._io_parked = parked = self._caller_waits
             poll.modify(router_fd, 0 if parked else select.POLLIN)
-            if parked:
+            if parked and not watches:
                 continue
             with self._lock:
+                if watches:
+                    self._update_connections()
                 self._read()
+                if sweeps:
+                    sweep_at = now + SWEEP_SECONDS
+                    self._sweep(now)
                 waiting = len(self._queue)
             if waiting and self._caller_waits:
                 self._caller_signal.set()
@@ -300,9 +378,58 @@ class RouterServer(Server):
                 self._skip_rest()
                 continue
             self._mid_message = True
-            parts = receive_parts(self._socket)
+            first, parts = self._receive()
             self._mid_message = False
-            self._accept(parts)
+            if self._gatekeeper is not None and not self._gatekeeper.admits(str(first.get("User-Id"))):
+                self._turn_away(parts)
+                continue
+            self._accept(first, parts)
+
+    def _receive(self) -> tuple[zmq.Frame, list[memoryview]]:
+        """A whole message; of one that has far too many frames the rest is dropped as it is read."""
+        socket, most = self._socket, self.options.max_frames + 3
+        first = frame = socket.recv(NOBLOCK, copy=False)
+        parts = [first.buffer]
+        while frame.more:
+            frame = socket.recv(NOBLOCK, copy=False)
+            if len(parts) < most:
+                parts.append(frame.buffer)
+        return first, parts
+
+    def _update_connections(self) -> None:
+        if self._closed:
+            return
+        for peer in self._guard.update():
+            if peer.messages:
+                self._queue.leave(peer.client)
+                about = {"event": "client-left", "connection": peer.number, "peer": peer.address}
+                log.info(
+                    "client %d at %s left after %d messages",
+                    *(peer.number, peer.address, peer.messages),
+                    extra=about | {"messages": peer.messages},
+                )
+
+    def _sweep(self, now: float) -> None:
+        """Look after connections, and forget who is silent."""
+        if self._closed:
+            return
+        self._guard.user_bytes = self.user_bytes
+        self._guard.sweep(paused=self._paused)
+        queue = self._queue
+        if queue.held_bytes > HELD_CLIENTS_WORTH * self.options.max_client_bytes:
+            client = queue.largest()
+            if client is not None:
+                self._guard.end(client, "it holds more of the server's memory than others, and does not take replies")
+        if now >= self._idle_sweep_at:
+            self._idle_sweep_at = now + IDLE_SWEEP_SECONDS
+            queue.forget_silent(now - self.options.idle_timeout_seconds)
+
+    def _peer_of(self, client: bytes, first: zmq.Frame) -> Peer | None:
+        peer = self._guard.known(client)
+        if peer is None:
+            self._update_connections()
+            peer = self._guard.bind(client, first)
+        return peer
 
     def _skip_rest(self) -> None:
         """A signal handler raised between two frames of a message: the frames that are left belong to nobody."""
@@ -310,9 +437,18 @@ class RouterServer(Server):
             self._socket.recv(NOBLOCK, copy=False)
         self._mid_message = False
 
-    def _accept(self, parts: list[memoryview]) -> None:
+    def _turn_away(self, parts: list[memoryview]) -> None:
+        """The key of this client was taken off the allow-list while it was connected."""
+        self.refused += 1
+        request_id = envelope.peek_request_id(parts[1]) if len(parts) > 1 else None
+        if request_id is not None:
+            reason = "the server does not allow this client's key any more"
+            self._send(bytes(parts[0]), envelope.pack_refusal(request_id, envelope.REFUSED_KEY, reason))
+
+    def _accept(self, first: zmq.Frame, parts: list[memoryview]) -> None:
         """Check one message and queue it, or refuse it."""
         client = bytes(parts[0])
+        peer = self._peer_of(client, first)
         if len(parts) < 2:
             self.malformed += 1
             return
@@ -333,11 +469,22 @@ class RouterServer(Server):
                 refusal = envelope.REFUSED_LIMIT if limit else envelope.REFUSED_FRAMING
                 self._send(client, envelope.pack_refusal(request_id, refusal, str(error)))
             return
+        if peer is not None:
+            if not peer.messages:
+                about = {"event": "client-came", "connection": peer.number, "peer": peer.address}
+                log.info("client %d came from %s", peer.number, peer.address, extra=about)
+            peer.messages += 1
         request = _Request(client, frames, head, head.raw_bytes)
-        reason = self._queue.push(client, request, request.nbytes)
+        reason, kind = None, envelope.REFUSED_LIMIT
+        if self._draining:
+            reason, kind = "the server is being stopped: try another one, or later", envelope.REFUSED_CLOSING
+        else:
+            reason = self._queue.push(client, request, request.nbytes, time.monotonic())
         if reason is not None:
             self.refused += 1
-            self._send(client, envelope.pack_refusal(head.request_id, envelope.REFUSED_LIMIT, reason))
+            self._send(client, envelope.pack_refusal(head.request_id, kind, reason))
+            about = {"event": "refused", "connection": 0 if peer is None else peer.number, "reason": reason}
+            log.warning("refused a request: %s", reason, extra=about)
 
     def _send(self, client: bytes, parts: list[Buffer] | list[bytes]) -> None:
         """Hand a reply to zmq. Large frames are lent to it and stay on the client's account until they are sent."""
@@ -352,6 +499,9 @@ class RouterServer(Server):
             self._mid_send = False
             self.undelivered += 1
             log.debug("reply not delivered: %s", error.strerror)
+            if error.errno == zmq.EAGAIN:
+                # More replies than it may have requests are queued for it.
+                self._guard.end(client, "it takes none of its replies")
             return
         last = len(parts) - 1
         for index, part in enumerate(parts):

@@ -30,6 +30,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "speculate": ("run.speculate",),
     "threads": ("run.threads",),
     "server-threads": ("server.threads",),
+    "endpoint": ("run.endpoints",),
 }
 """The keys of a case and the settings that each stands for. Beside them there are ``label``, and the settings of
 ``OPEN_SECTIONS`` under their own names, as in ``link.spin_seconds=0``."""
@@ -198,11 +199,12 @@ def _check(text: str, items: Mapping[str, str], case: Case, base: Config) -> Non
         if idle:
             raise UsageError(f"--case {text}: '{idle[0]}' does nothing in the plan local, which has no server and "
                              "computes in fp32")  # fmt: skip
-    elif base.run.endpoint:
-        idle = [key for key in items if key in _SERVER_KEYS]
-        if idle:
-            raise UsageError(f"--case {text}: '{idle[0]}' is for servers that the benchmark starts itself, and "
-                             f"run.endpoints names {base.run.endpoint}: leave one of them out")  # fmt: skip
+        return
+    endpoint = items.get("endpoint") or base.run.endpoint
+    idle = [key for key in items if key in _SERVER_KEYS]
+    if endpoint and idle:
+        raise UsageError(f"--case {text}: '{idle[0]}' is for servers that the benchmark starts itself, and "
+                         f"run.endpoints names {endpoint}: leave one of them out")  # fmt: skip
 
 
 def _baseline(text: str, items: Mapping[str, str]) -> Case:

@@ -31,12 +31,23 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _model(spec: ModelSpec, digest: str) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "digest": digest,
+        "architecture": spec.architecture,
+        "layers": spec.layers,
+        "hidden_size": spec.hidden_size,
+        "parameters": spec.parameters,
+    }
+
+
 def document(
     benchmark: str,
     *,
     status: str,
     started_at: str,
-    spec: ModelSpec,
+    spec: ModelSpec | None,
     digest: str,
     settings: dict[str, Any],
     results: list[dict[str, Any]],
@@ -44,7 +55,7 @@ def document(
     **more: Any,
 ) -> dict[str, Any]:
     """``status`` is ``complete``, ``interrupted``, or ``failed`` where part of it failed; ``more`` are keys of this
-    benchmark alone."""
+    benchmark alone. ``spec`` None: it needs no model."""
     return {
         "schema": SCHEMA,
         "benchmark": benchmark,
@@ -54,14 +65,7 @@ def document(
         "machine": machine.describe(),
         "tee": {"kind": machine.tee_kind(), "attested": False},
         "versions": versions(),
-        "model": {
-            "name": spec.name,
-            "digest": digest,
-            "architecture": spec.architecture,
-            "layers": spec.layers,
-            "hidden_size": spec.hidden_size,
-            "parameters": spec.parameters,
-        },
+        "model": None if spec is None else _model(spec, digest),
         "settings": settings,
         **more,
         "notes": notes,

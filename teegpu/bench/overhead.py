@@ -28,11 +28,13 @@ from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
-from teegpu.options import client_options, wire_limits
+from teegpu.options import client_options, wire_dtype, wire_limits
 from teegpu.tee import plans
 from teegpu.tee.embedded_server import EmbeddedServer
 from teegpu.tee.gpu_client import GpuClient
+from teegpu.tee.greeting import hello
 from teegpu.tee.products import Call, drive
+from teegpu.wire.codec import Decoder
 from transports.base import Client, Message, Reply
 
 PLAN = "fused"
@@ -123,6 +125,7 @@ class OverheadBenchmark:
         self._sizes: list[tuple[list[int], list[int]]] = []
         self._server: dict[str, Any] = {}
         self._digest = ""
+        self._wire_dtype = base.run.wire_dtype
         self._started_at = doc.now()
 
     def run(self, notify: Notify = lambda _: None) -> None:
@@ -145,11 +148,15 @@ class OverheadBenchmark:
         events: list[Event] = []
         record = Recorder(events.extend)
 
+        limits = wire_limits(base)
+        welcome = hello(transport, Decoder(limits), base.link.hello_timeout_seconds)
+        self._wire_dtype = wire_dtype(base, [welcome.dtype])
+
         def client(through: Client) -> GpuClient:
-            return GpuClient(through, spec, wire_dtype=base.run.wire_dtype, recorder=record, limits=wire_limits(base))
+            return GpuClient(through, spec, wire_dtype=self._wire_dtype, recorder=record, limits=limits)
 
         gpu, tap = client(transport), _Tap(transport)
-        welcome = gpu.hello(base.link.hello_timeout_seconds, self._digest)
+        gpu.hello(base.link.hello_timeout_seconds, self._digest)
         self._server = {"device": welcome.device, "dtype": welcome.dtype, "threads": welcome.threads}
         calls = fused_calls(spec)
         for number in range(2):
@@ -212,7 +219,7 @@ class OverheadBenchmark:
                 "rounds": self._rounds,
                 "plan": PLAN,
                 "transport": self._base.run.transport,
-                "wire_dtype": self._base.run.wire_dtype,
+                "wire_dtype": self._wire_dtype,
                 "spin_seconds": self._base.link.spin_seconds,
                 "threads": {"runner": self._runner_threads, "server": self._server.get("threads")},
             },
@@ -225,7 +232,7 @@ class OverheadBenchmark:
     def _setting(self) -> str:
         run, server = self._base.run, self._server
         threads = f"threads: {self._runner_threads} for the runner, {server['threads']} for the server"
-        return f"{run.transport}, {run.wire_dtype} wire, server in {server['dtype']} on {server['device']}; {threads}"
+        return f"{run.transport}, {self._wire_dtype} wire, server in {server['dtype']} on {server['device']}; {threads}"
 
     def _program(self, number: int) -> dict[str, Any]:
         by_part = parts(self._trips[number])
@@ -241,13 +248,13 @@ class OverheadBenchmark:
         }
 
 
-def fused_calls(spec: ModelSpec) -> list[tuple[Call, Call]]:
-    """Both programs of each layer of the fused plan, with one token of random values. The last layer's are left out
-    where there are others: its second program ends in lm_head, which is not what a step consists of."""
+def fused_calls(spec: ModelSpec, tokens: int = 1) -> list[tuple[Call, Call]]:
+    """Both programs of each layer of the fused plan, with random values for so many tokens. The last layer's are left
+    out where there are others: its second program ends in lm_head, which is not what a step consists of."""
     random = torch.Generator().manual_seed(0)
 
     def values(width: int) -> torch.Tensor:
-        return torch.randn(1, width, generator=random)
+        return torch.randn(tokens, width, generator=random)
 
     attended, gated = values(spec.heads * spec.head_dim), values(spec.intermediate_size)
     residual = values(spec.hidden_size)

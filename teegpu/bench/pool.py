@@ -149,6 +149,9 @@ class Pool:
                 key, threads = self._server_of(config)
                 values |= {
                     "run.endpoints": (self._server(key, config, threads).endpoint,),
+                    # It listens where nobody else can enter, and has no keys, whatever other servers have.
+                    "link.server_key": "",
+                    "link.client_key": "",
                     # Beside a server on the same machine, as in a run with an embedded one.
                     "run.threads": config.run.threads or machine.thread_split(embedded=True)[0],
                 }

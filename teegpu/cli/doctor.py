@@ -6,9 +6,9 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,10 @@ from teegpu import machine
 from teegpu.cli.common import ConfigFile, from_transport, result_console
 from teegpu.config import SETTINGS, Config, RunSettings, load
 from teegpu.errors import ConfigError, ModelError, TeegpuError
+
+if TYPE_CHECKING:
+    from teegpu.tee.health import Probe
+    from teegpu.wire.messages import HealthReport
 
 PACKAGES = (
     "torch",
@@ -38,53 +42,61 @@ BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. ``status`` is ``ok``, ``warn`` or ``fail``; ``exit_code`` counts where it is ``fail``."""
+    """One finding. ``status`` is ``ok``, ``warn`` or ``fail``; ``exit_code`` counts where it is ``fail``. ``facts`` are
+    for ``--json`` alone."""
 
     name: str
     status: str
     detail: str
     exit_code: int = 0
+    facts: dict[str, Any] | None = None
 
 
 def doctor(
     endpoint: Annotated[
-        str | None, typer.Option(help="The server to ask, in place of run.endpoints.", metavar="ADDRESS")
+        list[str] | None,
+        typer.Option(
+            help="The server to ask, in place of run.endpoints; may be given several times.", metavar="ADDRESS"
+        ),
     ] = None,
     config_file: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a table.")] = False,
 ) -> None:
-    """Check this machine, the model and the server.
+    """Check this machine, the model and the server, and show how much a server has to do.
 
     Exits with 0 when nothing failed, 2 when the settings can't be read, 3 when the model can't be used, 4 when the
     server does not answer.
     """
     checks = []
-    for check in examine(endpoint, config_file):
+    for check in examine(tuple(endpoint or ()), config_file):
         checks.append(check)
         if not as_json:
             _print(check)
     if as_json:
-        rows = [{"name": check.name, "status": check.status, "detail": check.detail} for check in checks]
+        rows = [
+            {"name": check.name, "status": check.status, "detail": check.detail} | (check.facts or {})
+            for check in checks
+        ]
         failed = any(check.status == "fail" for check in checks)
         typer.echo(json.dumps({"ok": not failed, "checks": rows}, indent=2, ensure_ascii=False))
     raise typer.Exit(next((check.exit_code for check in checks if check.status == "fail"), 0))
 
 
-def examine(endpoint: str | None = None, config_file: Path | None = None) -> Iterator[Check]:
+def examine(endpoints: tuple[str, ...] = (), config_file: Path | None = None) -> Iterator[Check]:
     """Every finding, as it is made. With settings that can't be read the rest is examined for the defaults."""
     try:
-        config = load({"run.endpoints": None if endpoint is None else (endpoint,)}, config_file)
+        config = load({"run.endpoints": endpoints or None}, config_file)
         changed = [key for key, value in config.values().items() if value != SETTINGS[key].default]
         settings = Check("settings", "ok", f"changed from the default: {', '.join(changed) or 'none'}")
     except ConfigError as error:
-        config = Config(run=RunSettings(endpoints=() if endpoint is None else (endpoint,)))
+        config = Config(run=RunSettings(endpoints=endpoints))
         settings = Check("settings", "fail", str(error), error.exit_code)
     yield from versions()
     yield settings
     yield from hardware(config)
     yield trusted_execution()
     yield model(config)
-    yield server(config)
+    yield from servers(config)
 
 
 def versions() -> Iterator[Check]:
@@ -116,7 +128,10 @@ def threads(config: Config, cores: int) -> Check:
     split = machine.thread_split(embedded, cores)
     runner, server = config.run.threads or split[0], config.server.threads or split[1]
     if not embedded:
-        return Check("threads", "ok", f"runner {runner}; the server at {config.run.endpoint} has its own")
+        where = ", ".join(config.run.endpoints)
+        several = len(config.run.endpoints) > 1
+        has = "servers at {} have their" if several else "server at {} has its"
+        return Check("threads", "ok", f"runner {runner}; the {has.format(where)} own")
     detail = f"runner {runner}, embedded server {server}, on {cores} core(s)"
     if machine.oversubscribed(runner, server, cores):
         return Check("threads", "warn", f"{detail}: more threads than cores; set run.threads and server.threads to 0")
@@ -176,24 +191,63 @@ def absent_model(config: Config) -> Check:
     return Check("model", "warn", f"{name} has still to be fetched; 'teegpu run' does it when it is first used")
 
 
-def server(config: Config) -> Check:
-    endpoint = config.run.endpoint
-    if not endpoint:
-        return Check("server", "ok", "none configured (run.endpoints): each run starts its own")
-    from teegpu.tee import gpu_client
+def servers(config: Config) -> Iterator[Check]:
+    """Two findings for each endpoint: who answers there, and how it is."""
+    if not config.run.endpoints:
+        yield Check("server", "ok", "none configured (run.endpoints): each run starts its own")
+    for text in config.run.endpoints:
+        yield from server(text, config)
+
+
+def server(text: str, config: Config) -> Iterator[Check]:
+    from teegpu import endpoints
+    from teegpu.tee import health
 
     try:
-        answer = gpu_client.probe(endpoint, config)
+        endpoint = endpoints.parse(text)
+        found = health.probe(endpoint, config)
     except Exception as error:
         told = error if isinstance(error, TeegpuError) else from_transport(error)
         if told is None:
             raise
-        return Check("server", "fail", str(told), told.exit_code)
+        yield Check("server", "fail", str(told), told.exit_code, {"endpoint": text})
+        return
+    welcome, facts = found.welcome, _facts(text, found)
+    first, last = welcome.layers
+    part = f", layers {first}-{last}" if last - first + 1 != welcome.dims.get("layers") else ""
     detail = (
-        f"{endpoint} answers in {answer['rtt_seconds'] * 1e3:.2f} ms: {answer['model']} ({answer['digest'][:12]}) on "
-        f"{answer['device']} in {answer['dtype']}, version {answer['version']}"
+        f"{endpoint.address} answers in {found.rtt_seconds * 1e3:.2f} ms: {welcome.model} ({welcome.digest[:12]}) on "
+        f"{welcome.device} in {welcome.dtype}{part}, version {welcome.software}"
     )
-    return Check("server", "ok", detail)
+    yield Check("server", "ok", detail, facts=facts)
+    yield Check("load", "warn" if found.health.draining else "ok", load_line(found.health), facts={"endpoint": text})
+
+
+def load_line(health: HealthReport) -> str:
+    """``up 3 h, 2 clients, 12.5% busy, 1 request in hand or waiting (3.0 MiB), …``."""
+    from teegpu.units import human_age, human_bytes, percent
+
+    def counted(number: int, thing: str) -> str:
+        return f"{number:,} {thing}{'s' * (number != 1)}"
+
+    flight = counted(health.in_flight, "request")
+    parts = [
+        f"up {human_age(health.uptime_seconds)}",
+        counted(health.clients, "client"),
+        f"{percent(health.busy_share)} busy in the last 10 s",
+        f"{flight} in hand, {health.waiting_requests:,} of them waiting ({human_bytes(health.waiting_bytes)})",
+        f"{health.requests_served:,} served, {health.refused:,} refused",
+        f"{human_bytes(health.rss_bytes)} of memory, weights {human_bytes(health.weight_bytes)}",
+    ]
+    if health.draining:
+        parts.insert(0, "it is being stopped")
+    return ", ".join(parts)
+
+
+def _facts(text: str, found: Probe) -> dict[str, Any]:
+    health = asdict(found.health)
+    del health["request_id"]
+    return {"endpoint": text, "rtt_seconds": found.rtt_seconds, "threads": found.welcome.threads, "health": health}
 
 
 def _print(check: Check) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import select
 import signal
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teegpu.cli import interrupts
+from teegpu import errors
+from teegpu.cli import interrupts, logs
 from teegpu.cli.common import ConfigFile, message_console
 
 if TYPE_CHECKING:
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
     from teegpu.config import Config
     from teegpu.gpu.server import GpuServer, Identity
 
+log = logging.getLogger(__name__)
+
 _PARENT_CHECK_SECONDS = 1.0
+
+_AT_ONCE_SECONDS = 1.0
+"""How long a second signal waits for Python to take notice of it: it does not in the middle of a long product."""
 
 
 def serve(
@@ -33,17 +40,35 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:n.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0: all cores.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="A-B", help="Hold these layers only; others are on other servers.")
+    ] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network to find the model.")] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="This server's key pair, of 'teegpu keys new' (or its file).")
+    ] = None,
+    auth: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder with the public keys of the clients that may connect.")
+    ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow an address that other machines can reach, without keys.")
+        bool,
+        typer.Option(
+            "--insecure", help="Allow an address that others can reach without --key, and --key without --auth."
+        ),
     ] = False,
+    log_format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="How the log is written to stderr: rich or json.")
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error: the least that is logged.")
+    ] = None,
     config_file: ConfigFile = None,
     embedded: Annotated[bool, typer.Option("--embedded", hidden=True)] = False,
 ) -> None:
     """Hold a model's weights and compute matrix products for runners, until Ctrl-C or SIGTERM.
 
-    The request in hand is finished before the server ends (a second Ctrl-C does not wait for it). What a runner sends
-    is seen in the clear by this process.
+    When it is told to end, it refuses what comes from then on, answers what it has within server.drain_seconds, and
+    exits with 0; a second signal ends it at once. What a runner sends is seen in the clear by this process.
     """
     from teegpu import config
 
@@ -54,16 +79,42 @@ def serve(
             "server.device": device,
             "server.dtype": dtype,
             "server.threads": threads,
+            "server.layers": layers,
+            # the embedded server's folder is its protection, whatever the user's other servers have
+            "server.key": "" if embedded else key,
+            "server.auth_dir": "" if embedded else auth,
+            "server.log_format": log_format,
+            "server.log_level": log_level,
             "model.offline": offline,
         },
         config_file,
     )
-    check_address(settings.server.bind, insecure)
+    risk = check_access(settings, insecure)
     console = message_console()
     # Lines in a log stay whole: there is no terminal whose width they should fit.
     console.soft_wrap = not console.is_terminal
-    if insecure:
-        console.print("warning: --insecure: anybody who reaches this address can use the server and read its traffic")
+    with contextlib.ExitStack() as stack:
+        if not embedded:
+            stack.enter_context(logs.shown(settings.server.log_format, settings.server.log_level, console))
+        if risk:
+            _tell(settings, console, f"warning: --insecure: {risk}", logging.WARNING, "insecure")
+        _serve_until_told(settings, console, embedded=embedded)
+    if embedded:
+        # Nothing is left to be done, and taking torch down would keep the end of the run waiting.
+        os._exit(0)
+
+
+def _tell(
+    settings: Config, console: Console, text: str, level: int = logging.INFO, event: str = "", **fields: object
+) -> None:
+    """Says to people what is no line of a log, and logs it where the log is for machines."""
+    if settings.server.log_format == "json":
+        log.log(level, "%s", text, extra={"event": event, **fields})
+    else:
+        console.print(text)
+
+
+def _serve_until_told(settings: Config, console: Console, *, embedded: bool) -> None:
     with Stop() as stop, _life_line(settings.server.bind, stop) if embedded else contextlib.nullcontext():
         try:
             _serve(settings, stop, console, embedded=embedded)
@@ -71,10 +122,7 @@ def serve(
             interrupts.handled()
             if stop.serving:
                 raise
-            console.print("stopped while loading")
-    if embedded:
-        # Nothing is left to be done, and taking torch down would keep the end of the run waiting.
-        os._exit(0)
+            _tell(settings, console, "stopped while loading", event="end", requests_served=0)
 
 
 def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) -> None:
@@ -87,40 +135,49 @@ def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) ->
     from teegpu.gpu import server as gpu
     from teegpu.model.reader import read_spec
     from teegpu.model.weights import WeightStore
-    from teegpu.options import server_options, wire_limits
+    from teegpu.options import held_layers, server_options, wire_limits
 
     machine.keep_freed_memory()
     torch.set_num_threads(settings.server.threads or machine.available_cores())
-    folder = find_model(settings, quiet=embedded)
+    quiet = embedded or settings.server.log_format == "json"
+    folder = find_model(settings, quiet=quiet)
     spec = read_spec(folder)
+    if settings.server.log_format == "json":
+        log.info("loading %s", spec.name, extra={"event": "start", "model": spec.name, "bind": settings.server.bind})
     limits = wire_limits(settings)
+    layers = held_layers(settings, spec.layers)
     # Bind first: a port that is taken should not cost the time of loading.
     with transports.listen(settings.server.bind, server_options(settings)) as transport:
-        with WeightStore(folder, spec) as store, shown(quiet=embedded) as progress:
+        with WeightStore(folder, spec) as store, shown(quiet=quiet) as progress:
             executor, identity = gpu.load(
                 store,
                 spec,
                 device=settings.server.device,
                 dtype=settings.server.dtype,
                 limits=limits,
+                layers=layers,
                 progress=lambda share: progress(f"loading {spec.name}", share),
             )
-        server = gpu.GpuServer(transport, executor, identity, limits)
+        # The runner of an embedded server has no use for answers any more.
+        drain_seconds = 0.0 if embedded else settings.server.drain_seconds
+        server = gpu.GpuServer(transport, executor, identity, limits, drain_seconds=drain_seconds)
         with stop.ends(server):
             if embedded:
                 sys.stdout.write(json.dumps({"address": transport.address}) + "\n")
                 sys.stdout.flush()
             else:
-                _banner(console, transport.address, identity)
+                _banner(settings, console, transport.address, identity)
             server.serve()
     if not embedded:
         count = server.requests_served
-        console.print(f"stopped after {count:,} request{'s' * (count != 1)}")
+        text = f"stopped after {count:,} request{'s' * (count != 1)}"
+        refused = server.requests_refused
+        _tell(settings, console, text, event="end", requests_served=count, requests_refused=refused)
 
 
 class Stop:
-    """SIGINT and SIGTERM while it is entered: the first one ends the server after the request in hand, or loading at
-    once (as ``KeyboardInterrupt``); a second one does not wait for the request. ``serving``: whether loading is over.
+    """SIGINT and SIGTERM while it is entered: the first one ends the server after what it has to answer, or loading at
+    once (as ``KeyboardInterrupt``); a second one does not wait. ``serving``: whether loading is over.
     """
 
     def __init__(self) -> None:
@@ -128,16 +185,37 @@ class Stop:
         self._server: GpuServer | None = None
         self._asked = False
         self._previous: dict[int, object] = {}
+        self._over = threading.Event()
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
+        self._read, self._written = os.pipe()
+        os.set_blocking(self._written, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="signals")
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             # None stands for a handler that was not installed from Python and can't be put back from here
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
+        self._over.set()
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._written, b"\0")
+        self._watcher.join()
+        os.close(self._read)
+        os.close(self._written)
+
+    def _watch(self) -> None:
+        """Signals as the system tells them: Python's own handlers wait for the main thread to come back."""
+        seen = 0
+        while not self._over.is_set():
+            numbers = os.read(self._read, 64)
+            seen += sum(number in self._previous for number in numbers)
+            if seen > 1 and not self._over.wait(_AT_ONCE_SECONDS):
+                os._exit(errors.EXIT_INTERRUPTED)
 
     def _on_signal(self, *_: object) -> None:
         again, self._asked = self._asked, True
@@ -158,6 +236,28 @@ class Stop:
             yield
         finally:
             self._server = None
+
+
+def check_access(settings: Config, insecure: bool) -> str:
+    """Who can use the server that is not meant to; empty where nobody can.
+
+    Raises ``ConfigError`` for an address that can't be served, for one that others can reach without a key, and for a
+    key without an allow-list; ``insecure`` takes away the last two.
+    """
+    from teegpu.errors import ConfigError
+
+    server = settings.server
+    check_address(server.bind, insecure or bool(server.key))
+    if server.key and server.auth_dir:
+        return ""
+    if not server.key:
+        return "anybody who reaches this address can use the server, read its traffic and change it" if insecure else ""
+    if not insecure:
+        raise ConfigError(
+            "server.key is set and server.auth_dir is not: give the folder with the public keys of those who may "
+            "connect (serve --auth DIR), or let in all who have this server's public key, with --insecure"
+        )
+    return "the link is encrypted, and anybody who has this server's public key can use it"
 
 
 def check_address(bind: str, insecure: bool) -> None:
@@ -184,8 +284,8 @@ def check_address(bind: str, insecure: bool) -> None:
         local = False  # a wildcard or a network interface
     if not local:
         raise ConfigError(
-            f"server.bind: {bind} can be reached from other machines, and this version has no keys: bind to "
-            "tcp://127.0.0.1:PORT and tunnel it (ssh -L), or accept the risk with --insecure"
+            f"server.bind: {bind} can be reached from other machines: give the server a key and its clients' keys "
+            "(serve --key NAME --auth DIR; 'teegpu keys new NAME' makes one), or accept the risk with --insecure"
         )
 
 
@@ -224,10 +324,34 @@ def _life_line(bind: str, stop: Stop) -> Iterator[None]:
         clear()
 
 
-def _banner(console: Console, address: str, identity: Identity) -> None:
+def _part(identity: Identity) -> list[str]:
+    """The layers held, where they are not all."""
+    every = identity.spec.layers
+    if identity.layers is None or identity.layers == (0, every - 1):
+        return []
+    first, last = identity.layers
+    return [f"layers {first}-{last} of {every}"]
+
+
+def _banner(settings: Config, console: Console, address: str, identity: Identity) -> None:
     from teegpu.units import human_bytes
     from teegpu.wire.messages import PROTOCOL_VERSION
 
+    if settings.server.log_format == "json":
+        about: dict[str, object] = {
+            "event": "ready",
+            "address": address,
+            "model": identity.spec.name,
+            "digest": identity.digest,
+            "device": identity.device,
+            "dtype": identity.dtype,
+            "layers": list(identity.layers or (0, identity.spec.layers - 1)),
+            "weight_bytes": identity.memory_bytes,
+            "threads": identity.threads,
+            "protocol": PROTOCOL_VERSION,
+        }
+        log.info("ready at %s", address, extra=about)
+        return
     console.print(f"teegpu GPU server ready at {address}")
     facts = [
         f"model {identity.spec.name}",
@@ -235,6 +359,7 @@ def _banner(console: Console, address: str, identity: Identity) -> None:
         identity.dtype,
         f"{human_bytes(identity.memory_bytes)} of weights",
         f"{identity.threads} CPU thread{'s' * (identity.threads != 1)}",
+        *_part(identity),
         f"protocol {PROTOCOL_VERSION}",
         f"digest {identity.digest[:12]}",
     ]

@@ -19,7 +19,7 @@ from teegpu.gpu.weights import DeviceWeights
 from teegpu.kernels import Matrix, convert
 from teegpu.wire.codec import TensorFrame, frame
 from teegpu.wire.dtypes import narrow, nbytes
-from teegpu.wire.limits import REMEMBERED, REMEMBERED_STEPS, Limits
+from teegpu.wire.limits import REMEMBERED, REMEMBERED_BYTES, REMEMBERED_STEPS, Limits
 from teegpu.wire.program import Program, Shape, ShapeError, Step, infer_shapes, report_name
 
 _REPLY_HEADER_BYTES = 8 * 1024
@@ -68,6 +68,11 @@ class Executor:
         self.weights = weights
         self.limits = limits
         self._clock = clock
+        self.announce: Callable[[int], None] = lambda _: None
+        """Called with the bytes that programs may take beyond their requests and the weights as they were loaded: the
+        most that one has needed so far. Before it is taken."""
+        self._needed_bytes = 0
+        self._loaded_bytes = weights.nbytes
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
 
     def run(self, program: Program, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]) -> Execution:
@@ -165,7 +170,7 @@ class Executor:
             self._compiled.move_to_end(key)
             return known
         made = self._check(program, inputs, encodings)
-        if len(program.steps) <= REMEMBERED_STEPS:
+        if len(program.steps) <= REMEMBERED_STEPS and len(program.packed) <= REMEMBERED_BYTES:
             self._compiled[key] = made
             if len(self._compiled) > REMEMBERED:
                 self._compiled.popitem(last=False)
@@ -173,7 +178,7 @@ class Executor:
 
     def _check(self, program: Program, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]) -> Compiled:
         given = {name: tuple(inputs[name].shape) for name in program.inputs}
-        shapes = infer_shapes(program, given, self.weights.shape)
+        shapes = infer_shapes(program, given, self._weight_shape)
         reply = sum(nbytes(shapes[name], encodings[name]) for name in program.outputs)
         needed = sum(math.prod(shape) for shape in shapes.values()) * self.weights.dtype.itemsize + reply
         quantised = [math.prod(shapes[name]) for name in program.outputs if encodings[name] == "int8"]
@@ -182,15 +187,36 @@ class Executor:
             raise ShapeError(
                 "too-large",
                 f"this program needs {needed / 2**20:.0f} MiB, the server allows "
-                f"{self.limits.working_bytes / 2**20:.0f} MiB: send smaller chunks (run.chunk_tokens)",
+                f"{self.limits.working_bytes / 2**20:.0f} MiB (limits.program_mib on the server): send smaller chunks "
+                "(run.chunk_tokens)",
             )
         if reply + _REPLY_HEADER_BYTES > self.limits.message_bytes:
             raise ShapeError(
                 "too-large",
-                f"the reply would take {reply / 2**20:.0f} MiB, over the server's message limit: send smaller chunks "
+                f"the reply would take {reply / 2**20:.0f} MiB, the server allows "
+                f"{self.limits.message_bytes / 2**20:.0f} MiB (limits.message_mib on the server): send smaller chunks "
                 "(run.chunk_tokens)",
             )
+        self._announce(program, needed)
         return Compiled(tuple(self._kernels(program, shapes)), shapes)
+
+    def _announce(self, program: Program, needed: int) -> None:
+        self._needed_bytes = max(self._needed_bytes, needed)
+        # A projection that is asked for alone may be copied.
+        shapes = [self.weights.shape(step.weight) or () for step in program.steps if step.op == "linear"]
+        copies = sum(math.prod(shape) for shape in shapes) * self.weights.dtype.itemsize
+        self.announce(self._needed_bytes + copies + self.weights.nbytes - self._loaded_bytes)
+
+    def _weight_shape(self, name: str) -> Shape | None:
+        shape = self.weights.shape(name)
+        if shape is None and self.weights.elsewhere(name):
+            first, last = self.weights.layers
+            raise ShapeError(
+                "unknown-weight",
+                f"this server holds layers {first}-{last} of {self.weights.spec.layers}, and weight {name!r} is not "
+                "placed with them: the runner's run.endpoints has to name a server for every layer",
+            )
+        return shape
 
     def _check_inputs(self, program: Program, inputs: Mapping[str, torch.Tensor]) -> None:
         """What shapes do not tell. Done on the CPU, before anything is on the device."""

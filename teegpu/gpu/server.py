@@ -15,16 +15,17 @@ from dataclasses import dataclass
 
 import torch
 
-from teegpu import __version__
-from teegpu.errors import MismatchError, ModelError, WireError, nearest
+from teegpu import __version__, machine
+from teegpu.errors import ConfigError, MismatchError, WireError, nearest
 from teegpu.gpu.executor import Executor
+from teegpu.gpu.load import Busy
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
 from teegpu.options import frame_kinds
 from teegpu.wire import codec
-from teegpu.wire.limits import Limits
-from teegpu.wire.messages import Execute, Hello, Refusal, ServerTimes, Welcome
+from teegpu.wire.limits import MAX_LABEL_LENGTH, Limits
+from teegpu.wire.messages import Execute, Health, HealthReport, Hello, Refusal, ServerTimes, Welcome
 from teegpu.wire.program import ShapeError
 from transports.base import Incoming, Message, Server
 from transports.errors import LimitError
@@ -36,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the server says of itself in ``Welcome``."""
+    """What the server says of itself in ``Welcome``. ``layers``: the first and the last one held; None: all."""
 
     spec: ModelSpec
     digest: str
@@ -44,12 +45,22 @@ class Identity:
     dtype: str
     threads: int
     memory_bytes: int
+    layers: tuple[int, int] | None = None
 
 
 class GpuServer:
-    """Serves one model over one transport until ``stop`` is called."""
+    """Serves one model over one transport until ``stop`` is called, and then for ``drain_seconds`` at most what has
+    come before."""
 
-    def __init__(self, transport: Server, executor: Executor, identity: Identity, limits: Limits) -> None:
+    def __init__(
+        self,
+        transport: Server,
+        executor: Executor,
+        identity: Identity,
+        limits: Limits,
+        *,
+        drain_seconds: float = 0.0,
+    ) -> None:
         self._transport = transport
         self._executor = executor
         self._identity = identity
@@ -57,28 +68,55 @@ class GpuServer:
         self._decoder = codec.Decoder(limits)
         self._instance = secrets.token_hex(8)
         self._stopping = False
+        self._drain_seconds = drain_seconds
+        self._started_ns = time.perf_counter_ns()
+        self._busy = Busy(self._started_ns)
         self.requests_served = 0
+        self.requests_refused = 0
+        executor.announce = self._announce
+
+    def _announce(self, nbytes: int) -> None:
+        self._transport.user_bytes = nbytes
 
     def serve(self) -> None:
-        """Answers requests until ``stop``; the request in hand is finished first."""
+        """Answers requests until ``stop``, and what waits then; the request in hand is always finished."""
         # Entered once for all requests: entering costs as much as a small product.
         with torch.inference_mode():
             while not self._stopping:
                 incoming = self._transport.next()
                 if incoming is not None:
-                    self._reply(incoming, self.answer(incoming))
-                    self.requests_served += 1
+                    self._handle(incoming)
+            self._drain()
+
+    def _handle(self, incoming: Incoming) -> None:
+        started_ns = time.perf_counter_ns()
+        self._reply(incoming, self.answer(incoming))
+        self.requests_served += 1
+        self._busy.add(started_ns, time.perf_counter_ns())
+
+    def _drain(self) -> None:
+        waiting = self._transport.load.waiting_requests
+        if not waiting:
+            return
+        log.info("draining: %d requests wait", waiting, extra={"event": "drain", "waiting_requests": waiting})
+        deadline = time.perf_counter() + self._drain_seconds
+        while time.perf_counter() < deadline and self._transport.load.waiting_requests:
+            incoming = self._transport.next(0.0)
+            if incoming is not None:
+                self._handle(incoming)
 
     def _reply(self, incoming: Incoming, encoded: codec.Encoded) -> None:
         try:
             self._transport.reply(incoming, _message(encoded))
         except LimitError as error:
             # The transport's limits are its own (limits.frames): the client learns of them, and the server goes on.
-            self._transport.reply(incoming, _message(_refuse(0, "too-large", str(error))))
+            self._transport.reply(incoming, _message(self._refuse(0, "too-large", str(error))))
 
     def stop(self) -> None:
-        """Ends ``serve`` after the request in hand. Safe in a signal handler."""
+        """Refuse what comes from now on, and end ``serve`` when what has come before is answered, or after
+        ``drain_seconds``. Safe in a signal handler."""
         self._stopping = True
+        self._transport.drain()
         self._transport.wake()
 
     def answer(self, incoming: Incoming) -> codec.Encoded:
@@ -93,18 +131,20 @@ class GpuServer:
             if isinstance(message, Hello):
                 log.debug("hello from a client of version %s", message.software)
                 return codec.encode_welcome(self._welcome(request_id))
-            raise WireError("a server takes hello and execute messages only")
+            if isinstance(message, Health):
+                return codec.encode_health_report(self._health(request_id))
+            raise WireError("a server takes hello, health and execute messages only")
         except MismatchError as error:
-            return _refuse(request_id, "version", str(error))
+            return self._refuse(request_id, "version", str(error))
         except ShapeError as error:
-            return _refuse(request_id, error.code, str(error))
+            return self._refuse(request_id, error.code, str(error))
         except WireError as error:
-            return _refuse(request_id, "malformed", str(error))
+            return self._refuse(request_id, "malformed", str(error))
         except Exception:
             # torch's errors are of many types, and whatever this one is, other clients go on. The trace is for the
             # server's operator; the client learns no more than that this request can't be answered.
             log.exception("request %d failed", request_id)
-            return _refuse(request_id, "internal", "the server failed on this request; its log has the reason")
+            return self._refuse(request_id, "internal", "the server failed on this request; its log has the reason")
 
     def _execute(self, message: Execute, incoming: Incoming, started_ns: int) -> codec.Encoded:
         decoded_ns = time.perf_counter_ns()
@@ -118,16 +158,47 @@ class GpuServer:
         )
         return codec.encode_result(message.request_id, times, done.frames)
 
+    def _refuse(self, request_id: int, code: str, text: str) -> codec.Encoded:
+        self.requests_refused += 1
+        about = {"event": "refused", "code": code, "reason": text}
+        log.warning("refused request %d: %s", request_id, text, extra=about)
+        return codec.encode_refusal(Refusal(request_id, code, text))
+
+    def _health(self, request_id: int) -> HealthReport:
+        me, load, now_ns = self._identity, self._transport.load, time.perf_counter_ns()
+        return HealthReport(
+            request_id=request_id,
+            software=__version__,
+            instance=self._instance,
+            model=me.spec.name[:MAX_LABEL_LENGTH],
+            digest=me.digest,
+            device=me.device[:MAX_LABEL_LENGTH],
+            dtype=me.dtype,
+            layers=me.layers or (0, me.spec.layers - 1),
+            uptime_seconds=(now_ns - self._started_ns) / 1e9,
+            clients=load.clients,
+            connections=load.connections,
+            requests_served=self.requests_served,
+            refused=self.requests_refused + load.refused,
+            in_flight=load.in_flight,
+            waiting_requests=load.waiting_requests,
+            waiting_bytes=load.waiting_bytes,
+            busy_share=self._busy.share(now_ns),
+            rss_bytes=machine.resident_bytes(),
+            weight_bytes=me.memory_bytes,
+            draining=self._stopping,
+        )
+
     def _welcome(self, request_id: int) -> Welcome:
         me = self._identity
         return Welcome(
             request_id=request_id,
             software=__version__,
             instance=self._instance,
-            model=me.spec.name,
+            model=me.spec.name[:MAX_LABEL_LENGTH],
             digest=me.digest,
             dims=dims_of(me.spec),
-            device=me.device,
+            device=me.device[:MAX_LABEL_LENGTH],
             dtype=me.dtype,
             threads=me.threads,
             memory_bytes=me.memory_bytes,
@@ -138,6 +209,7 @@ class GpuServer:
                 "program_steps": self._limits.program_steps,
                 "working_bytes": self._limits.working_bytes,
             },
+            layers=me.layers or (0, me.spec.layers - 1),
         )
 
 
@@ -155,7 +227,7 @@ def dims_of(spec: ModelSpec) -> dict[str, int]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` as a device. Raises ``ModelError`` for one that isn't there."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` as a device. Raises ``ConfigError`` for one that isn't there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -163,21 +235,21 @@ def pick_device(name: str) -> torch.device:
     # Not left to torch, which keeps an index in few bits and takes cuda:256 for cuda:0.
     parts = re.fullmatch(r"cuda(?::(\d{1,9}))?", name, re.ASCII)
     if parts is None:
-        raise ModelError(f"server.device: {name!r} is not supported; use auto, cpu, cuda or cuda:0")
+        raise ConfigError(f"server.device: {name!r} is not supported; use auto, cpu, cuda or cuda:0")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(parts[1] or 0) >= found:
-        raise ModelError(f"server.device: {name!r} is not here, torch sees {found} CUDA device(s); use cpu or auto")
+        raise ConfigError(f"server.device: {name!r} is not here, torch sees {found} CUDA device(s); use cpu or auto")
     return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """``fp32``, ``bf16``, ``fp16``, or for ``auto`` the quickest on ``device``, with fp32's range wherever it has that.
 
-    Raises ``ModelError`` for another name.
+    Raises ``ConfigError`` for another name.
     """
     if name != "auto":
         if name not in DTYPES:
-            raise ModelError(
+            raise ConfigError(
                 f"server.dtype: {name!r} is none{nearest(name, list(DTYPES))}; use auto, {', '.join(DTYPES)}"
             )
         return DTYPES[name]
@@ -200,20 +272,20 @@ def load(
     device: str,
     dtype: str,
     limits: Limits,
+    layers: tuple[int, int] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Executor, Identity]:
-    """Loads the model onto the device and returns what serves it. Raises ``ModelError``."""
+    """Loads the model, or these ``layers`` of it (the first and the last one), onto the device and returns what serves
+    it. The digest is that of the whole model: its files are read for it, but not kept. Raises ``ModelError``, and
+    ``ConfigError`` for a device or dtype that can't be."""
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    weights = DeviceWeights(store, spec, device=where, dtype=kind, progress=progress)
+    weights = DeviceWeights(store, spec, device=where, dtype=kind, layers=layers, progress=progress)
     label = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
-    identity = Identity(spec, store.digest(), label, dtype_name(kind), torch.get_num_threads(), weights.nbytes)
+    identity = Identity(
+        spec, store.digest(), label, dtype_name(kind), torch.get_num_threads(), weights.nbytes, weights.layers
+    )
     return Executor(weights, limits), identity
-
-
-def _refuse(request_id: int, code: str, text: str) -> codec.Encoded:
-    log.warning("refused request %d: %s", request_id, text)
-    return codec.encode_refusal(Refusal(request_id, code, text))
 
 
 def _message(encoded: codec.Encoded) -> Message:

@@ -16,7 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgpack
 import torch
@@ -26,8 +26,10 @@ from teegpu.wire import dtypes, program
 from teegpu.wire.limits import (
     MAX_DIMS,
     MAX_HEADER_BYTES,
+    MAX_LABEL_LENGTH,
     MAX_TEXT_LENGTH,
     REMEMBERED,
+    REMEMBERED_BYTES,
     REMEMBERED_STEPS,
     REMEMBERED_TENSORS,
     Limits,
@@ -37,6 +39,8 @@ from teegpu.wire.messages import (
     REFUSALS,
     Execute,
     Header,
+    Health,
+    HealthReport,
     Hello,
     Message,
     Refusal,
@@ -85,8 +89,19 @@ def encode_welcome(message: Welcome) -> Encoded:
         "threads": message.threads,
         "memory_bytes": message.memory_bytes,
         "limits": message.limits,
+        "layers": message.layers,
     }
     return _encode([PROTOCOL_VERSION, "welcome", message.request_id, body])
+
+
+def encode_health(message: Health) -> Encoded:
+    return _encode([PROTOCOL_VERSION, "health", message.request_id, message.software])
+
+
+def encode_health_report(message: HealthReport) -> Encoded:
+    names = (*_REPORT_TEXTS, *_REPORT_COUNTS, *_REPORT_NUMBERS, "layers", "draining")
+    body = {name: getattr(message, name) for name in names}  # names of ours: the tables below
+    return _encode([PROTOCOL_VERSION, "health-report", message.request_id, body])
 
 
 def encode_refusal(message: Refusal) -> Encoded:
@@ -129,7 +144,8 @@ def _encode(header: Header, frames: Sequence[TensorFrame] | None = None) -> Enco
     if frames is None:
         # A model's folder may have a name that is not text: shown as such, not an error in the middle of a talk.
         return Encoded([msgpack.packb(header, unicode_errors="replace")], (_HEADER_KIND,))
-    table, kinds = _table(tuple((row.register, row.shape, row.encoding) for row in frames))
+    rows = tuple((row.register, row.shape, row.encoding) for row in frames)
+    table, kinds = (_table if len(rows) <= REMEMBERED_TENSORS else _table.__wrapped__)(rows)
     return Encoded([msgpack.packb([*header, table]), *(row.data for row in frames)], kinds)
 
 
@@ -174,10 +190,14 @@ class Decoder:
             raise WireError(f"a message of kind {_shown(kind)} has no tensors")
         if kind == "hello" and len(body) == 1:
             return Hello(request_id, _text(body[0], "software"))
+        if kind == "health" and len(body) == 1:
+            return Health(request_id, _text(body[0], "software"))
+        if kind == "health-report" and len(body) == 1:
+            return _health_report(request_id, body[0])
         if kind == "welcome" and len(body) == 1:
             return _welcome(request_id, body[0])
         if kind == "refusal" and len(body) == 2:
-            code, text = _text(body[0], "code"), _text(body[1], "text")
+            code, text = _text(body[0], "code"), _text(body[1], "text", MAX_TEXT_LENGTH)
             return Refusal(request_id, code if code in REFUSALS else "internal", text)
         raise WireError(f"a message of kind {_shown(kind)} with {len(body)} fields is none of ours")
 
@@ -220,7 +240,7 @@ class Decoder:
             self._programs.move_to_end(packed)
             return known
         code = program.unpack(packed, max_steps=self.limits.program_steps, max_registers=self.limits.tensors)
-        if len(code.steps) <= REMEMBERED_STEPS:
+        if len(code.steps) <= REMEMBERED_STEPS and len(packed) <= REMEMBERED_BYTES:
             self._programs[packed] = code
             if len(self._programs) > self._remember:
                 self._programs.popitem(last=False)
@@ -252,7 +272,7 @@ class Decoder:
             self._tables.move_to_end(packed)
             return known
         rows = self._checked_table(packed)
-        if len(rows) <= REMEMBERED_TENSORS:
+        if len(rows) <= REMEMBERED_TENSORS and len(packed) <= REMEMBERED_BYTES:
             self._tables[packed] = rows
             if len(self._tables) > self._remember:
                 self._tables.popitem(last=False)
@@ -297,9 +317,9 @@ def _shown(value: object) -> str:
     return str(value) if isinstance(value, int | float) else f"of type {type(value).__name__}"
 
 
-def _text(value: object, what: str) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT_LENGTH:
-        raise WireError(f"{what} is not a text of at most {MAX_TEXT_LENGTH} characters")
+def _text(value: object, what: str, most: int = MAX_LABEL_LENGTH) -> str:
+    if not isinstance(value, str) or len(value) > most:
+        raise WireError(f"{what} is not a text of at most {most} characters")
     # A peer's text ends in a terminal or a log: no control characters, so no escape sequences and no forged lines.
     return "".join(character if character.isprintable() else " " for character in value)
 
@@ -316,6 +336,15 @@ def _integers(value: object, what: str) -> dict[str, int]:
     return {program.check_name(key, what): _integer(number, what) for key, number in value.items()}
 
 
+def _layers(value: object) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise WireError("layers are a first and a last one")
+    first, last = _integer(value[0], "a layer"), _integer(value[1], "a layer")
+    if first > last:
+        raise WireError("the last layer held comes before the first one")
+    return first, last
+
+
 def _welcome(request_id: int, body: object) -> Welcome:
     if not isinstance(body, dict):
         raise WireError("a welcome carries a map")
@@ -327,6 +356,30 @@ def _welcome(request_id: int, body: object) -> Welcome:
         threads=_integer(body.get("threads"), "threads"),
         memory_bytes=_integer(body.get("memory_bytes"), "memory_bytes"),
         limits=_integers(body.get("limits"), "limits"),
+        layers=_layers(body.get("layers")),
+    )
+
+
+_REPORT_TEXTS = ("software", "instance", "model", "digest", "device", "dtype")
+_REPORT_COUNTS = (
+    *("clients", "connections", "requests_served", "refused", "in_flight"),
+    *("waiting_requests", "waiting_bytes", "rss_bytes", "weight_bytes"),
+)
+_REPORT_NUMBERS = ("uptime_seconds", "busy_share")
+
+
+def _health_report(request_id: int, body: object) -> HealthReport:
+    if not isinstance(body, dict) or type(body.get("draining")) is not bool:
+        raise WireError("a health report carries a map")
+    values: dict[str, Any] = {name: _text(body.get(name), name) for name in _REPORT_TEXTS}
+    values |= {name: _integer(body.get(name), name) for name in _REPORT_COUNTS}
+    return HealthReport(
+        **values,
+        request_id=request_id,
+        layers=_layers(body.get("layers")),
+        uptime_seconds=_seconds(body.get("uptime_seconds")),
+        busy_share=min(1.0, _seconds(body.get("busy_share"))),
+        draining=body["draining"],
     )
 
 

@@ -32,10 +32,13 @@ REMEMBERED = 2048
 
 REMEMBERED_STEPS = 16
 REMEMBERED_TENSORS = 8
-"""The longest program and tensor table that are kept (ours have 6 steps and 5 tensors at most), so that a peer that
-invents them gets some tens of MiB of memory, not gigabytes."""
+REMEMBERED_BYTES = 1024
+"""The longest program and tensor table that are kept (ours have 6 steps, 5 tensors and 400 bytes at most), so that a
+peer that invents them gets some tens of MiB of memory, not gigabytes."""
 
 MAX_DIMS = 4
 MAX_NAME_LENGTH = 64
 MAX_TEXT_LENGTH = 2048
-"""Longest free text in a message: error texts and version strings."""
+"""Longest free text in a message: that of a refusal, which is for people."""
+MAX_LABEL_LENGTH = 256
+"""Longest text that a peer says of itself: version, model, device. It stands in a line of a report."""

@@ -1,7 +1,7 @@
 """The messages of the protocol, as typed values.
 
-    client → server     Hello, Execute
-    server → client     Welcome, Result, Refusal
+    client → server     Hello, Execute, Health
+    server → client     Welcome, Result, HealthReport, Refusal
 
 A ``Hello`` opens the talk and tells the server nothing but versions; ``Welcome`` says what the server is and holds.
 Every ``Execute`` stands alone (the server keeps no session), so the same bytes may be sent again at any time.
@@ -17,7 +17,7 @@ import torch
 
 from teegpu.wire.program import Program
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,9 @@ class Hello:
 class Welcome:
     """What the server is: the model by digest and dimensions, its device and dtype, and what it accepts.
 
-    ``instance`` is random per server process; ``limits`` are the server's bounds by name.
+    ``instance`` is random per server process; ``limits`` are the server's bounds by name. ``layers`` are the first and
+    the last layer whose weights it holds: with the first of all goes the embedding, with the last of all the final norm
+    and lm_head. The digest is that of the whole model, whatever part of it is held.
     """
 
     request_id: int
@@ -46,6 +48,48 @@ class Welcome:
     threads: int
     memory_bytes: int
     limits: dict[str, int]
+    layers: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Asks how the server is. ``software`` is the client's version, as in ``Hello``."""
+
+    request_id: int
+    software: str
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReport:
+    """How the server is, for operators and for runners that choose among several.
+
+    ``clients`` are those that it remembers, ``connections`` those of its network (0 where it can't count them).
+    ``requests_served`` and ``refused`` count since the start. ``in_flight`` requests were taken and not answered yet;
+    ``waiting_requests`` of them, with ``waiting_bytes``, wait for their turn. ``busy_share`` is the part of the last 10
+    seconds, 0 to 1, in which it worked on requests. ``rss_bytes`` is its resident memory, ``weight_bytes`` that of the
+    weights. ``draining``: it ends, and takes no more requests.
+    """
+
+    request_id: int
+    software: str
+    instance: str
+    model: str
+    digest: str
+    device: str
+    dtype: str
+    layers: tuple[int, int]
+    uptime_seconds: float
+    clients: int
+    connections: int
+    requests_served: int
+    refused: int
+    in_flight: int
+    waiting_requests: int
+    waiting_bytes: int
+    busy_share: float
+    rss_bytes: int
+    weight_bytes: int
+    draining: bool
 
 
 @dataclass(slots=True)
@@ -67,7 +111,8 @@ class ServerTimes:
     """Where the server's time went for one request, in seconds of its own clock.
 
     ``operations`` maps a report name (LINEAR, MATMUL, …) to (logical operations, seconds). Encoding and compressing the
-    reply come after these figures are written down, so ``encode_seconds`` holds what was measured up to the last frame.
+    reply come after these figures are written down, so ``encode_seconds`` holds what was measured up to the last frame;
+    the transport tells the rest (``Reply.server_ns``).
     """
 
     queue_seconds: float = 0.0
@@ -102,5 +147,5 @@ class Refusal:
 
 REFUSALS: Final = ("malformed", "version", "unknown-weight", "bad-shape", "too-large", "out-of-memory", "internal")
 
-Message = Hello | Welcome | Execute | Result | Refusal
+Message = Hello | Welcome | Execute | Result | Refusal | Health | HealthReport
 Header = list[Any]

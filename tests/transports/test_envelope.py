@@ -54,7 +54,7 @@ def test_many_frames_need_no_prepared_packer():
         (head()[:-1], [], "23 bytes"),
         (head(magic=b"HTTP"), [], "magic"),
         (head(version=2), [], "version 2"),
-        (head(flags=0x10), [], "flags"),
+        (head(flags=0x20), [], "flags"),
         (head(flags=2 | 4, count=1) + entry(), [3], "flags"),
         (head() + b"x", [], "25 bytes for 0 frames"),
         (head(count=1), [3], "24 bytes for 1 frames"),

@@ -67,3 +67,101 @@ def test_clients_are_bounded_and_idle_ones_forgotten():
     assert "limits.clients" in (queue.push(b"c", "1", 1) or "")
     queue.done(b"a", 1)
     assert queue.push(b"c", "1", 1) is None
+
+
+def test_turns_go_to_who_had_the_least_of_the_servers_time():
+    queue = make(requests=10)
+    for item in ("a1", "a2", "a3"):
+        queue.push(b"a", item, 1)
+    assert queue.pop() == "a1"
+    for item in ("b1", "b2", "b3"):
+        queue.push(b"b", item, 1)
+    queue.done(b"a", 1, cost=10.0)
+    order = []
+    while (item := queue.pop()) is not None:
+        order.append(item)
+        queue.done(item[:1].encode(), 1, cost=10.0 if item[0] == "a" else 4.0)
+    assert order == ["b1", "b2", "b3", "a2", "a3"]
+
+
+def test_large_requests_wait_no_longer_than_small_ones_took_as_much_time():
+    queue = make(requests=100)
+    for number in range(40):
+        queue.push(b"small", f"s{number}", 1)
+    for item in ("l1", "l2"):
+        queue.push(b"large", item, 1)
+    order = []
+    while (item := queue.pop()) is not None:
+        order.append(item)
+        queue.done(b"large" if item[0] == "l" else b"small", 1, cost=10.0 if item[0] == "l" else 1.0)
+    places = order.index("l1"), order.index("l2")
+    assert places[0] <= 1
+    assert places[1] - places[0] <= 12
+
+
+def test_nobody_saves_up_turns_while_idle():
+    queue = make(requests=100)
+    queue.push(b"early", "e0", 1)
+    queue.pop()
+    queue.done(b"early", 1, cost=1.0)
+    for number in range(10):
+        queue.push(b"busy", f"b{number}", 1)
+        queue.pop()
+        queue.done(b"busy", 1, cost=10.0)
+    for number in range(3):
+        queue.push(b"early", f"e{number + 1}", 1)
+        queue.push(b"busy", f"b{number + 10}", 1)
+    order = []
+    while (item := queue.pop()) is not None:
+        order.append(item[0])
+        queue.done(b"early" if item[0] == "e" else b"busy", 1, cost=10.0)
+    assert sorted(order[:2]) == sorted(order[2:4]) == ["b", "e"], "they take turns from now on"
+
+
+def test_who_leaves_takes_along_what_nobody_works_on():
+    queue = make()
+    for item in ("a1", "a2"):
+        queue.push(b"a", item, 30)
+    queue.push(b"b", "b1", 7)
+    assert queue.pop() == "a1"
+    queue.leave(b"a")
+    assert (len(queue), queue.waiting_bytes, queue.clients, queue.in_flight) == (1, 7, 2, 2)
+    queue.done(b"a", 30)
+    queue.owe(b"a", 100, lambda: False)
+    assert (queue.clients, queue.in_flight, queue.held_bytes) == (1, 1, 7)
+    assert queue.pop() == "b1"
+    assert queue.pop() is None
+    queue.leave(b"nobody")
+
+
+def test_who_comes_back_under_its_name_is_served():
+    queue = make()
+    queue.push(b"a", "1", 1)
+    queue.pop()
+    queue.leave(b"a")
+    queue.push(b"a", "2", 1)
+    queue.done(b"a", 1)
+    assert queue.pop() == "2"
+    queue.done(b"a", 1)
+    assert queue.clients == 1
+
+
+def test_silent_clients_are_forgotten_and_those_that_owe_something_are_not():
+    queue = make()
+    for client in (b"a", b"b", b"c"):
+        queue.push(client, "x", 1, now=10.0)
+        queue.pop()
+    queue.done(b"a", 1)
+    queue.done(b"b", 1)
+    queue.owe(b"b", 5, lambda: False)
+    assert queue.forget_silent(before=10.0) == 0
+    assert queue.forget_silent(before=10.5) == 1
+    assert queue.clients == 2
+
+
+def test_the_largest_account():
+    queue = make()
+    assert queue.largest() is None
+    queue.push(b"a", "x", 1)
+    queue.push(b"b", "x", 3)
+    assert queue.largest() == b"b"

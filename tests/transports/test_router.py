@@ -343,3 +343,15 @@ def test_many_clients_overlap_without_losing_a_request(serve: Serve):
     for thread in threads:
         thread.join(30)
     assert replies == [sum(100 * index for index in range(200))] * 4
+
+
+def test_a_reply_says_how_long_the_server_had_it(serve: Serve):
+    def answer(server: Server, incoming: transports.Incoming) -> None:
+        time.sleep(0.05)
+        server.reply(incoming, Message(incoming.frames))
+
+    server = serve(answer=answer)
+    for name in ("zmq", "pipelined"):
+        with transports.connect(name, server.address) as client:
+            reply = client.request(Message([b"x"]))
+            assert 50_000_000 <= reply.server_ns <= reply.received_ns - reply.sent_ns

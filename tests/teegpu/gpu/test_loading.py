@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from teegpu.errors import ModelError
+from teegpu.errors import ConfigError
 from teegpu.gpu import server as serving
 from teegpu.gpu.server import dtype_name, load, pick_device, pick_dtype
 from teegpu.model.folder import ModelFolder
@@ -48,21 +48,21 @@ def test_with_cuda_auto_is_the_first_device() -> None:
 @pytest.mark.usefixtures("no_cuda")
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
 def test_a_device_that_is_not_here_says_so(name: str) -> None:
-    with pytest.raises(ModelError, match=rf"server.device: '{name}' is not here, torch sees 0 CUDA"):
+    with pytest.raises(ConfigError, match=rf"server.device: '{name}' is not here, torch sees 0 CUDA"):
         pick_device(name)
 
 
 @pytest.mark.usefixtures("two_cuda_devices")
 @pytest.mark.parametrize("name", ["cuda:2", "cuda:256", "cuda:65536", "cuda:999999999"])
 def test_a_device_number_that_is_not_here_says_so(name: str) -> None:
-    with pytest.raises(ModelError, match="torch sees 2 CUDA"):
+    with pytest.raises(ConfigError, match="torch sees 2 CUDA"):
         pick_device(name)
 
 
 @pytest.mark.usefixtures("two_cuda_devices")
 @pytest.mark.parametrize("name", ["", "gpu", "meta", "mps", "CPU", "cpu:1", "cuda:", "cuda:-1", "cuda:x", "cuda:1\n"])
 def test_what_is_no_device_names_those_that_are(name: str) -> None:
-    with pytest.raises(ModelError, match=r"server\.device: .*use auto, cpu, cuda or cuda:0"):
+    with pytest.raises(ConfigError, match=r"server\.device: .*use auto, cpu, cuda or cuda:0"):
         pick_device(name)
 
 
@@ -74,7 +74,7 @@ def test_dtypes_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["int8", "float32", "", "fp61"])
 def test_an_unknown_dtype_names_those_that_are(name: str) -> None:
-    with pytest.raises(ModelError, match=r"server\.dtype: .*fp32, bf16, fp16"):
+    with pytest.raises(ConfigError, match=r"server\.dtype: .*fp32, bf16, fp16"):
         pick_dtype(name, torch.device("cpu"))
 
 
@@ -114,5 +114,5 @@ def test_a_model_is_loaded_and_identified(tiny_model: Callable[..., ModelFolder]
 
 @pytest.mark.usefixtures("no_cuda")
 def test_a_missing_device_is_noticed_before_anything_is_read(store: Any, spec: ModelSpec) -> None:
-    with pytest.raises(ModelError, match="is not here"):
+    with pytest.raises(ConfigError, match="is not here"):
         load(store, spec, device="cuda", dtype="auto", limits=Limits())

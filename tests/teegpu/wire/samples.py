@@ -6,7 +6,7 @@ import torch
 
 from teegpu.wire import codec, dtypes
 from teegpu.wire.limits import Limits
-from teegpu.wire.messages import Execute, ServerTimes, Welcome
+from teegpu.wire.messages import Execute, HealthReport, ServerTimes, Welcome
 from teegpu.wire.program import Program, Step, linear, single
 
 LIMITS = Limits(message_bytes=2**20, tensors=4, dimension=4096, program_steps=8)
@@ -30,6 +30,29 @@ WELCOME = Welcome(
     threads=2,
     memory_bytes=269_000_000,
     limits={"message_bytes": 2**31},
+    layers=(0, 29),
+)
+HEALTH = HealthReport(
+    request_id=8,
+    software="0.1.0",
+    instance="0123456789abcdef",
+    model="smollm2-135m",
+    digest="ab" * 32,
+    device="cpu",
+    dtype="bf16",
+    layers=(10, 20),
+    uptime_seconds=12.5,
+    clients=3,
+    connections=4,
+    requests_served=1000,
+    refused=2,
+    in_flight=5,
+    waiting_requests=4,
+    waiting_bytes=2**33,
+    busy_share=0.75,
+    rss_bytes=2**30,
+    weight_bytes=2**29,
+    draining=True,
 )
 TIMES = ServerTimes(0.25, 0.5, 1.0, 0.125, {"LINEAR": (3, 0.75), "LM_HEAD": (1, 0.25)})
 

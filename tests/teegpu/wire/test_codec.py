@@ -13,11 +13,12 @@ import torch
 
 from teegpu.errors import MismatchError, WireError
 from teegpu.wire import codec, dtypes
-from teegpu.wire.limits import MAX_TEXT_LENGTH, REMEMBERED_STEPS, REMEMBERED_TENSORS, Limits
+from teegpu.wire.limits import MAX_LABEL_LENGTH, MAX_TEXT_LENGTH, REMEMBERED_STEPS, REMEMBERED_TENSORS, Limits
 from teegpu.wire.messages import (
     PROTOCOL_VERSION,
     REFUSALS,
     Execute,
+    Health,
     Hello,
     Refusal,
     Result,
@@ -25,7 +26,7 @@ from teegpu.wire.messages import (
     Welcome,
 )
 from teegpu.wire.program import Program, linear, single
-from tests.teegpu.wire.samples import EMBED, FUSED, LIMITS, TIMES, WELCOME, decoder, execute, result
+from tests.teegpu.wire.samples import EMBED, FUSED, HEALTH, LIMITS, TIMES, WELCOME, decoder, execute, result
 
 
 def received(encoded: codec.Encoded) -> list[memoryview]:
@@ -53,6 +54,34 @@ def test_hello() -> None:
 
 def test_welcome() -> None:
     assert decoder().decode(received(codec.encode_welcome(WELCOME))) == WELCOME
+
+
+def test_health() -> None:
+    assert decoder().decode(received(codec.encode_health(Health(3, "0.1.0")))) == Health(3, "0.1.0")
+
+
+def test_health_report() -> None:
+    assert decoder().decode(received(codec.encode_health_report(HEALTH))) == HEALTH
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("clients", -1), ("rss_bytes", 2**63), ("waiting_bytes", 1.5), ("requests_served", None), ("refused", True),
+        ("uptime_seconds", -1.0), ("uptime_seconds", math.nan), ("uptime_seconds", 1e12), ("busy_share", "1"),
+        ("draining", 1), ("draining", None), ("model", 7), ("device", "x" * (MAX_LABEL_LENGTH + 1)),
+        ("layers", (3, 2)), ("layers", [1]), ("layers", None),
+    ],
+)  # fmt: skip
+def test_a_health_report_that_can_not_be(field: str, value: object) -> None:
+    refused(received(codec.encode_health_report(replace(HEALTH, **{field: value}))))
+
+
+def test_a_health_report_is_a_map_with_all_of_its_fields() -> None:
+    refused(raw([PROTOCOL_VERSION, "health-report", 1, []]))
+    refused(raw([PROTOCOL_VERSION, "health-report", 1, {"draining": False}]))
+    message = decoder().decode(received(codec.encode_health_report(replace(HEALTH, busy_share=7.0))))
+    assert message == replace(HEALTH, busy_share=1.0)
 
 
 @pytest.mark.parametrize("code", REFUSALS)
@@ -174,7 +203,9 @@ def test_what_no_runner_sends_is_not_remembered() -> None:
 
 @pytest.mark.parametrize("version", [0, PROTOCOL_VERSION + 1, -1, 2**64 - 1])
 def test_another_protocol_version_is_its_own_error(version: int) -> None:
-    with pytest.raises(codec.VersionError, match=f"protocol version {version}, this is version 1.*same teegpu release"):
+    with pytest.raises(
+        codec.VersionError, match=f"version {version}, this is version {PROTOCOL_VERSION}.*same teegpu release"
+    ):
         decoder().decode(raw([version, "hello", 0, "9.9.9"]))
 
 
@@ -200,14 +231,14 @@ def test_a_header_is_a_list(header: object) -> None:
     assert "a header is a list" in refused(raw(header))
 
 
-@pytest.mark.parametrize("header", [[1], [1, "hello"], [1, "hello", 0]])
+@pytest.mark.parametrize("header", [[PROTOCOL_VERSION], [PROTOCOL_VERSION, "hello"], [PROTOCOL_VERSION, "hello", 0]])
 def test_a_header_has_at_least_four_fields(header: list[object]) -> None:
     assert "at least a version" in refused(raw(header))
 
 
 @pytest.mark.parametrize("request_id", [-1, True, 1.0, "1", None, [1]])
 def test_a_request_id_is_a_whole_number(request_id: object) -> None:
-    assert "request id" in refused(raw([1, "hello", request_id, "0.1.0"]))
+    assert "request id" in refused(raw([PROTOCOL_VERSION, "hello", request_id, "0.1.0"]))
 
 
 def deep(levels: int) -> list[Any]:
@@ -221,35 +252,37 @@ def deep(levels: int) -> list[Any]:
     "kind", ["", "HELLO", "__class__", "x" * 500, "\x1b[2J", None, 1, 1.5, math.nan, b"hello", ["hello"], {}, deep(500)]
 )
 def test_an_unknown_kind_is_refused_in_a_short_clean_line(kind: object) -> None:
-    text = refused(raw([1, kind, 0, "0.1.0"]))
+    text = refused(raw([PROTOCOL_VERSION, kind, 0, "0.1.0"]))
     assert "none of ours" in text
     assert text.isprintable()
     assert len(text) < 150
-    assert "no tensors" in refused(raw([1, kind, 0, "0.1.0"], b"frame"))
+    assert "no tensors" in refused(raw([PROTOCOL_VERSION, kind, 0, "0.1.0"], b"frame"))
 
 
 def test_a_kind_as_deep_as_msgpack_goes_is_refused() -> None:
-    header = b"\x94\x01" + b"\x91" * 1000 + b"\xc0" + b"\x00\xa0"
+    header = bytes([0x94, PROTOCOL_VERSION]) + b"\x91" * 1000 + b"\xc0" + b"\x00\xa0"
     assert "of type list" in refused([memoryview(bytearray(header))])
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        [1, "hello", 0, 5],
-        [1, "hello", 0, None],
-        [1, "hello", 0, b"0.1.0"],
-        [1, "hello", 0, "x" * (MAX_TEXT_LENGTH + 1)],
-        [1, "hello", 0, "0.1.0", 1],
-        [1, "refusal", 0, "malformed"],
-        [1, "refusal", 0, "malformed", None],
-        [1, "refusal", 0, 1, "text"],
-        [1, "welcome", 0, None],
-        [1, "welcome", 0, []],
-        [1, "execute", 0, b""],
-        [1, "execute", 0, b"", [], b"", 1],
-        [1, "result", 0, [0, 0, 0, 0, {}]],
-        [1, "result", 0, [0, 0, 0, 0, {}], b"\x90", 1],
+        [PROTOCOL_VERSION, "hello", 0, 5],
+        [PROTOCOL_VERSION, "hello", 0, None],
+        [PROTOCOL_VERSION, "hello", 0, b"0.1.0"],
+        [PROTOCOL_VERSION, "hello", 0, "x" * (MAX_LABEL_LENGTH + 1)],
+        [PROTOCOL_VERSION, "refusal", 0, "x" * (MAX_LABEL_LENGTH + 1), "text"],
+        [PROTOCOL_VERSION, "refusal", 0, "internal", "x" * (MAX_TEXT_LENGTH + 1)],
+        [PROTOCOL_VERSION, "hello", 0, "0.1.0", 1],
+        [PROTOCOL_VERSION, "refusal", 0, "malformed"],
+        [PROTOCOL_VERSION, "refusal", 0, "malformed", None],
+        [PROTOCOL_VERSION, "refusal", 0, 1, "text"],
+        [PROTOCOL_VERSION, "welcome", 0, None],
+        [PROTOCOL_VERSION, "welcome", 0, []],
+        [PROTOCOL_VERSION, "execute", 0, b""],
+        [PROTOCOL_VERSION, "execute", 0, b"", [], b"", 1],
+        [PROTOCOL_VERSION, "result", 0, [0, 0, 0, 0, {}]],
+        [PROTOCOL_VERSION, "result", 0, [0, 0, 0, 0, {}], b"\x90", 1],
     ],
     ids=str,
 )
@@ -277,12 +310,12 @@ def test_escape_sequences_of_a_peer_are_removed() -> None:
 def test_every_text_of_a_welcome_is_cleaned_and_bounded(field: str) -> None:
     message = decoder().decode(received(codec.encode_welcome(replace(WELCOME, **{field: "a\x1b[31mb"}))))
     assert getattr(message, field) == "a [31mb"
-    refused(received(codec.encode_welcome(replace(WELCOME, **{field: "x" * (MAX_TEXT_LENGTH + 1)}))))
+    refused(received(codec.encode_welcome(replace(WELCOME, **{field: "x" * (MAX_LABEL_LENGTH + 1)}))))
     refused(received(codec.encode_welcome(replace(WELCOME, **{field: None}))))
 
 
 def test_a_hello_is_cleaned_too() -> None:
-    assert decoder().decode(raw([1, "hello", 0, "0.1\n.0"])) == Hello(0, "0.1 .0")
+    assert decoder().decode(raw([PROTOCOL_VERSION, "hello", 0, "0.1\n.0"])) == Hello(0, "0.1 .0")
 
 
 def test_long_refusals_are_cut_when_they_are_sent() -> None:
@@ -292,7 +325,7 @@ def test_long_refusals_are_cut_when_they_are_sent() -> None:
 
 
 def test_a_refusal_of_an_unknown_sort_is_internal() -> None:
-    assert decoder().decode(raw([1, "refusal", 4, "teapot", "no"])) == Refusal(4, "internal", "no")
+    assert decoder().decode(raw([PROTOCOL_VERSION, "refusal", 4, "teapot", "no"])) == Refusal(4, "internal", "no")
 
 
 @pytest.mark.parametrize("field", ["dims", "limits"])
@@ -310,6 +343,11 @@ def test_numbers_of_a_welcome_are_checked(field: str, numbers: Any) -> None:
 @pytest.mark.parametrize("number", [None, -1, True, 1.0, "1", 2**63, 2**64 - 1])
 def test_counts_of_a_welcome_are_checked(field: str, number: Any) -> None:
     refused(received(codec.encode_welcome(replace(WELCOME, **{field: number}))))
+
+
+@pytest.mark.parametrize("layers", [None, 3, [], [1], [0, 1, 2], [2, 1], [-1, 0], [0.0, 1], [True, 1], ["0", "1"], {}])
+def test_the_layers_of_a_welcome_are_checked(layers: Any) -> None:
+    assert "layer" in refused(received(codec.encode_welcome(replace(WELCOME, layers=layers))))
 
 
 # Server times
@@ -343,10 +381,10 @@ def test_counts_of_a_welcome_are_checked(field: str, number: Any) -> None:
     ids=str,
 )
 def test_server_times_are_seconds_of_known_operations(times: object) -> None:
-    refused(raw([1, "result", 0, times, b"\x90"]))
+    refused(raw([PROTOCOL_VERSION, "result", 0, times, b"\x90"]))
 
 
 def test_server_times_may_be_whole_numbers() -> None:
-    message = decoder().decode(raw([1, "result", 0, [0, 1, 2, 3, {"ADD": [1, 0]}], b"\x90"]))
+    message = decoder().decode(raw([PROTOCOL_VERSION, "result", 0, [0, 1, 2, 3, {"ADD": [1, 0]}], b"\x90"]))
     assert isinstance(message, Result)
     assert message.times == ServerTimes(0.0, 1.0, 2.0, 3.0, {"ADD": (1, 0.0)})

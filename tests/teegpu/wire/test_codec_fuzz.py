@@ -12,34 +12,39 @@ from teegpu.wire import codec, dtypes
 from teegpu.wire.messages import (
     PROTOCOL_VERSION,
     Execute,
+    Health,
+    HealthReport,
     Hello,
     Refusal,
     Result,
     Welcome,
 )
-from tests.teegpu.wire.samples import EMBED, WELCOME, decoder, execute, result
+from tests.teegpu.wire.samples import EMBED, HEALTH, WELCOME, decoder, execute, result
 
 SEEDS = [
     codec.encode_hello(Hello(1, "0.1.0")),
     codec.encode_welcome(WELCOME),
+    codec.encode_health(Health(1, "0.1.0")),
+    codec.encode_health_report(HEALTH),
     codec.encode_refusal(Refusal(2, "malformed", "why")),
     execute("fp32"),
     execute("int8"),
     result("bf16"),
     codec.encode_execute(Execute(1, EMBED, {"ids": torch.tensor([1, 2])}, {"ids": "int32"}, {"x": "fp32"})),
 ]
-MESSAGES = (Hello, Welcome, Execute, Result, Refusal)
+MESSAGES = (Hello, Welcome, Health, HealthReport, Execute, Result, Refusal)
+KINDS = ("hello", "welcome", "health", "health-report", "execute", "result", "refusal")
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=20)
-    | st.text(max_size=10) | st.sampled_from(["hello", "welcome", "execute", "result", "refusal", "x", *dtypes.NAMES]),
+    | st.text(max_size=10) | st.sampled_from([*KINDS, "x", *dtypes.NAMES]),
     lambda children: st.lists(children, max_size=6) | st.dictionaries(st.text(max_size=4), children, max_size=4),
     max_leaves=40,
 )  # fmt: skip
 
 headers = st.builds(
     lambda kind, number, body: msgpack.packb([PROTOCOL_VERSION, kind, number, *body]),
-    st.sampled_from(["hello", "welcome", "execute", "result", "refusal"]),
+    st.sampled_from(KINDS),
     st.integers(0, 2**64 - 1),
     st.lists(anything, min_size=1, max_size=4),
 )

@@ -12,7 +12,7 @@ import pytest
 from teegpu.errors import WireError
 from teegpu.wire import codec, dtypes
 from teegpu.wire.limits import MAX_HEADER_BYTES, Limits
-from teegpu.wire.messages import Execute, Result
+from teegpu.wire.messages import PROTOCOL_VERSION, Execute, Result
 from teegpu.wire.program import Program, linear, single
 
 LIMITS = Limits(message_bytes=2**20, tensors=4, dimension=4096, program_steps=8)
@@ -38,7 +38,7 @@ def table(*rows: object) -> bytes:
 
 
 def with_table(packed: object, *frames: bytes) -> list[memoryview]:
-    return raw([1, "result", 0, [0, 0, 0, 0, {}], packed], *frames)
+    return raw([PROTOCOL_VERSION, "result", 0, [0, 0, 0, 0, {}], packed], *frames)
 
 
 def test_a_table_and_its_frames() -> None:
@@ -102,7 +102,7 @@ def call(**changes: object) -> list[memoryview]:
         "table": table(["x", [1, 2], "fp32"]),
     }
     fields |= changes
-    return raw([1, "execute", 0, *fields.values()], bytes(8))
+    return raw([PROTOCOL_VERSION, "execute", 0, *fields.values()], bytes(8))
 
 
 def test_the_call_that_the_next_test_damages_is_good() -> None:
