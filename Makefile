@@ -14,11 +14,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup test lint format clean distclean
+.PHONY: help run setup test chaos fuzz lint format clean distclean
 
 help:
 	@echo "make run [PROMPT=\"...\"]   set up, fetch the default model once, and answer the prompt"
 	@echo "make test [ARGS=\"...\"]    set up and run the tests"
+	@echo "make chaos                30 runs whose servers and links are killed, stopped and cut at any moment"
+	@echo "make fuzz [FUZZ_SECONDS=600]  broken and false messages for the codec, the transports, the server, the runner"
 	@echo "make setup                install everything into $(VENV), development tools included"
 	@echo "make lint | format        check, or rewrite, the code's form"
 	@echo "make clean | distclean    remove what tools left behind | and $(VENV) too"
@@ -34,6 +36,19 @@ setup: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) -m "not alone" $(ARGS) || test $$? -eq 5
 	$(BIN)/python -m pytest -m alone $(ARGS) || test $$? -eq 5
+
+chaos: export CHAOS_RUNS ?= 30
+chaos: export CHAOS_STOP_SECONDS ?= 3
+chaos: $(VENV)/.dev
+	$(BIN)/python -m pytest -v tests/test_chaos.py $(ARGS)
+
+# atheris follows coverage; it has packages for few versions of Python, and fuzzing goes on without it.
+fuzz: FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.dev
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
+	  $(PIP) install -q -c constraints.txt --only-binary atheris -e '.[fuzz]' || \
+	  echo "atheris can't be installed for $$($(BIN)/python --version): going on without it" >&2
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -163,7 +163,12 @@ class RunSettings:
         "inprocess needs a server in the same process, and is there for tests and as a baseline.",
         choices=TRANSPORTS,
     )
-    wire_dtype: str = setting("fp16", "How tensors are encoded on the link.", choices=WIRE_DTYPES)
+    wire_dtype: str = setting(
+        "auto",
+        "How tensors are encoded on the link. auto: fp16, or bf16 where the servers compute in bf16 and would round to "
+        "it anyway.",
+        choices=("auto", *WIRE_DTYPES),
+    )
     chunk_tokens: int = setting(
         0, "Prompt tokens per chunk; chunks overlap where the transport can. 0: chosen by the runner.", minimum=0
     )
@@ -238,6 +243,13 @@ class ServerSettings:
         choices=SERVER_DTYPES,
     )
     threads: int = setting(0, "Threads that it computes with on the CPU. 0: all cores.", minimum=0, maximum=4096)
+    layers: str = setting(
+        "",
+        "The layers whose weights it holds, such as 0-10, where a model is cut over several servers: runners name them "
+        "with #layers=0-10 in run.endpoints. Empty: all.",
+        pattern=r"(\d{1,6}-\d{1,6})?",
+        form="a range of layers such as 0-10",
+    )
     key: str = setting(
         "", "The server's own key pair: a name of 'teegpu keys list', or a secret key file. Empty: no encryption."
     )

@@ -7,12 +7,12 @@ import threading
 import pytest
 
 from teegpu import config
+from teegpu.errors import ConnectionFailedError
 from teegpu.tee.embedded_server import EmbeddedServer
 from teegpu.tee.generate import Generation
 from teegpu.tee.runner import Runner
 from teegpu.tee.sampling import Sampler, SamplingOptions
 from tests.conftest import TinyModel
-from transports.errors import ConnectionLostError
 from transports.link import EmulatedLink, LinkSpec
 
 STALL_SECONDS = 10.0
@@ -56,6 +56,7 @@ def test_a_link_that_stalls_and_recovers_costs_time_only(
 
             done = generate(runner, stall_once)
             decode = runner.report("complete")["phases"]["decode"]
+        assert link.stats().accepted == 1  # nothing was sent again, over another connection
     assert done.token_ids == expected
     assert STALL_SECONDS * 0.95 < decode["network_seconds"] < STALL_SECONDS + 5
     assert decode["seconds"] == pytest.approx(
@@ -65,22 +66,22 @@ def test_a_link_that_stalls_and_recovers_costs_time_only(
 
 
 @pytest.mark.parametrize("transport", ["zmq", "pipelined"])
-def test_a_link_that_is_cut_in_prefill_ends_the_run(transport: str, tiny_model: TinyModel) -> None:
+def test_a_link_that_is_cut_in_prefill_and_stays_so_ends_the_run(transport: str, tiny_model: TinyModel) -> None:
     folder = tiny_model("llama")
     with (
         EmbeddedServer(folder, config.load(SETTINGS), threads=1) as server,
         EmulatedLink(LinkSpec.parse("rtt=40ms"), server.wait()["address"]) as link,
     ):
-        settings = config.load(SETTINGS | {"run.endpoints": (link.endpoint,), "run.transport": transport})
-        with Runner(settings, folder) as runner:
+        chosen = {"run.endpoints": (link.endpoint,), "run.transport": transport, "link.retry_budget_seconds": 1}
+        with Runner(config.load(SETTINGS | chosen), folder) as runner:
             timer = threading.Timer(0.06, link.cut)
             timer.start()
-            with pytest.raises(ConnectionLostError):
+            with pytest.raises(ConnectionFailedError, match=r"for 1\.\d s, in spite of .*retry_budget_seconds is 1"):
                 generate(runner)
             timer.join()
             report = runner.report("failed", error="lost")
     assert report["status"] == "failed"
-    assert report["phases"]["prefill"]["seconds"] > 0
+    assert 1.0 < report["phases"]["prefill"]["network_seconds"] < 6.0
 
 
 def test_the_record_says_what_compression_saved_on_a_slow_link(tiny_model: TinyModel) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -12,7 +10,8 @@ import typer
 
 from teegpu.cli import interrupts
 from teegpu.cli.common import ConfigFile, message_console, sigterm_as_interrupt
-from teegpu.errors import TeegpuError, UsageError
+from teegpu.cli.destination import Destination
+from teegpu.errors import TeegpuError, ThresholdError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,7 +138,7 @@ def overhead(
     model: Model = None,
     rounds: Annotated[int, typer.Option(help="How often each of the two programs is sent.")] = 2000,
     transport: Annotated[str, typer.Option(help="zmq, zmq+zstd, pipelined or pipelined+zstd.")] = "zmq",
-    wire_dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8.", show_default=False)] = None,
+    wire_dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16 or int8.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the server.", show_default=False)] = None,
     device: Device = None,
     offline: Offline = None,
@@ -164,6 +163,185 @@ def overhead(
         _conduct(OverheadBenchmark(folder, settings, rounds=rounds), output)
 
 
+@app.command()
+def curve(
+    rounds: Annotated[int, typer.Option(help="How often each size is sent.")] = 30,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Bytes up, and as many down; may be given several times.",
+            show_default="1 KiB to 8 MiB",
+        ),
+    ] = None,
+    link: Annotated[str | None, typer.Option(metavar="SPEC", help="Emulate a link: rtt=5ms,bandwidth=1gbit.")] = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure what keys cost: round trip and throughput by size, with CURVE and without, in turn. Needs no model."""
+    settings = _settings(None, None, {"run.link": link}, config_file)
+    output = _Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        from teegpu.bench.curve import SIZES, CurveBenchmark
+
+        _conduct(CurveBenchmark(settings, rounds=rounds, sizes=size or SIZES), output)
+
+
+@app.command()
+def soak(
+    model: Model = None,
+    clients: Annotated[int, typer.Option(help="Clients at once.")] = 8,
+    minutes: Annotated[float, typer.Option(help="How long.")] = 10.0,
+    greedy: Annotated[
+        int | None, typer.Option(help="Greedy clients among them.", show_default="a quarter of them")
+    ] = None,
+    device: Device = None,
+    offline: Offline = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Leave a server no rest: many clients, some of them greedy, while its memory and its fairness are watched.
+
+    Exits with 9 where its memory grew by more than 5 %, a client got on twice as fast as another of its kind, or
+    something was left open.
+    """
+    settings = _settings(model, offline, {"server.device": device}, config_file)
+    output = _Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        folder = _folder(settings, output)
+        from teegpu.bench.soak import SoakBenchmark
+
+        chosen = clients // 4 if greedy is None else greedy
+        bench = SoakBenchmark(folder, settings, clients=clients, seconds=minutes * 60, greedy=chosen)
+        _conduct(bench, output)
+    if bench.breaches:
+        raise ThresholdError("; ".join(bench.breaches))
+
+
+@app.command()
+def recording(
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, from a built-in text.")] = 512,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens to generate after the first.")] = 64,
+    pairs: Annotated[int, typer.Option(help="Runs with a record, and as many without, after a warm-up.")] = 10,
+    transport: Annotated[
+        str | None, typer.Option(help="zmq, zmq+zstd, pipelined or pipelined+zstd.", show_default=False)
+    ] = None,
+    link: Annotated[str | None, typer.Option(metavar="SPEC", help="Emulate a link: rtt=5ms,bandwidth=1gbit.")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="A GPU server that is there already, in place of an embedded one.")
+    ] = None,
+    device: Device = None,
+    offline: Offline = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure what it costs a run to be recorded: with a record and without, in pairs."""
+    flags: dict[str, object] = {
+        "run.link": link,
+        "run.transport": transport,
+        "run.endpoints": None if endpoint is None else (endpoint,),
+        "server.device": device,
+    }
+    settings = _settings(model, offline, flags, config_file)
+    output = _Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        folder = _folder(settings, output)
+        from teegpu.bench.recording import RecordingBenchmark
+
+        _conduct(
+            RecordingBenchmark(folder, settings, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, pairs=pairs),
+            output,
+        )
+
+
+@app.command()
+def watch(
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, from a built-in text.")] = 512,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens to generate after the first.")] = 64,
+    pairs: Annotated[int, typer.Option(help="Runs that are watched, and as many that are not.")] = 10,
+    transport: Annotated[
+        str | None, typer.Option(help="zmq, zmq+zstd, pipelined or pipelined+zstd.", show_default=False)
+    ] = None,
+    link: Annotated[str | None, typer.Option(metavar="SPEC", help="Emulate a link: rtt=5ms,bandwidth=1gbit.")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="A GPU server that is there already, in place of an embedded one.")
+    ] = None,
+    device: Device = None,
+    offline: Offline = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure what it costs a run to be watched: with a monitor and without, in pairs; and what the monitor costs."""
+    flags: dict[str, object] = {
+        "run.link": link,
+        "run.transport": transport,
+        "run.endpoints": None if endpoint is None else (endpoint,),
+        "server.device": device,
+    }
+    settings = _settings(model, offline, flags, config_file)
+    output = _Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        folder = _folder(settings, output)
+        from teegpu.bench.watching import WatchBenchmark
+
+        _conduct(
+            WatchBenchmark(folder, settings, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, pairs=pairs),
+            output,
+        )
+
+
+@app.command()
+def accounting(
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, from a built-in text.")] = 1024,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens to generate after the first.")] = 32,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens of a chunk, where chunks overlap.")] = 128,
+    plan: Annotated[
+        list[str] | None, typer.Option(help="This plan only; may be given several times.", show_default="all")
+    ] = None,
+    transport: Annotated[
+        list[str] | None, typer.Option(help="This transport only; may be given several times.", show_default="all")
+    ] = None,
+    link: Annotated[str | None, typer.Option(metavar="SPEC", help="Emulate a link: rtt=5ms,bandwidth=1gbit.")] = None,
+    device: Device = None,
+    offline: Offline = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Check that the times add up: for each plan and transport, the sum of a phase's parts over its wall time."""
+    settings = _settings(model, offline, {"run.link": link, "server.device": device}, config_file)
+    output = _Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        folder = _folder(settings, output)
+        from teegpu.bench.accounting import LINKED_TRANSPORTS, AccountingBenchmark
+        from teegpu.settings import PLANS
+
+        _conduct(
+            AccountingBenchmark(
+                folder,
+                settings,
+                prompt_tokens=prompt_tokens,
+                decode_tokens=decode_tokens,
+                chunk_tokens=chunk_tokens,
+                plans=plan or PLANS,
+                transports=transport or LINKED_TRANSPORTS,
+            ),
+            output,
+        )
+
+
 class _Benchmark(Protocol):
     name: str
 
@@ -183,30 +361,12 @@ class _Output:
 
         self.form = render.choose(form, out.name if out is not None else "")
         self.quiet = quiet
-        self._out = out
-        if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
-            why = "it is a folder" if out.is_dir() else f"there is no folder {out.parent} that can be written to"
-            raise UsageError(f"--out {out}: {why}")
-        if out is None and sys.stdout is None:
-            raise UsageError("standard output is closed: give --out FILE for the result")
+        self._destination = Destination(out, force=True, quiet=quiet)
 
     def write(self, document: dict[str, Any]) -> None:
         from teegpu.bench import render
 
-        text = render.render(document, self.form)
-        if self._out is None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            return
-        # A reader never sees half of it, and what was there before stays until all of it is written.
-        partial = self._out.with_name(f".{self._out.name}.{os.getpid()}")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self._out)
-        finally:
-            partial.unlink(missing_ok=True)
-        if not self.quiet:
-            message_console().print(f"written to {self._out}", soft_wrap=True)
+        self._destination.write(render.render(document, self.form))
 
 
 def _settings(model: str | None, offline: bool | None, flags: Mapping[str, object], file: Path | None) -> Config:

@@ -25,6 +25,10 @@ ConfigFile = Annotated[
 """The type of a command's ``config_file`` parameter; None where it is not given."""
 
 
+ARGUMENTS = "teegpu.arguments"
+"""Where a command finds its own arguments, as they were given: in the ``meta`` of its context."""
+
+
 def result_console() -> Console:
     """A console for results, on stdout. Words that look like markup stay as they are."""
     from rich.console import Console
@@ -50,7 +54,10 @@ def from_transport(error: Exception) -> errors.TeegpuError | None:
         return None
     kinds: list[tuple[Any, type[errors.TeegpuError]]] = [
         ((known.ConnectError, known.ConnectionLostError, known.ReplyTimeoutError), errors.ConnectionFailedError),
-        ((known.UnknownTransportError, known.BadAddressError, known.LinkSpecError), errors.ConfigError),
+        (
+            (known.UnknownTransportError, known.BadAddressError, known.BadKeyError, known.LinkSpecError),
+            errors.ConfigError,
+        ),
         (known.EnvelopeVersionError, errors.MismatchError),
         (known.FrameError, errors.BadReplyError),
         (known.LimitError, errors.UsageError),

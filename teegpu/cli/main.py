@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 import teegpu
 from teegpu import errors
 from teegpu.cli import interrupts
-from teegpu.cli.common import from_transport
+from teegpu.cli.common import ARGUMENTS, from_transport
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,12 @@ COMMANDS: dict[str, Entry] = {
     "run": Entry("Answer a prompt with the help of a GPU server.", "run"),
     "serve": Entry("Be the GPU server: hold the weights, compute for runners.", "serve"),
     "model": Entry("List, fetch, inspect and make models.", "app"),
+    "report": Entry("Show where the time of a run went; compare runs.", "app"),
     "config": Entry("Show the settings in force, or write a settings file.", "app"),
+    "keys": Entry("Make and show the keys that runners and servers know each other by.", "app"),
     "doctor": Entry("Check this machine, the model and the server.", "doctor"),
     "link": Entry("Emulate a link of given delay and bandwidth.", "link"),
+    "watch": Entry("Watch a run as it goes on, or replay one that has ended.", "watch"),
     "bench": Entry("Measure plans side by side, accuracy, and what a request costs.", "app"),
 }
 
@@ -66,6 +69,7 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
+        ctx.meta[ARGUMENTS] = list(rest)
         return name, load_command(name) if name in COMMANDS else command, rest
 
 

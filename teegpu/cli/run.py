@@ -6,17 +6,21 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from teegpu.cli import interrupts
-from teegpu.cli.common import ConfigFile, from_transport, message_console, sigterm_as_interrupt
+from teegpu.cli.advising import advised
+from teegpu.cli.common import ARGUMENTS, ConfigFile, from_transport, message_console, sigterm_as_interrupt
 from teegpu.cli.prompts import Prompts
+from teegpu.cli.recording import Recording
 from teegpu.errors import TeegpuError, UsageError
+from teegpu.metrics.start import Start
+from teegpu.monitor.feed import FeedWriter
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +37,7 @@ OUTPUT = "Output"
 
 
 def run(
+    context: typer.Context,
     prompt: Annotated[
         str | None,
         typer.Argument(help="The prompt; '-' reads standard input. A pipe is joined to it.", show_default=False),
@@ -61,6 +66,17 @@ def run(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    server_key: Annotated[
+        str | None,
+        typer.Option(help="The public key that the server must prove to have: name or file.", rich_help_panel=MODEL),
+    ] = None,
+    client_key: Annotated[
+        str | None, typer.Option(help="The key pair of this side: name or file.", rich_help_panel=MODEL)
+    ] = None,
+    spread: Annotated[
+        str | None,
+        typer.Option(help="Use of several endpoints: failover or round-robin.", rich_help_panel=MODEL),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Device of the embedded server.", rich_help_panel=MODEL)] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the embedded server.", rich_help_panel=MODEL)] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the runner; 0: auto.", rich_help_panel=MODEL)] = None,
@@ -78,7 +94,9 @@ def run(
     transport: Annotated[
         str | None, typer.Option(help="zmq, zmq+zstd, pipelined or pipelined+zstd.", rich_help_panel=PLACE)
     ] = None,
-    wire_dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8.", rich_help_panel=PLACE)] = None,
+    wire_dtype: Annotated[
+        str | None, typer.Option(help="auto, fp32, bf16, fp16 or int8.", rich_help_panel=PLACE)
+    ] = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Tokens in a chunk of the prefill; 0: auto.", rich_help_panel=PLACE)
     ] = None,
@@ -117,6 +135,26 @@ def run(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="The text and errors only.", rich_help_panel=OUTPUT)
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="End with the whole report.", rich_help_panel=OUTPUT)
+    ] = False,
+    note: Annotated[
+        str | None, typer.Option(help="A line to keep with the run's record.", rich_help_panel=OUTPUT)
+    ] = None,
+    save_text: Annotated[
+        bool,
+        typer.Option("--save-text", help="Keep prompt, text and token ids in the record too.", rich_help_panel=OUTPUT),
+    ] = False,
+    no_record: Annotated[
+        bool, typer.Option("--no-record", help="Keep no record of this run.", rich_help_panel=OUTPUT)
+    ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Watch it as it happens; the text is printed at the end.", rich_help_panel=OUTPUT),
+    ] = False,
+    feed: Annotated[
+        int | None, typer.Option(help="Where a run that is watched tells its text.", hidden=True, show_default=False)
+    ] = None,
     config_file: ConfigFile = None,
 ) -> None:
     """Answer a prompt; the text goes to stdout, everything else to stderr."""
@@ -126,6 +164,9 @@ def run(
         "model.name": model,
         "model.offline": offline,
         "run.endpoints": tuple(endpoint) if endpoint else None,
+        "link.server_key": server_key,
+        "link.client_key": client_key,
+        "run.spread": spread,
         "run.prefill_plan": prefill_plan if prefill_plan is not None else plan,
         "run.decode_plan": decode_plan if decode_plan is not None else plan,
         "run.transport": transport,
@@ -144,18 +185,44 @@ def run(
         "sampling.repetition_penalty": repetition_penalty,
         "sampling.seed": seed,
         "sampling.stop": tuple(stop) if stop else None,
+        "run.note": " ".join(note.split()) if note is not None else None,
+        "record.save_text": save_text or None,
+        "record.keep": False if no_record else None,
     }
+    if no_record and save_text:
+        raise UsageError("--save-text would keep the text in the record, and --no-record keeps none: leave one out")
     settings = config.load(flags, config_file)
     prompts = Prompts(prompt, system, raw, prompts_file, prompt_tokens, text_file)
     prompts.check()
     _check_embedded(settings, {"--device": device, "--dtype": dtype})
     _prepare_stdout()
-    output = _Output(as_json, quiet, ignore_eos)
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose are opposites: give one of them")
     console = message_console()
+    if watch and feed is None:
+        _watch(settings, context.meta[ARGUMENTS], prompts, quiet, console)
+    watched = FeedWriter(feed) if feed is not None else None
+    output = _Output(as_json, quiet, ignore_eos, verbose, watched)
     with sigterm_as_interrupt():
         # Before the model is loaded: an empty prompt should not cost that time.
         texts = prompts.read(lambda line: _say(console, line, output))
+        if watched is not None:
+            watched.begun()
+            watched.watch_reader()
         _run(settings, prompts, texts, output, console)
+
+
+def _watch(settings: Config, arguments: list[str], prompts: Prompts, quiet: bool, console: Console) -> NoReturn:
+    """The run as a process of its own, and the monitor here."""
+    from teegpu.cli.monitoring import check_theme
+    from teegpu.cli.watching import watch_run
+
+    check_theme(settings)
+    typed = None
+    if prompts.prompt == "-" and sys.stdin is not None and sys.stdin.isatty():
+        console.print("type the prompt, and end it with Ctrl-D on a line of its own")
+        typed = sys.stdin.buffer.read()
+    raise typer.Exit(watch_run(settings, arguments, typed=typed, quiet=quiet))
 
 
 @dataclass(frozen=True)
@@ -163,16 +230,21 @@ class _Output:
     as_json: bool
     quiet: bool
     ignore_eos: bool
+    verbose: bool = False
+    feed: FeedWriter | None = None
 
 
 @dataclass
 class _Outcome:
     """How the run went so far. ``answers`` are as the document has them, an interrupted one included; ``unread`` says
-    that the reader of stdout went away, so that nothing is left to be said there."""
+    that the reader of stdout went away, so that nothing is left to be said there; ``bug`` that ``error`` is none that
+    we know, so that anything may stand in it."""
 
+    start: Start = field(default_factory=Start.now)
     status: str = "failed"
     error: str | None = None
     unread: bool = False
+    bug: bool = False
     runner: Runner | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -206,9 +278,21 @@ def _say(console: Console, line: str, output: _Output) -> None:
 def _run(settings: Config, prompts: Prompts, texts: list[str], output: _Output, console: Console) -> None:
     outcome = _Outcome()
     with contextlib.ExitStack() as stack:
+        # The outermost, and before anything that can fail: a run that failed has a record too.
+        recording = stack.enter_context(
+            Recording(
+                settings,
+                outcome.start,
+                _document_of_nothing(settings, outcome),
+                prompt={"text": texts if prompts.several else "".join(texts), "system": prompts.system},
+                say=lambda line: _say(console, line, output),
+            )
+        )
+        if output.feed is not None and recording.folder is not None:
+            output.feed.run(recording.folder.path)
         try:
-            outcome.runner = runner = _open(settings, output, console, stack)
-            _answer_all(runner, prompts.encode(runner.tokenizer, texts), output, outcome.answers)
+            outcome.runner = runner = _open(settings, outcome.start, recording, output, console, stack)
+            _answer_all(runner, prompts.encode(runner.tokenizer, texts), recording, output, outcome.answers)
             outcome.status = "complete"
         except KeyboardInterrupt:
             interrupts.handled()
@@ -216,25 +300,37 @@ def _run(settings: Config, prompts: Prompts, texts: list[str], output: _Output, 
             raise
         except BrokenPipeError:
             outcome.unread = True
+            outcome.status, outcome.error = "interrupted", "the reader of the output went away"
             raise
         except Exception as error:
             told = error if isinstance(error, TeegpuError) else from_transport(error)
             outcome.error = str(told) if told is not None else f"{type(error).__name__}: {error}"
+            outcome.bug = told is None
             raise
         finally:
-            if not outcome.unread:
-                _conclude(settings, outcome, prompts.several, output, console)
+            _conclude(settings, outcome, prompts.several, recording, output, console)
 
 
-def _open(settings: Config, output: _Output, console: Console, stack: contextlib.ExitStack) -> Runner:
+def _open(
+    settings: Config,
+    start: Start,
+    recording: Recording,
+    output: _Output,
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> Runner:
     """The runner, ready for prompts; ``stack`` closes it. Loading takes seconds, so it is shown."""
     from teegpu.cli.models import find_model
 
     folder = find_model(settings, quiet=output.quiet)
-    with _waiting(console, f"loading {folder.name}", output):
+    with _waiting(console, f"loading {folder.name}", output), interrupts.kept():
         from teegpu.tee.runner import Runner
 
-        return stack.enter_context(Runner(settings, folder, notify=lambda line: _say(console, line, output)))
+        def notify(line: str) -> None:
+            _say(console, line, output)
+            recording.note(line)
+
+        return stack.enter_context(Runner(settings, folder, notify=notify, log=recording.log, start=start))
 
 
 @contextlib.contextmanager
@@ -247,16 +343,23 @@ def _waiting(console: Console, what: str, output: _Output) -> Iterator[None]:
         yield
 
 
-def _answer_all(runner: Runner, prompts: list[list[int]], output: _Output, answers: list[dict[str, Any]]) -> None:
+def _answer_all(
+    runner: Runner, prompts: list[list[int]], recording: Recording, output: _Output, answers: list[dict[str, Any]]
+) -> None:
     """Answers one prompt after the other. ``answers`` gets each, an interrupted one included."""
     from teegpu.cli.streaming import Streamer
     from teegpu.tee.generate import Generation
 
     sampler = runner.sampler()
+    recording.describe(runner)
+    write = recording.text_to(runner.recorder, _nowhere if output.as_json else _write)
+    if output.feed is not None and not recording.save_text:
+        write = _both(output.feed.text, write)
     for number, prompt in enumerate(prompts):
         if number and not output.as_json:
             _write("\n")
-        write = _nowhere if output.as_json else _write
+        if number and output.feed is not None:
+            output.feed.text("\n\n")
         streamer = Streamer(runner.tokenizer.stream(prompt), runner.config.sampling.stop, write)
         done = Generation()
         try:
@@ -286,45 +389,63 @@ def _answer(done: Generation, streamer: Any, runner: Runner, output: _Output) ->
     }
 
 
-def _conclude(settings: Config, outcome: _Outcome, several: bool, output: _Output, console: Console) -> None:
-    """The document or the summary, however the run ended."""
-    from teegpu.report.brief import brief
-
+def _conclude(
+    settings: Config, outcome: _Outcome, several: bool, recording: Recording, output: _Output, console: Console
+) -> None:
+    """The record, and the document or the summary, however the run ended."""
     answers: Any = outcome.answers
     if not several:
         answers = answers[0] if answers else None
+    if outcome.runner is not None:
+        document = outcome.runner.report(outcome.status, output=answers, error=outcome.error)
+    else:
+        document = _document_of_nothing(settings, outcome)
+    document = recording.finish(advised(document, recording.store), keep_error=not outcome.bug)
+    if outcome.unread:
+        return
     if output.as_json:
-        if outcome.runner is not None:
-            document = outcome.runner.report(outcome.status, output=answers, error=outcome.error)
-        else:
-            document = _document_of_nothing(settings, outcome)
         ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
         _write(json.dumps(document, indent=2, ensure_ascii=ascii_only) + "\n")
     elif output.quiet:
         return
     elif outcome.runner is not None and outcome.runner.summary.phases:
-        document = outcome.runner.report(outcome.status, output=answers, error=outcome.error)
         console.print()
-        console.print(brief(document, console.width if console.is_terminal else None), soft_wrap=True)
+        _print_report(document, output, console, recorded=recording.folder is not None)
     elif outcome.status == "interrupted":
         _say(console, "interrupted before the prompt was computed", output)
 
 
+def _print_report(document: dict[str, Any], output: _Output, console: Console, *, recorded: bool) -> None:
+    """The end of a run: a few lines, or with --verbose all of it."""
+    if output.verbose:
+        from teegpu.report.exports import PLAIN_WIDTH, as_plain
+        from teegpu.report.tables import tables
+
+        if console.is_terminal:
+            for block in tables(document):
+                console.print(block)
+        else:
+            console.print(as_plain(tables(document), PLAIN_WIDTH), end="", soft_wrap=True)
+        return
+    from teegpu.report.brief import brief
+
+    details = "teegpu report last" if recorded else ""
+    console.print(brief(document, console.width if console.is_terminal else None, details), soft_wrap=True)
+
+
 def _document_of_nothing(settings: Config, outcome: _Outcome) -> dict[str, Any]:
     """The document of a run that ended before there was a runner: the same keys, and what is known without one."""
-    import secrets
-    from datetime import UTC, datetime
-
     from teegpu import machine
+    from teegpu.metrics import environment
     from teegpu.metrics.document import document
     from teegpu.metrics.summary import Summary
 
-    now, run = datetime.now(UTC), settings.run
+    run = settings.run
     names = "prefill_plan", "decode_plan", "transport", "wire_dtype", "chunk_tokens", "link", "max_tokens", "speculate"
     return document(
-        run_id=now.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3),
+        run_id=outcome.start.id,
         status=outcome.status,
-        started_at=now.isoformat(timespec="milliseconds"),
+        started_at=outcome.start.at,
         model={"name": settings.model.name},
         settings={name: vars(run)[name] for name in names} | {"endpoints": list(run.endpoints)},
         tee={"kind": machine.tee_kind(), "attested": False},
@@ -332,12 +453,22 @@ def _document_of_nothing(settings: Config, outcome: _Outcome) -> dict[str, Any]:
         summary=Summary(),
         output=None,
         error=outcome.error,
+        note=run.note,
+        environment=environment.describe(),
     )
 
 
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:
+    def write(text: str) -> None:
+        first(text)
+        second(text)
+
+    return write
 
 
 def _nowhere(_: str) -> None:

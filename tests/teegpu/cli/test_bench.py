@@ -261,3 +261,30 @@ def test_the_commands_use_the_benchmarks_that_they_name(
     assert document["settings"]["prompt_tokens"] == 9
     assert document["settings"]["link"] == "rtt=1ms,bandwidth=unlimited"
     assert [entry["label"] for entry in document["results"]][-2:] == ["transformers fp32", "transformers bf16"]
+
+
+@pytest.mark.parametrize(("breaches", "code"), [([], 0), (["the server's memory grew by 20.0%"], 9)])
+def test_a_soak_over_its_bounds_fails_after_its_result(
+    teegpu: Teegpu, model: ModelFolder, monkeypatch: pytest.MonkeyPatch, breaches: list[str], code: int
+) -> None:
+    from teegpu.bench.soak import SoakBenchmark
+
+    seen: list[Any] = []
+    monkeypatch.setattr(bench, "_conduct", lambda benchmark, _: seen.append(benchmark))
+    monkeypatch.setattr(SoakBenchmark, "breaches", breaches)
+    done = teegpu("bench", "soak", "--model", model.path, "--clients", 12, "--minutes", 0.5)
+    assert done.code == code
+    assert (one_line(done) if code else "") == "".join(breaches)
+    settings = seen[0].document("complete")["settings"]
+    assert (settings["clients"], settings["greedy"], settings["seconds"]) == (12, 3, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--clients", 0], "--clients 0 is below"), (["--minutes", 0], "--minutes 0 is not above"),
+     (["--clients", 2, "--greedy", 3], "--greedy 3 is not between 0 and the 2 clients")],
+)  # fmt: skip
+def test_a_soak_that_can_not_be(teegpu: Teegpu, model: ModelFolder, options: list[object], told: str) -> None:
+    done = teegpu("bench", "soak", "--model", model.path, *options)
+    assert done.code == 2
+    assert told in one_line(done)

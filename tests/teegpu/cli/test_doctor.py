@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,48 @@ from teegpu import errors, machine
 from teegpu.cli import doctor
 from teegpu.cli.main import run
 from teegpu.config import Config, load
+from teegpu.endpoints import Endpoint
 from teegpu.model.folder import ModelFolder
-from teegpu.tee import gpu_client
+from teegpu.tee import health
+from teegpu.wire.messages import HealthReport, Welcome
 
-ANSWER = {
-    "version": "9.8.7",
-    "model": "some-model",
-    "digest": "0123456789abcdef",
-    "device": "cuda:0",
-    "dtype": "bf16",
-    "rtt_seconds": 0.00123,
-}
+WELCOME = Welcome(
+    request_id=0,
+    software="9.8.7",
+    instance="i",
+    model="some-model",
+    digest="0123456789abcdef",
+    dims={"layers": 30},
+    device="cuda:0",
+    dtype="bf16",
+    threads=4,
+    memory_bytes=2**28,
+    limits={},
+    layers=(0, 29),
+)
+HEALTH = HealthReport(
+    request_id=0,
+    software="9.8.7",
+    instance="i",
+    model="some-model",
+    digest="0123456789abcdef",
+    device="cuda:0",
+    dtype="bf16",
+    layers=(0, 29),
+    uptime_seconds=7300.0,
+    clients=2,
+    connections=3,
+    requests_served=12345,
+    refused=1,
+    in_flight=3,
+    waiting_requests=2,
+    waiting_bytes=3 * 2**20,
+    busy_share=0.125,
+    rss_bytes=2**30,
+    weight_bytes=2**28,
+    draining=False,
+)
+ANSWER = health.Probe(WELCOME, HEALTH, 0.00123)
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +73,11 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A server answers everywhere; → the endpoints asked."""
     asked: list[str] = []
 
-    def probe(endpoint: str, config: Config) -> dict[str, object]:
-        asked.append(endpoint)
+    def probe(endpoint: Endpoint, config: Config) -> health.Probe:
+        asked.append(endpoint.address)
         return ANSWER
 
-    monkeypatch.setattr(gpu_client, "probe", probe)
+    monkeypatch.setattr(health, "probe", probe)
     return asked
 
 
@@ -83,7 +115,57 @@ def test_a_server_that_answers(capsys: pytest.CaptureFixture[str], answered: lis
     assert answered == ["tcp://host:1"]
     expected = "tcp://host:1 answers in 1.23 ms: some-model (0123456789ab) on cuda:0 in bf16, version 9.8.7"
     assert found["server"] == ("ok", expected)
+    assert found["load"] == (
+        "ok",
+        "up 2 h, 2 clients, 12.5% busy in the last 10 s, 3 requests in hand, 2 of them waiting (3.0 MiB), "
+        "12,345 served, 1 refused, 1.00 GiB of memory, weights 256.0 MiB",
+    )
     assert "the server at tcp://host:1 has its own" in found["threads"][1]
+
+
+def test_a_server_that_is_being_stopped_is_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = replace(ANSWER, health=replace(HEALTH, draining=True, clients=1))
+    monkeypatch.setattr(health, "probe", lambda *_: stopping)
+    status, detail = report(capsys, "--endpoint", "tcp://host:1")["load"]
+    assert status == "warn"
+    assert detail.startswith("it is being stopped, up 2 h, 1 client, ")
+
+
+def test_part_of_a_model_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "probe", lambda *_: replace(ANSWER, welcome=replace(WELCOME, layers=(10, 20))))
+    assert "in bf16, layers 10-20, version" in report(capsys, "--endpoint", "tcp://host:1")["server"][1]
+
+
+def test_several_servers_are_all_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not answer hides none of the others, and the machine-readable form says which is which."""
+
+    def probe(endpoint: Endpoint, config: Config) -> health.Probe:
+        if endpoint.address == "tcp://b:2":
+            raise transports.errors.ConnectError("nobody at tcp://b:2")
+        return ANSWER
+
+    monkeypatch.setattr(health, "probe", probe)
+    ends = ["tcp://a:1#layers=0-9", "tcp://b:2", "tcp://c:3"]
+    assert run(["doctor", "--json", *(argument for end in ends for argument in ("--endpoint", end))]) == 4
+    rows = [row for row in json.loads(capsys.readouterr().out)["checks"] if row["name"] in ("server", "load")]
+    assert [(row["name"], row["status"], row["endpoint"]) for row in rows] == [
+        ("server", "ok", ends[0]),
+        ("load", "ok", ends[0]),
+        ("server", "fail", ends[1]),
+        ("server", "ok", ends[2]),
+        ("load", "ok", ends[2]),
+    ]
+    assert rows[0]["rtt_seconds"] == 0.00123
+    assert rows[0]["health"]["busy_share"] == 0.125
+    assert rows[0]["health"]["layers"] == [0, 29]
+
+
+def test_an_endpoint_that_can_not_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    status, detail = report(capsys, "--endpoint", "tcp://a:1#layres=0-9", code=2)["server"]
+    assert status == "fail"
+    assert "did you mean 'layers'?" in detail
 
 
 def test_the_configured_endpoint_is_asked(
@@ -117,12 +199,18 @@ def test_a_real_server(capsys: pytest.CaptureFixture[str], tiny_model: Callable[
                 line = process.stdout.readline()
                 assert line, f"the server ended: {banner}"
                 banner += line
-            status, detail = report(capsys, "--endpoint", ready[0])["server"]
+            found = report(capsys, "--endpoint", ready[0])
+            status, detail = found["server"]
         finally:
             process.terminate()
     assert status == "ok"
     assert re.fullmatch(
         rf"{ready[0]} answers in \d+\.\d\d ms: .* \([0-9a-f]{{12}}\) on cpu in fp32, version .*", detail
+    )
+    assert re.fullmatch(
+        r"up \d+ s, 1 client, \d+\.\d% busy in the last 10 s, 1 request in hand, 0 of them waiting \(0 B\), "
+        r"5 served, 0 refused, \d.* of memory, weights \d.*",
+        found["load"][1],
     )
 
 
@@ -137,15 +225,15 @@ def test_a_real_server(capsys: pytest.CaptureFixture[str], tiny_model: Callable[
 def test_a_server_that_fails(
     error: Exception, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def probe(endpoint: str, config: Config) -> dict[str, object]:
+    def probe(endpoint: Endpoint, config: Config) -> health.Probe:
         raise error
 
-    monkeypatch.setattr(gpu_client, "probe", probe)
+    monkeypatch.setattr(health, "probe", probe)
     assert report(capsys, "--endpoint", "tcp://host:1", code=code)["server"] == ("fail", "nobody there")
 
 
 def test_a_bug_in_the_probe_stays_a_bug(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_client, "probe", lambda *_: 1 / 0)
+    monkeypatch.setattr(health, "probe", lambda *_: 1 / 0)
     assert run(["doctor", "--endpoint", "tcp://host:1"]) == 70
     assert "ZeroDivisionError" in capsys.readouterr().err
 

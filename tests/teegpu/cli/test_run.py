@@ -59,7 +59,8 @@ def test_the_text_goes_to_stdout_and_the_summary_to_stderr(run: Teegpu, model: M
     lines = done.err.splitlines()
     assert lines[0] == ""
     assert lines[1].startswith(f"{model.path.name} · fused · pipelined · fp32 · TTFT ")
-    assert [line.split()[:2] for line in lines[2:]] == [["tokens", "seconds"], ["prefill", "6"], ["decode", "11"]]
+    assert [line.split()[:2] for line in lines[2:5]] == [["tokens", "seconds"], ["prefill", "6"], ["decode", "11"]]
+    assert lines[-1] == "details: teegpu report last"
 
 
 def test_quiet_prints_the_text_alone(run: Teegpu) -> None:

@@ -221,7 +221,7 @@ def sealed(request_id: int, header: Any) -> list[bytes]:
 
 WELCOME = {
     "software": "9.9", "instance": "x", "model": "m", "digest": "d", "dims": {"layers": 2}, "device": "cpu",
-    "dtype": "fp32", "threads": 1, "memory_bytes": 1, "limits": {},
+    "dtype": "fp32", "threads": 1, "memory_bytes": 1, "limits": {}, "layers": [0, 1],
 }  # fmt: skip
 
 
@@ -380,9 +380,10 @@ def test_a_separate_server_dies_in_decode(run: Teegpu, start: Start, model: Mode
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(runner_module.Session, "generate", dies_after_three)
+        patched.setenv("TEEGPU_LINK_RETRY_BUDGET_SECONDS", "0.5")
         done = run("--endpoint", address, "--json", "Hi")
     assert done.code == 4
-    assert address in one_line(done)
+    assert one_line(done).startswith(f"no reply from {address} for 0.5 s, in spite of 1 attempt to connect (link.retry")
     assert done.document["status"] == "failed"
     assert len(done.document["output"]["token_ids"]) == 3
     assert done.document["output"]["text"]
@@ -482,7 +483,7 @@ def test_ctrl_c_in_decode(start: Start, model: ModelFolder, server: LocalServer,
     assert len(text) > 3
     lines = done.err.splitlines()
     assert lines[1].startswith(f"interrupted · {model.path.name} · fused · ")
-    assert [line.split()[0] for line in lines[2:]] == ["tokens", "prefill", "decode"]
+    assert [line.split()[0] for line in lines[2:5]] == ["tokens", "prefill", "decode"]
 
 
 def test_ctrl_c_in_decode_ends_the_embedded_server(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,15 @@ from teegpu import __version__
 from teegpu.cli import serve as module
 from teegpu.cli.serve import check_address
 from teegpu.config import Config
+from teegpu.endpoints import Endpoint
 from teegpu.errors import ConfigError
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.model.weights import WeightStore
 from teegpu.options import wire_limits
-from teegpu.tee.gpu_client import probe
+from teegpu.tee.health import probe
 from teegpu.wire import codec
-from teegpu.wire.messages import PROTOCOL_VERSION, Execute, Result
+from teegpu.wire.messages import PROTOCOL_VERSION, Execute, Refusal, Result
 from teegpu.wire.program import Step, single
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import Process, Start, Teegpu, until
@@ -62,7 +65,8 @@ def test_the_banner_and_the_end_by_ctrl_c(start: Start, model: ModelFolder) -> N
     loading = process.line()
     address = ready(process)
     facts = process.line().rstrip().split(" · ")
-    found = probe(address, Config())
+    found = probe(Endpoint(address), Config())
+    first, came, left = process.line(), process.line(), process.line()
     process.send_signal(signal.SIGINT)
     done = process.finish()
 
@@ -75,12 +79,12 @@ def test_the_banner_and_the_end_by_ctrl_c(start: Start, model: ModelFolder) -> N
         f"model {model.path.name}", "device cpu", "bf16", "1 CPU thread", f"protocol {PROTOCOL_VERSION}",
         f"digest {digest[:12]}",
     ]  # fmt: skip
-    assert (found["version"], found["digest"], found["dtype"]) == (__version__, digest, "bf16")
+    assert (found.welcome.software, found.welcome.digest, found.health.dtype) == (__version__, digest, "bf16")
     assert (done.code, done.out) == (0, "")
-    assert done.err.splitlines() == [
-        "activations that runners send are visible to this process in the clear; stop with Ctrl-C",
-        "stopped after 6 requests",
-    ]
+    assert first == "activations that runners send are visible to this process in the clear; stop with Ctrl-C\n"
+    assert re.fullmatch(r"\d\d:\d\d:\d\d info     client 1 came from 127\.0\.0\.1:\d+\n", came)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d info     client 1 at 127\.0\.0\.1:\d+ left after 6 messages\n", left)
+    assert done.err == "stopped after 6 requests\n"
 
 
 def scores(positions: int) -> Message:
@@ -165,6 +169,72 @@ def test_a_signal_whose_exception_was_swallowed_still_ends_loading() -> None:
     assert not stop.serving
 
 
+# Its log, and its end
+
+
+def events(process: Process, until_event: str) -> list[dict[str, Any]]:
+    """The lines of a log for machines, up to the one with ``until_event``."""
+    found = []
+    while not found or found[-1]["event"] != until_event:
+        found.append(json.loads(process.line()))
+    return found
+
+
+@pytest.fixture
+def logging_server(start: Start, model: ModelFolder) -> Callable[..., tuple[Process, str]]:
+    """``logging_server(bind)`` → a process that serves, and its address."""
+
+    def make(bind: str = "tcp://127.0.0.1:0", *args: object, **environment: str) -> tuple[Process, str]:
+        command = ["serve", "--model", model.path, "--bind", bind, "--dtype", "fp32", "--threads", 1]
+        process = start(*command, "--log-format", "json", *args, env=os.environ | environment)
+        return process, events(process, "ready")[-1]["fields"]["address"]
+
+    return make
+
+
+def test_a_log_for_machines_and_limits_of_the_settings(logging_server: Callable[..., tuple[Process, str]]) -> None:
+    """Every line is an object; what clients ask for, and what they say wrong, is in none of them."""
+    process, address = logging_server(TEEGPU_LIMITS_PROGRAM_MIB="1")
+    with transports.connect("zmq", address) as client:
+        answer = codec.Decoder(wire_limits(Config())).decode(client.request(scores(1000)).frames)
+        for _ in range(50):
+            client.request(Message([b"not a message: a secret prompt"]))
+    assert isinstance(answer, Refusal)
+    assert (answer.code, "limits.program_mib on the server" in answer.text) == ("too-large", True)
+    seen = events(process, "client-left")
+    process.send_signal(signal.SIGTERM)
+    done = process.finish()
+    seen += [json.loads(line) for line in done.err.splitlines()]
+    assert [line["event"] for line in seen] == ["client-came", *["refused"] * 20, "client-left", "end"]
+    assert [line["fields"]["code"] for line in seen if line["event"] == "refused"] == ["too-large", *["malformed"] * 19]
+    assert seen[-1]["fields"]["requests_served"] == seen[-1]["fields"]["requests_refused"] == 51
+    assert "secret" not in json.dumps(seen)
+    assert done.code == 0
+
+
+def test_a_second_signal_ends_it_in_the_middle_of_a_product(
+    logging_server: Callable[..., tuple[Process, str]],
+) -> None:
+    process, address = logging_server()
+    with transports.connect("pipelined", address) as client:
+        client.request(scores(1))
+        idle = cpu_ticks(process.pid)
+        # Some ten seconds of work on one core, in one call into torch: Python takes notice of nothing meanwhile.
+        q = torch.ones(64, 4000, 256)
+        program = single(["q", "k"], Step("matmul", "scores", ("q", "k"), transpose=True))
+        encodings = {"q": "fp32", "k": "fp32"}
+        long = Execute(1, program, {"q": q, "k": q}, encodings, {"scores": "fp16"})
+        client.post(Message(codec.encode_execute(long).frames))
+        until(lambda: cpu_ticks(process.pid) > idle + 20)
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)  # two of a kind that come together are one to the system
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert time.monotonic() - started < 8
+
+
 # Embedded (see also tests/teegpu/tee/test_embedded_server.py)
 
 
@@ -201,7 +271,7 @@ def test_addresses_of_this_machine(bind: str) -> None:
              "tcp://127.example.com:5555", "tcp://localhost.example.com:5555"],
 )  # fmt: skip
 def test_addresses_that_others_reach_need_to_be_wanted(bind: str) -> None:
-    with pytest.raises(ConfigError, match="can be reached from other machines, and this version has no keys"):
+    with pytest.raises(ConfigError, match="can be reached from other machines: give the server a key"):
         check_address(bind, insecure=False)
     check_address(bind, insecure=True)
 
@@ -272,7 +342,7 @@ def test_weights_that_can_not_be_read(what: str, teegpu: Teegpu, damaged: Path) 
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--device", "cuda:99"], 3, "cuda:99"),
+        (["--device", "cuda:99"], 2, "cuda:99"),
         (["--device", "gpu0"], 2, "gpu0"),
         (["--dtype", "bf61"], 2, "did you mean 'bf16'?"),
         (["--threads", "-1"], 2, "server.threads"),

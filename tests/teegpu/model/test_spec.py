@@ -33,3 +33,12 @@ def test_every_projection_has_its_shape(tiny_model) -> None:
     assert spec.linear_shape("down_proj") == (32, 64)
     assert spec.linear_shape("lm_head") == (272, 32)
     assert spec.weights["layers.1.k_norm"] == (16,)
+
+
+def test_every_weight_is_placed_with_a_layer(tiny_model) -> None:
+    spec = read_spec(tiny_model("qwen3", num_hidden_layers=12))
+
+    places = {name: spec.layer_of(name) for name in spec.weights}
+    assert (places["embed_tokens"], places["norm"], places["lm_head"]) == (0, 11, 11)
+    assert (places["layers.1.q_proj"], places["layers.11.k_norm"]) == (1, 11)
+    assert set(places.values()) == set(range(12))
