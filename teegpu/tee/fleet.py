@@ -158,11 +158,6 @@ class Fleet:
         self._settle()
 
     @property
-    def absent(self) -> list[Member]:
-        """The members that have no connection now."""
-        return [member for member in self.members if member.client is None]
-
-    @property
     def welcome(self) -> Welcome | None:
         """What the first server of those in use says of itself."""
         return self.groups[0].current.welcome

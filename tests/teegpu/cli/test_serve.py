@@ -219,8 +219,8 @@ def test_a_second_signal_ends_it_in_the_middle_of_a_product(
     with transports.connect("pipelined", address) as client:
         client.request(scores(1))
         idle = cpu_ticks(process.pid)
-        # Some ten seconds of work on one core, in one call into torch: Python takes notice of nothing meanwhile.
-        q = torch.ones(64, 4000, 256)
+        # A second or more of work on one core, in one call into torch: Python takes notice of nothing meanwhile.
+        q = torch.ones(1, 3000, 6000)
         program = single(["q", "k"], Step("matmul", "scores", ("q", "k"), transpose=True))
         encodings = {"q": "fp32", "k": "fp32"}
         long = Execute(1, program, {"q": q, "k": q}, encodings, {"scores": "fp16"})

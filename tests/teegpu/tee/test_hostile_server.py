@@ -19,8 +19,8 @@ import zstandard
 import transports
 from teegpu.endpoints import Endpoint
 from teegpu.errors import BadReplyError, MismatchError, ServerRefusedError, TeegpuError
-from teegpu.tee.decoder import Decoder
 from teegpu.tee.connections import RetryPolicy
+from teegpu.tee.decoder import Decoder
 from teegpu.tee.fleet import Fleet
 from teegpu.tee.generate import Session
 from teegpu.tee.gpu_client import GpuClient
