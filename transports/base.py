@@ -129,14 +129,15 @@ class Client(abc.ABC):
 
     Both forms may be used on one client, one after the other, never at once.
 
-    ``on_sent`` is called with each message once it has been compressed and handed to the link, before the wait for its
-    reply: whoever keeps account of time knows then where sending ends and waiting begins.
+    ``on_sent`` is called with each message once it has been handed to the link, before the wait for its reply, and
+    with the reading of ``time.perf_counter_ns`` from which on it was on its way (``Reply.sent_ns``): whoever keeps
+    account of time knows then where compressing ends and the round trip begins.
     """
 
     name: ClassVar[str]
     overlaps: ClassVar[bool] = False
     endpoint: str
-    on_sent: Callable[[Message], None] | None = None
+    on_sent: Callable[[Message, int], None] | None = None
 
     @abc.abstractmethod
     def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:

@@ -27,6 +27,9 @@ ZERO_COPY_BYTES = 64 * 1024
 CUT_HANDSHAKES = 3
 """So often the peer closes the connection in the middle of the handshake before it is asked what it expects."""
 
+GREETING_SECONDS = 1.0
+"""How long the peer has for its greeting. It blocks, but only where no connection comes about anyway."""
+
 KEEPALIVE_IDLE_SECONDS = 15
 KEEPALIVE_INTERVAL_SECONDS = 5
 KEEPALIVE_PROBES = 3
@@ -66,18 +69,6 @@ def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
 def has_message(socket: zmq.Socket[bytes]) -> bool:
     """Whether a whole message can be read now. Also the only way to learn it after an edge on the descriptor."""
     return bool(cast(int, socket.get(EVENTS)) & POLLIN)
-
-
-def receive_parts_of(socket: zmq.Socket[bytes]) -> tuple[list[memoryview], str]:
-    """``receive_parts`` of a socket whose peers have keys, and the one that sent the message, as the handshake proved
-    it."""
-    frame = socket.recv(NOBLOCK, copy=False)
-    user = str(frame.get("User-Id"))
-    parts = [frame.buffer]
-    while frame.more:
-        frame = socket.recv(NOBLOCK, copy=False)
-        parts.append(frame.buffer)
-    return parts, user
 
 
 def receive_parts(socket: zmq.Socket[bytes]) -> list[memoryview]:
@@ -201,7 +192,7 @@ class Connection:
         """The peer ends every handshake without a word: because the keys differ, or for another reason?"""
         self._cut_handshakes = 0
         left = (self.connect_deadline_ns - time.perf_counter_ns()) / 1e9
-        found = mechanism.ask(self.endpoint, left) if left > 0 else ""
+        found = mechanism.ask(self.endpoint, min(left, GREETING_SECONDS)) if left > 0 else ""
         if found and (found == "CURVE") != (self._curve is not None):
             self._other_mechanism()
         elif found and self._curve is not None:

@@ -195,7 +195,7 @@ class DealerClient(Client):
                 raise ConnectionLostError(f"can't send to {self.endpoint}: {error.strerror}") from error
             raise
         if self.on_sent is not None:
-            self.on_sent(message)
+            self.on_sent(message, exchange.sent_ns)
         return exchange
 
     def _raise_denied(self, connection: Connection) -> None:

@@ -198,7 +198,7 @@ class InprocessClient(Client):
             self._server = None
             raise
         if self.on_sent is not None:
-            self.on_sent(message)
+            self.on_sent(message, sent_ns)
         deadline = time.perf_counter() + seconds
         while True:
             try:

@@ -101,6 +101,7 @@ class RouterServer(Server):
         self._compressor: Compressor | None = None
         self._gatekeeper: Gatekeeper | None = None
         self._client_bandwidth: float | None = None
+        self._largest_compressed = 0
         self._queue: FairQueue[_Request] = FairQueue(
             max_clients=options.max_clients,
             max_client_requests=options.max_client_requests,
@@ -260,6 +261,7 @@ class RouterServer(Server):
         head, frames = request.head, request.parts
         if not head.compressed:
             return frames, Compression()
+        self._largest_compressed = max(self._largest_compressed, head.raw_bytes)
         return self._need_compressor().decompress(frames, head.codecs, head.itemsizes, head.raw_lengths)
 
     def _need_compressor(self) -> Compressor:
@@ -291,6 +293,7 @@ class RouterServer(Server):
         up = Compression()
         if request.head.accepts_zstd:
             self._client_bandwidth = request.head.measured or None
+            self._largest_compressed = max(self._largest_compressed, sum(lengths))
             frames, codecs, itemsizes, up = self._need_compressor().compress(frames, message.kinds)
         measured = time.perf_counter_ns() - request.arrived_ns
         head = envelope.pack(request.head.request_id, lengths, codecs, itemsizes, measured=measured)
@@ -340,9 +343,9 @@ class RouterServer(Server):
         poll.register(router_fd, select.POLLIN)
         guard_fd = self._guard.fd
         poll.register(guard_fd, select.POLLIN)
-        sweep_at = 0.0
+        sweep_at, sweep_seconds = 0.0, SWEEP_SECONDS
         while not self._closed:
-            events = poll.poll(SWEEP_SECONDS * 1000 if self._guard.connections else None)
+            events = poll.poll(sweep_seconds * 1000 if self._guard.connections else None)
             if any(fd == self._io_signal.fd for fd, _ in events):
                 self._io_signal.clear()
             now = time.monotonic()
@@ -357,8 +360,8 @@ class RouterServer(Server):
                     self._update_connections()
                 self._read()
                 if sweeps:
-                    sweep_at = now + SWEEP_SECONDS
-                    self._sweep(now)
+                    sweep_seconds = self._sweep(now)
+                    sweep_at = now + sweep_seconds
                 waiting = len(self._queue)
             if waiting and self._caller_waits:
                 self._caller_signal.set()
@@ -409,12 +412,13 @@ class RouterServer(Server):
                     extra=about | {"messages": peer.messages},
                 )
 
-    def _sweep(self, now: float) -> None:
-        """Look after connections, and forget who is silent."""
+    def _sweep(self, now: float) -> float:
+        """Look after connections, and forget who is silent; returns the seconds until the next time."""
         if self._closed:
-            return
-        self._guard.user_bytes = self.user_bytes
-        self._guard.sweep(paused=self._paused)
+            return SWEEP_SECONDS
+        # A compressed message is there in both forms for a moment.
+        self._guard.user_bytes = self.user_bytes + 2 * self._largest_compressed
+        seconds = self._guard.sweep(paused=self._paused)
         queue = self._queue
         if queue.held_bytes > HELD_CLIENTS_WORTH * self.options.max_client_bytes:
             client = queue.largest()
@@ -423,6 +427,7 @@ class RouterServer(Server):
         if now >= self._idle_sweep_at:
             self._idle_sweep_at = now + IDLE_SWEEP_SECONDS
             queue.forget_silent(now - self.options.idle_timeout_seconds)
+        return seconds
 
     def _peer_of(self, client: bytes, first: zmq.Frame) -> Peer | None:
         peer = self._guard.known(client)

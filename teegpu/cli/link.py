@@ -50,8 +50,8 @@ def link(
                 result_console().print(str(measure_link(running)), soft_wrap=True)
             if not target:
                 return
-            message_console().print(f"link ready at {running.endpoint} to {target} ({spec})", soft_wrap=True)
             try:
+                message_console().print(f"link ready at {running.endpoint} to {target} ({spec})", soft_wrap=True)
                 status = running.wait()
             except KeyboardInterrupt:
                 return

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,9 @@ from teegpu.monitor.terminal import keys_from_terminal, why_plain
 
 if TYPE_CHECKING:
     from teegpu.config import Config
+
+GRACE_SECONDS = 2.0
+"""How long the screen has to come to its end after its terminal has gone."""
 
 PLAIN_SECONDS = 1.0
 """Between two lines where there is no screen."""
@@ -60,7 +63,7 @@ def watch_run(settings: Config, arguments: Sequence[str], *, typed: bytes | None
             )
         )
         threading.Thread(target=_end_with, args=(player, watched.process), name="end of the run", daemon=True).start()
-        with _passed_on(watched, player):
+        with _passed_on(watched, player, stack.pop_all):
             if plain:
                 _plainly(player, watched, quiet=quiet)
             else:
@@ -96,12 +99,24 @@ def _end_with(player: LivePlayer, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _passed_on(watched: WatchedRun, player: LivePlayer) -> Iterator[None]:
-    """Ctrl-C, a request to end, and the end of the terminal are the run's; the screen goes with them."""
+def _passed_on(watched: WatchedRun, player: LivePlayer, leave: Callable[[], contextlib.ExitStack]) -> Iterator[None]:
+    """Ctrl-C, a request to end, and the end of the terminal are the run's; the screen goes with them.
+
+    A screen whose terminal is gone may wait for ever to write to it, so then the process ends without it: ``leave``
+    gives what there is to clean up."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         watched.interrupt()
         player.leave()
+        if number == signal.SIGHUP:
+            threading.Thread(target=end_anyway, name="end of the terminal", daemon=True).start()
+
+    def end_anyway() -> None:
+        watched.process.wait()
+        time.sleep(GRACE_SECONDS)
+        with contextlib.suppress(Exception):
+            leave().close()
+        os._exit(128 + signal.SIGHUP)
 
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:

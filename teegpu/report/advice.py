@@ -29,6 +29,9 @@ def advise(document: Mapping[str, Any], local_reference: Mapping[str, Any] | Non
     run = Reading(document)
     if not run.seconds:
         return []
+    outage = advice_rules.retries(run)
+    if outage is not None:
+        return [_entry(outage)]
     given = [advice for rule in (*advice_rules.RULES, *advice_compute.rules(local_reference)) for advice in rule(run)]
     ranked = sorted(given, key=lambda advice: -advice.saving_seconds)
     kept: list[Advice] = []

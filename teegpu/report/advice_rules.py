@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from teegpu.metrics.events import PREFILL
 from teegpu.metrics.traffic import SCORES_ON_LINK
-from teegpu.report.advice_reading import OVERLAPPING, Change, Phase, Reading
+from teegpu.report.advice_reading import OVERLAPPING, Change, Phase, Reading, figure
 from teegpu.units import human_bytes, human_seconds
 
 MIN_SHARE: Final = 0.05
@@ -42,6 +42,20 @@ def worth(run: Reading, saving: float | None) -> bool:
 
 def percent(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole else "0%"
+
+
+def retries(run: Reading) -> Advice | None:
+    """What there is to say of a run in which requests were lost: how long it would have taken otherwise is not known,
+    so nothing can be predicted from it."""
+    counts = {phase.name: int(figure(phase.data, "rpc_retries")) for phase in run.phases}
+    lost = sum(counts.values())
+    if not lost:
+        return None
+    text = (
+        f"{lost:,} request{'s were' if lost > 1 else ' was'} lost and sent again. The time that this took counts as "
+        "network, so no other advice is given on this run: look at its notes, and run it again."
+    )
+    return Advice("retries", text, {}, 0.0, {"rpc_retries": counts})
 
 
 # How a layer is cut into requests

@@ -91,7 +91,7 @@ class Connections:
         policy: RetryPolicy,
         note: Callable[[str], None],
     ) -> None:
-        self.on_sent: Callable[[Message], None] | None = None
+        self.on_sent: Callable[[Message, int], None] | None = None
         self._connect = connect
         self._greeter = greeter
         self._policy = policy

@@ -109,7 +109,7 @@ class Fleet:
         fleet._settle()
         return fleet
 
-    def tell_when_sent(self, hook: Callable[[Message], None]) -> None:
+    def tell_when_sent(self, hook: Callable[[Message, int], None]) -> None:
         """Has every connection, those to come included, call ``hook`` with each message (see ``Client.on_sent``)."""
         self._connections.on_sent = hook
         for member in self.members:

@@ -218,11 +218,14 @@ class GpuClient:
         self._recorder.lap(SERIALIZATION, "ENCODE", call.layer, call.chunk)
         return self._next_id, message
 
-    def _sent(self, message: Message) -> None:
-        """``message`` is on its way: what has passed since it was encoded is compression and the handing over."""
+    def _sent(self, message: Message, sent_ns: int) -> None:
+        """``message`` is on its way since ``sent_ns``; from when it was encoded until then it was being compressed.
+
+        What follows is part of the round trip. Were it charged up to now, then on a busy machine, where the server may
+        get the processor in this very moment, its work would look like ours."""
         if isinstance(message, _Request):
             call = message.call
-            self._recorder.lap(SERIALIZATION, "SEND", call.layer, call.chunk, message.request_id)
+            self._recorder.lap_until(sent_ns, SERIALIZATION, "SEND", call.layer, call.chunk, message.request_id)
 
     def _layout(self, program: Program) -> tuple[dict[str, str], dict[str, str]]:
         """The wire dtypes of a program's inputs and outputs."""

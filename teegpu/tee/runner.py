@@ -397,6 +397,7 @@ class Runner:
             "wire_dtype": self._gpu.wire_dtype if self._gpu is not None else run.wire_dtype,
             "chunk_tokens": self.chunk_tokens,
             "endpoints": list(run.endpoints),
+            "spread": run.spread,
             "encrypted": self.encrypted,
             "link": str(self.link) if self.link is not None else "",
             "link_figures": _figures(self.link) if self.link is not None else None,

@@ -1,6 +1,6 @@
-"""``python -m tests.transports.hostileserver OPTIONS [ADDRESS]``: an echo server in a process of its own, so that its memory can
-be told from that of a test. ``OPTIONS`` are ``ServerOptions`` as a JSON object. It prints its address, then for each
-line on standard input its load; it ends with standard input."""
+"""``python -m tests.transports.hostileserver OPTIONS [ADDRESS]``: an echo server in a process of its own, so that its
+memory can be told from that of a test. ``OPTIONS`` are ``ServerOptions`` as a JSON object. It prints its address, then
+for each line on standard input its load; it ends with standard input."""
 
 from __future__ import annotations
 

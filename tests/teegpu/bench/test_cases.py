@@ -35,7 +35,7 @@ def test_a_case_names_settings() -> None:
 def test_a_word_alone_is_the_plan_and_one_phase_may_differ() -> None:
     case = parse("decode=local,fused", base())
     assert (case.prefill_plan(base()), case.decode_plan(base())) == ("fused", "local")
-    assert case.label == "fused/local pipelined fp16"
+    assert case.label == "fused/local pipelined auto"
     assert case.remote(base())
 
 
@@ -64,7 +64,7 @@ def test_settings_of_the_link_and_of_compression_go_by_their_own_names() -> None
     case = parse("fused,transport=zmq+zstd,link.spin_seconds=0,compression.min_bytes=1024", base())
     chosen = case.config(base(), 1)
     assert (chosen.link.spin_seconds, chosen.compression.min_bytes) == (0.0, 1024)
-    assert case.label == "fused zmq+zstd fp16, link.spin_seconds 0, compression.min_bytes 1024"
+    assert case.label == "fused zmq+zstd auto, link.spin_seconds 0, compression.min_bytes 1024"
 
 
 @pytest.mark.parametrize(("text", "dtype"), [("transformers", "fp32"), ("plan=transformers,dtype=bf16", "bf16")])
@@ -77,7 +77,7 @@ def test_the_baseline(text: str, dtype: str) -> None:
 
 def test_labels_are_given_or_made_and_never_the_same() -> None:
     cases = parse_all(["fused", "fused", "fused,label=mine", "transformers,label=theirs,threads=1"], base())
-    assert [case.label for case in cases] == ["fused pipelined fp16", "fused pipelined fp16 (2)", "mine", "theirs"]
+    assert [case.label for case in cases] == ["fused pipelined auto", "fused pipelined auto (2)", "mine", "theirs"]
 
 
 def test_the_default_set() -> None:
@@ -102,7 +102,7 @@ def test_the_default_set_asks_nothing_of_a_server_that_is_there() -> None:
         ("fussed", "unknown plan 'fussed', did you mean 'fused'?"),
         ("transformer", "did you mean 'transformers'?"),
         ("prefill=transformers", "unknown plan 'transformers'"),
-        ("fused,wire=fp61", "wire=fp61 is not one of fp32, bf16, fp16, int8, did you mean 'fp16'?"),
+        ("fused,wire=fp61", "wire=fp61 is not one of auto, fp32, bf16, fp16, int8, did you mean 'fp16'?"),
         ("fused,chunk=-1", "chunk=-1 is below the least, 0"),
         ("fused,chunk=many", "chunk=many is not a whole number"),
         ("fused,wire=fp16,wire=int8", "'wire' is given twice"),

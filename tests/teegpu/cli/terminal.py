@@ -58,6 +58,16 @@ class Terminal:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def hang_up(self) -> None:
+        """The terminal goes away, as when its window is closed. Fails unless the command ends then."""
+        os.close(self._fd)
+        self._fd = os.open(os.devnull, os.O_RDONLY)  # for ``__exit__``
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while (found := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
+            assert time.monotonic() < deadline, "it goes on without its terminal"
+            time.sleep(0.02)
+        self._code = os.waitstatus_to_exitcode(found[1])
+
     def finish(self) -> int:
         """Reads on until the command ends; its exit code."""
         self._until(lambda: self._code is not None, "it has not ended")

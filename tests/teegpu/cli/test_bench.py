@@ -97,7 +97,7 @@ def test_an_interrupt_prints_what_is_done_and_leaves_nothing(
     done = process.finish()
     assert done.code == 130
     (row,) = csv.DictReader(io.StringIO(done.out))
-    assert row["label"] == "fused zmq fp16"
+    assert row["label"] == "fused zmq auto"
     assert float(row["prefill_seconds_median"]) > 0
     assert row["output_identical"] == ""
     assert "Traceback" not in done.err
@@ -224,8 +224,8 @@ def test_the_file_s_name_says_the_format(tmp_path: Path) -> None:
 
 
 def test_progress_lines() -> None:
-    step = Progress(3, 48, "fused zmq fp16", "repeat 1 of 5", "prefill 1.394 s", 100.0)
-    assert line(step) == "[3/48] fused zmq fp16, repeat 1 of 5: prefill 1.394 s; about 2 min left"
+    step = Progress(3, 48, "fused zmq auto", "repeat 1 of 5", "prefill 1.394 s", 100.0)
+    assert line(step) == "[3/48] fused zmq auto, repeat 1 of 5: prefill 1.394 s; about 2 min left"
     assert line(Progress(48, 48, "a", "b", "c", 0.0)) == "[48/48] a, b: c"
 
 

@@ -274,6 +274,7 @@ def test_a_server_that_does_not_reply_in_time(
     run: Teegpu, server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEEGPU_LINK_REPLY_TIMEOUT_SECONDS", "0.3")
+    monkeypatch.setenv("TEEGPU_LINK_RETRY_BUDGET_SECONDS", "0.5")
     with server.hold(PREFILL_CALLS):
         done = run("--endpoint", server.address, "--json", "Hi")
     assert done.code == 4

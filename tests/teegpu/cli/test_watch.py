@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -88,6 +89,19 @@ def test_the_end_of_the_terminal_ends_run_and_screen(
             terminal.wait_for("of ≤", "in flight")
             terminal.signal(signal.SIGHUP)
             assert terminal.finish() == 130, terminal.written
+    nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over", [True, False], ids=["at-the-end", "under-way"])
+def test_a_terminal_that_goes_away_leaves_nothing_behind(
+    model: ModelFolder, server_for: Callable[..., object], nothing_left: NothingLeft, over: bool
+) -> None:
+    server = server_for(model)
+    args = run_args(model, "Hi", "--watch", "--no-record", "--endpoint", server.address, "--max-tokens", 4)  # type: ignore[attr-defined]
+    with contextlib.nullcontext() if over else server.hold(5), Terminal(*args) as terminal:  # type: ignore[attr-defined]
+        terminal.wait_for("q closes" if over else "in flight")
+        terminal.hang_up()
     nothing_left()
 
 

@@ -160,7 +160,8 @@ def test_small_programs_wait_for_one_large_one_at_most(gate: Gate, identity: Ide
             for served in range(4):
                 # The next large one is in hand: it is what a small one has to wait for.
                 until(lambda served=served: gate.rows.count(7) == served + 1)
-                waiting = server._transport.load.waiting_requests
+                waiting = 9 - served
+                until(lambda waiting=waiting: server._transport.load.waiting_requests == waiting)
                 reply: list[transports.Reply] = []
                 thread = threading.Thread(target=lambda reply=reply: reply.append(small.request(ask(1))))
                 thread.start()

@@ -259,6 +259,15 @@ def test_a_document_with_parts_missing_raises_nothing(gone: str) -> None:
         advise(less)
 
 
+def test_nothing_is_predicted_from_a_run_with_an_outage() -> None:
+    made = run(plan="attention", transport="zmq", prompt=64, made=20, speeds=Speeds(rtt=0.02))
+    assert len(advise(made)) > 1
+    made["phases"]["decode"]["rpc_retries"] = 2
+    (only,) = advise(made)
+    assert (only["id"], only["setting"], only["predicted_saving_seconds"]) == ("retries", "", 0.0)
+    assert only["evidence"] == {"rpc_retries": {"prefill": 0, "decode": 2}}
+
+
 def test_a_run_that_never_began_gets_no_advice() -> None:
     nothing = document(
         run_id="x", status="failed", started_at="", model={}, settings={}, tee={}, server={}, summary=Summary(),

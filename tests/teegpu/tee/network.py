@@ -167,7 +167,7 @@ class ScriptedClient(Client):
         if self.closed or self._restarts is None:
             raise AssertionError("a request over a connection that is closed, or that never said hello")
         if self.on_sent is not None:
-            self.on_sent(message)
+            self.on_sent(message, world.now)
         sent_ns = world.now
         world.pass_time(TRIP_SECONDS)
         if not host.up or host.restarts != self._restarts:
