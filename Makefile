@@ -34,7 +34,7 @@ setup: $(VENV)/.dev
 
 # Those that measure times come after the others, by themselves. 5: none was selected, as ARGS may have it.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) -m "not alone" $(ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not alone" $(ARGS) || test $$? -eq 5
 	$(BIN)/python -m pytest -m alone $(ARGS) || test $$? -eq 5
 
 chaos: export CHAOS_RUNS ?= 30

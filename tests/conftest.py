@@ -33,6 +33,11 @@ def isolated_user_files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     for kind in ("cache", "state", "config", "data"):
         monkeypatch.setenv(f"XDG_{kind.upper()}_HOME", str(root / kind))
     monkeypatch.setenv("HF_HOME", str(root / "huggingface"))
+    # What transformers makes of a config is kept by content, so it may be kept for all tests: it takes seconds.
+    configs = tmp_path_factory.getbasetemp() / "configs"
+    configs.mkdir(exist_ok=True)
+    (root / "cache" / "teegpu").mkdir(parents=True)
+    (root / "cache" / "teegpu" / "configs").symlink_to(configs)
     for name in [name for name in os.environ if name.startswith("TEEGPU_")]:
         monkeypatch.delenv(name)
     return root

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from teegpu.model import cachefile
 from teegpu.model.folder import default_cache_dir
 
 # A file that was written this shortly before may be written again within the clock's resolution, with the same size
@@ -32,11 +31,11 @@ class DigestCache:
         self._dimensions = dimensions
 
     def get(self) -> str | None:
+        stored = cachefile.read(self._path)
         try:
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
-            if not isinstance(stored, dict) or stored.get("state") != self._state():
+            if stored.get("state") != self._state():
                 return None
-        except (OSError, ValueError, RecursionError):
+        except OSError:
             return None
         value = stored.get("digest")
         return value if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else None
@@ -45,16 +44,7 @@ class DigestCache:
         try:
             if any(time.time() - path.stat().st_mtime < SETTLED_SECONDS for path in self._files):
                 return
-            text = json.dumps({"state": self._state(), "digest": digest}, indent=1)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=".tmp-")
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    file.write(text)
-                Path(temporary).replace(self._path)
-            except BaseException:
-                Path(temporary).unlink()
-                raise
+            cachefile.write(self._path, {"state": self._state(), "digest": digest})
         except OSError:
             return
 

@@ -7,12 +7,16 @@ by name, rather than computed wrongly.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from teegpu.errors import ModelError, UnsupportedModelError
-from teegpu.model.folder import ModelFolder
+from teegpu.model import cachefile
+from teegpu.model.folder import ModelFolder, default_cache_dir
 from teegpu.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -57,7 +61,7 @@ def read_spec(folder: ModelFolder) -> ModelSpec:
     Raises ``UnsupportedModelError`` for an architecture, activation, rotary kind or quantisation that is not
     supported and ``ModelError`` for dimensions that can't be.
     """
-    config = read_config(folder)
+    config = _known_config(folder)
     architecture = config.model_type
     activation = config.hidden_act
     if activation not in _ACTIVATIONS:
@@ -94,7 +98,37 @@ def read_spec(folder: ModelFolder) -> ModelSpec:
     return spec
 
 
-def eos_token_ids(folder: ModelFolder, config: PreTrainedConfig) -> tuple[int, ...]:
+_READ = (
+    "attention_bias", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "layer_types",
+    "max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "quantization_config", "rms_norm_eps", "rope_parameters", "sliding_window",
+    "tie_word_embeddings", "vocab_size",
+)  # fmt: skip
+"""What is read of transformers' config object."""
+
+
+def _known_config(folder: ModelFolder) -> Any:
+    """What ``read_config`` gives, as far as it is read here.
+
+    Its import takes seconds, most of a small server's start, so the values are kept in the user's cache: under the
+    digest of the file that they come from and of the transformers version that read it.
+    """
+    try:
+        content = (folder.path / "config.json").read_bytes()
+    except OSError:
+        return read_config(folder)  # which says what is wrong
+    key = hashlib.sha256(content + metadata.version("transformers").encode()).hexdigest()[:32]
+    path = default_cache_dir() / "configs" / f"{key}.json"
+    known = cachefile.read(path)
+    if known.get("read") == list(_READ) and isinstance(known.get("values"), dict):
+        return SimpleNamespace(**known["values"])
+    config = read_config(folder)
+    values = {name: getattr(config, name) for name in _READ if hasattr(config, name)}
+    cachefile.write(path, {"read": list(_READ), "values": values})
+    return config
+
+
+def eos_token_ids(folder: ModelFolder, config: Any) -> tuple[int, ...]:
     """Token ids that end a generation: those of generation_config.json, then those of the config, each once."""
     ids: list[int] = []
     sources = [config.eos_token_id]
@@ -107,12 +141,12 @@ def eos_token_ids(folder: ModelFolder, config: PreTrainedConfig) -> tuple[int, .
     return tuple(ids)
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
+def _head_dim(config: Any) -> int:
     explicit = getattr(config, "head_dim", None)
     return int(explicit) if explicit else int(config.hidden_size) // int(config.num_attention_heads)
 
 
-def _rope(folder: ModelFolder, config: PreTrainedConfig) -> dict[str, Any]:
+def _rope(folder: ModelFolder, config: Any) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     rope.pop("type", None)  # the old name of rope_type, which transformers keeps where a config has it
     kind = rope.get("rope_type", "default")
@@ -129,7 +163,7 @@ def _rope(folder: ModelFolder, config: PreTrainedConfig) -> dict[str, Any]:
     return rope
 
 
-def _layer_windows(folder: ModelFolder, config: PreTrainedConfig) -> tuple[int | None, ...]:
+def _layer_windows(folder: ModelFolder, config: Any) -> tuple[int | None, ...]:
     layers = int(config.num_hidden_layers)
     if config.model_type == "llama":
         return (None,) * layers
@@ -146,7 +180,7 @@ def _layer_windows(folder: ModelFolder, config: PreTrainedConfig) -> tuple[int |
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _quantisation(config: PreTrainedConfig) -> str | None:
+def _quantisation(config: Any) -> str | None:
     settings = getattr(config, "quantization_config", None)
     if not settings:
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from teegpu.errors import UnsupportedModelError
 
@@ -42,6 +41,8 @@ class RotaryTable:
                 getattr(self._config, "head_dim", None) or self._config.hidden_size // self._config.num_attention_heads
             )
             return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)), 1.0
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # takes seconds, and most models need none
+
         frequencies, scaling = ROPE_INIT_FUNCTIONS[self.kind](self._config, seq_len=length)
         return frequencies, scaling
 

@@ -30,7 +30,7 @@ def test_each_size_is_measured_with_keys_and_without(measured: CurveBenchmark) -
     for entry in document["results"]:
         trips, batches = entry["samples"]["round_trip_seconds"], entry["samples"]["batch_seconds"]
         assert len(trips) == len(batches) == 2
-        assert min(trips) == entry["round_trip"]["min"] > 0.001  # the link's own delay
+        assert min(trips) == entry["round_trip"]["min"] > 0.0005  # most of the link's own delay
         moved = entry["bytes"] * entry["requests_in_flight"]
         assert entry["bytes_per_second"]["max"] == pytest.approx(moved / min(batches))
 

@@ -45,7 +45,7 @@ def test_a_folder_is_used_where_it_is(tiny_model) -> None:
     folder = catalog.resolve(str(path), offline=True)
 
     assert (folder.name, folder.path, folder.pull_as) == (path.name, path, "")
-    assert not default_cache_dir().exists()
+    assert not (default_cache_dir() / "models").exists()
 
 
 def test_a_relative_folder_and_one_below_home(tiny_model, monkeypatch) -> None:

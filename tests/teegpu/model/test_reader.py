@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from teegpu.errors import ModelError, UnsupportedModelError
+from teegpu.model import reader
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_config, read_spec
+from tests.conftest import TinyModel
 
 
 def change(folder: ModelFolder, file: str = "config.json", **values: Any) -> None:
@@ -165,3 +169,41 @@ def test_a_missing_config_says_how_to_repair(tmp_path) -> None:
         read_spec(ModelFolder("mine", tmp_path))
     with pytest.raises(ModelError, match="'teegpu model pull theirs --force'"):
         read_spec(ModelFolder("theirs", tmp_path, "theirs"))
+
+
+def test_a_config_that_was_read_before_is_not_read_again(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for architecture in ("llama", "mistral", "qwen2", "qwen3"):
+        folder = tiny_model(architecture, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
+        first = read_spec(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "read_config", None)  # it would be called in vain
+            assert read_spec(folder) == first
+
+
+def test_another_config_in_the_same_place_is_read(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "model"
+    shutil.copytree(tiny_model("llama").path, path)
+    folder = ModelFolder("copy", path)
+    assert read_spec(folder).rms_eps == 1e-6
+    text = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(text | {"rms_norm_eps": 0.5}))
+    assert read_spec(folder).rms_eps == 0.5
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"read": [], "values": {}}', '{"read": 1'])
+def test_a_damaged_cache_is_no_error(
+    content: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tiny_model("llama")
+    first = read_spec(folder)
+    (kept,) = (tmp_path / "teegpu" / "configs").iterdir()
+    kept.write_text(content)
+    assert read_spec(folder) == first
+    assert json.loads(kept.read_text())["values"]["model_type"] == "llama"

@@ -338,9 +338,10 @@ def test_an_unreadable_digest_cache_is_ignored(copied_model, text) -> None:
         assert json.loads(kept.read_text())["digest"] == expected
 
 
-def test_a_cache_that_can_not_be_written_costs_only_time(copied_model, isolated_user_files) -> None:
+def test_a_cache_that_can_not_be_written_costs_only_time(copied_model, tmp_path, monkeypatch) -> None:
     folder = copied_model("llama")
     settle(folder)
-    (isolated_user_files / "cache").write_text("a file where the cache folder should be")
+    (tmp_path / "cache").write_text("a file where the cache folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with open_store(folder) as store:
         assert store.digest() == store.digest()
