@@ -14,11 +14,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup test chaos fuzz lint format clean distclean
+.PHONY: help run setup test test-all chaos fuzz lint format clean distclean
 
 help:
 	@echo "make run [PROMPT=\"...\"]   set up, fetch the default model once, and answer the prompt"
 	@echo "make test [ARGS=\"...\"]    set up and run the tests"
+	@echo "make test-all             these, and more of the same kind that take longer"
 	@echo "make chaos                30 runs whose servers and links are killed, stopped and cut at any moment"
 	@echo "make fuzz [FUZZ_SECONDS=600]  broken and false messages for the codec, the transports, the server, the runner"
 	@echo "make setup                install everything into $(VENV), development tools included"
@@ -34,8 +35,12 @@ setup: $(VENV)/.dev
 
 # Those that measure times come after the others, by themselves. 5: none was selected, as ARGS may have it.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not alone" $(ARGS) || test $$? -eq 5
-	$(BIN)/python -m pytest -m alone $(ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not alone and not extra" $(ARGS) \
+	  || test $$? -eq 5
+	$(BIN)/python -m pytest -m "alone and not extra" $(ARGS) || test $$? -eq 5
+
+test-all: test
+	$(BIN)/python -m pytest -m extra $(ARGS)
 
 chaos: export CHAOS_RUNS ?= 30
 chaos: export CHAOS_STOP_SECONDS ?= 3

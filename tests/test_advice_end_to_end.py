@@ -84,13 +84,22 @@ def run(server: EmbeddedServer, folder: ModelFolder, settings: dict[str, Any], t
             {"run.transport": "zmq", "run.prefill_plan": "batched", "run.link": "rtt=5ms,bandwidth=100mbit"},
         ),
         ("wire-dtype", {"run.wire_dtype": "fp32", "run.chunk_tokens": 64, "run.link": "rtt=5ms,bandwidth=100mbit"}),
-        ("wire-int8", {"run.chunk_tokens": 64, "run.link": "rtt=5ms,bandwidth=50mbit"}),
+        pytest.param(
+            "wire-int8",
+            {"run.chunk_tokens": 64, "run.link": "rtt=5ms,bandwidth=50mbit"},
+            marks=pytest.mark.extra,
+        ),
         ("chunk-too-small", {"run.transport": "zmq", "run.chunk_tokens": 16, "run.link": "rtt=10ms"}),
-        (
+        pytest.param(
             "chunk-too-large",
             {"run.chunk_tokens": 1024, "run.wire_dtype": "fp32", "run.link": "rtt=5ms,bandwidth=80mbit"},
+            marks=pytest.mark.extra,
         ),
-        ("plan-rounds", {"run.decode_plan": "attention", "run.max_tokens": 6, "run.link": "rtt=15ms"}),
+        pytest.param(
+            "plan-rounds",
+            {"run.decode_plan": "attention", "run.max_tokens": 6, "run.link": "rtt=15ms"},
+            marks=pytest.mark.extra,
+        ),
         ("decode-local", {"run.max_tokens": 8, "run.link": "rtt=15ms"}),
     ],
 )

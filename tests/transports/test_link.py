@@ -343,7 +343,8 @@ def test_cut_and_restore(listener: socket.socket) -> None:
             assert link.cut() == 1
             assert has_ended(near)
             assert has_ended(far)
-        with dial(link.endpoint) as refused:
+        # The relay may be quicker to end it than we are to see it begin.
+        with contextlib.suppress(ConnectionResetError), dial(link.endpoint) as refused:
             assert has_ended(refused)
         link.restore()
         with both_ends(link, listener) as (near, far):

@@ -93,7 +93,9 @@ def test_the_end_of_the_terminal_ends_run_and_screen(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("over", [True, False], ids=["at-the-end", "under-way"])
+@pytest.mark.parametrize(
+    "over", [pytest.param(True, id="at-the-end"), pytest.param(False, id="under-way", marks=pytest.mark.extra)]
+)
 def test_a_terminal_that_goes_away_leaves_nothing_behind(
     model: ModelFolder, server_for: Callable[..., object], nothing_left: NothingLeft, over: bool
 ) -> None:
