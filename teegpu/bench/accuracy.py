@@ -66,7 +66,11 @@ def variants(*, bf16: bool) -> list[Variant]:
     """Each wire dtype with a server in fp32; with ``bf16`` also a server, and transformers, in that."""
     chosen = [Variant(f"{wire} wire, fp32 server", "fp32", wire) for wire in WIRE_DTYPES]
     if bf16:
-        chosen += [Variant("fp16 wire, bf16 server", "bf16", "fp16"), Variant("transformers bf16", "bf16")]
+        chosen += [
+            Variant("fp16 wire, bf16 server", "bf16", "fp16"),
+            Variant("bf16 wire, bf16 server", "bf16", "bf16"),
+            Variant("transformers bf16", "bf16"),
+        ]
     return chosen
 
 

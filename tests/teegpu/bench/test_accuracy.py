@@ -63,7 +63,11 @@ def test_scores_of_texts_add_up_by_position() -> None:
 
 def test_variants() -> None:
     assert [variant.wire_dtype for variant in variants(bf16=False)] == ["fp32", "bf16", "fp16", "int8"]
-    assert [variant.label for variant in variants(bf16=True)[4:]] == ["fp16 wire, bf16 server", "transformers bf16"]
+    assert [variant.label for variant in variants(bf16=True)[4:]] == [
+        "fp16 wire, bf16 server",
+        "bf16 wire, bf16 server",
+        "transformers bf16",
+    ]
 
 
 def test_texts_are_chosen_by_name() -> None:

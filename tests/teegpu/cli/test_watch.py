@@ -31,8 +31,10 @@ def run_args(model: ModelFolder, *more: object) -> list[object]:
     return ["run", "--model", model.path, "--offline", "--ignore-eos", *more]
 
 
-def test_a_run_is_watched_to_its_end(model: ModelFolder, nothing_left: NothingLeft) -> None:
+@pytest.mark.parametrize("which", ["model", pytest.param("smollm2", marks=pytest.mark.extra)])
+def test_a_run_is_watched_to_its_end(which: str, request: pytest.FixtureRequest, nothing_left: NothingLeft) -> None:
     """With a piped prompt: the keys come from the terminal."""
+    model = request.getfixturevalue(which)
     with Terminal(*run_args(model, "--watch", "--max-tokens", 12), size=(120, 40), piped=b"Hi there") as terminal:
         terminal.wait_for("complete", "q closes", "Prefill")
         terminal.press("1")
