@@ -152,7 +152,9 @@ def test_every_plan_answers_every_prompt(
 
 
 @pytest.mark.usefixtures("right_guesses")
-@pytest.mark.parametrize("plan", ["per-op", "batched", "attention", "fused"])
+@pytest.mark.parametrize(
+    "plan", [*(pytest.param(plan, marks=pytest.mark.extra) for plan in ("per-op", "batched")), "attention", "fused"]
+)
 @pytest.mark.parametrize("transport", ["zmq", pytest.param("zmq+zstd", marks=pytest.mark.extra)])
 def test_every_plan_over_every_other_transport(
     plan: str, transport: str, runner: Open, prompts: list[list[int]], answers: list[list[int]]

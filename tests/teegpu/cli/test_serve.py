@@ -212,6 +212,7 @@ def test_a_log_for_machines_and_limits_of_the_settings(logging_server: Callable[
     assert done.code == 0
 
 
+@pytest.mark.alone
 def test_a_second_signal_ends_it_in_the_middle_of_a_product(
     logging_server: Callable[..., tuple[Process, str]],
 ) -> None:
@@ -220,7 +221,7 @@ def test_a_second_signal_ends_it_in_the_middle_of_a_product(
         client.request(scores(1))
         idle = cpu_ticks(process.pid)
         # A second or more of work on one core, in one call into torch: Python takes notice of nothing meanwhile.
-        q = torch.ones(1, 3000, 6000)
+        q = torch.ones(1, 4500, 6000)
         program = single(["q", "k"], Step("matmul", "scores", ("q", "k"), transpose=True))
         encodings = {"q": "fp32", "k": "fp32"}
         long = Execute(1, program, {"q": q, "k": q}, encodings, {"scores": "fp16"})

@@ -81,6 +81,7 @@ def test_a_run_that_is_killed_under_the_monitor(
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_the_end_of_the_terminal_ends_run_and_screen(
     model: ModelFolder, server_for: Callable[..., object], nothing_left: NothingLeft
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_terminal_that_goes_away_leaves_nothing_behind(
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_another_terminal_watches_and_leaves_the_run_alone(
     model: ModelFolder, server_for: Callable[..., object], start: Callable[..., object], teegpu: Callable[..., object]
 ) -> None:
