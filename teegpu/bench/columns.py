@@ -126,6 +126,20 @@ _CURVE = (
     Column("min–max", spread("bytes_per_second"), lambda pair: f"{pair[0] / 1e6:,.1f}–{pair[1] / 1e6:,.1f}"),
     Column("of that without", at("cost", "throughput_ratio"), percent),
 )
+_ROUND_TRIP = (
+    Column("milliseconds", at("label")),
+    Column("median", at("rtt_seconds", "median"), _milliseconds),
+    Column("p95", at("rtt_seconds", "p95"), _milliseconds),
+    Column("min", at("rtt_seconds", "min"), _milliseconds),
+)
+_BANDWIDTH = (
+    Column("message", at("label")),
+    Column("Mbit/s", at("bytes_per_second", "median"), lambda value: f"{value * 8 / 1e6:,.1f}"),
+    Column("min–max", spread("bytes_per_second"), lambda pair: f"{pair[0] * 8 / 1e6:,.1f}–{pair[1] * 8 / 1e6:,.1f}"),
+    Column("MB/s", at("bytes_per_second", "median"), lambda value: f"{value / 1e6:,.1f}"),
+    Column("ms on the link", at("network_seconds", "median"), _milliseconds),
+    Column("ms in the server", at("server_seconds", "median"), _milliseconds),
+)
 _SOAK = (
     Column("client", at("label")),
     Column("programs", at("programs"), count),
@@ -182,6 +196,7 @@ TABLES: dict[str, tuple[tuple[str, tuple[Column, ...]], ...]] = {
     "soak": (("Clients", _SOAK),),
     "overhead": (("One RPC of a decode step", _OVERHEAD),),
     "curve": (("What keys cost", _CURVE),),
+    "link": (("Round trip", _ROUND_TRIP), ("Bandwidth", _BANDWIDTH)),
     "recording": (("What a record costs", _RECORDING),),
     "watch": (("What watching costs", _WATCHING),),
     "accounting": (("Prefill", _accounts("prefill")), ("Decode", _accounts("decode"))),
@@ -300,6 +315,18 @@ SHEETS: dict[str, dict[str, Look]] = {
         "bytes_per_second_max": at("bytes_per_second", "max"),
         "round_trip_ratio": at("cost", "round_trip_ratio"),
         "throughput_ratio": at("cost", "throughput_ratio"),
+    },
+    "link": {
+        "part": at("part"),
+        "bytes": at("bytes"),
+        "rtt_seconds_median": at("rtt_seconds", "median"),
+        "rtt_seconds_p95": at("rtt_seconds", "p95"),
+        "rtt_seconds_min": at("rtt_seconds", "min"),
+        "bytes_per_second_median": at("bytes_per_second", "median"),
+        "bytes_per_second_min": at("bytes_per_second", "min"),
+        "bytes_per_second_max": at("bytes_per_second", "max"),
+        "network_seconds_median": at("network_seconds", "median"),
+        "server_seconds_median": at("server_seconds", "median"),
     },
     "soak": {
         "label": at("label"),

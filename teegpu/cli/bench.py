@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from teegpu.cli import benchlink
 from teegpu.cli.benchcommon import Device, Format, Model, Offline, Out, Quiet
 from teegpu.cli.benchcommon import Output as _Output
 from teegpu.cli.benchcommon import conduct as _conduct
@@ -321,3 +322,6 @@ def accounting(
             ),
             output,
         )
+
+
+app.command()(benchlink.link)

@@ -288,3 +288,44 @@ def test_a_soak_that_can_not_be(teegpu: Teegpu, model: ModelFolder, options: lis
     done = teegpu("bench", "soak", "--model", model.path, *options)
     assert done.code == 2
     assert told in one_line(done)
+
+
+# The link
+
+
+def test_the_link_to_a_server_needs_no_model(teegpu: Teegpu, server: LocalServer) -> None:
+    done = teegpu(
+        "bench", "link", "--endpoint", server.address, "--rounds", 5, "--transfers", 1, "--format", "json", "--quiet"
+    )
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert document["model"] is None
+    assert document["server"]["dtype"] == "fp32"
+    assert document["measured_link"]["spec"].startswith("rtt=")
+    assert done.err == ""
+
+
+def test_the_link_to_a_server_of_another_model(teegpu: Teegpu, server: LocalServer, tiny_model: TinyModel) -> None:
+    done = teegpu("bench", "link", "--endpoint", server.address, "--model", tiny_model("llama").path, "--quiet")
+    assert done.code == 5
+    assert "give both the same --model" in one_line(done)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (["--endpoint", "tcp://127.0.0.1:1"], 4, "no server answers at tcp://127.0.0.1:1"),
+        (["--endpoint", "localhost:5555"], 2, "is not an address"),
+        (["--endpoint", "tcp://127.0.0.1:1", "--link", "rt=5ms"], 2, "did you mean 'rtt'?"),
+        (["--endpoint", "tcp://127.0.0.1:1", "--client-key", "me"], 2, "link.server_key is not"),
+        (["--endpoint", "tcp://127.0.0.1:1", "--rounds", "0"], 2, "--rounds 0 is below the least, 1"),
+    ],
+)
+def test_links_that_can_not_be_measured(
+    teegpu: Teegpu, monkeypatch: pytest.MonkeyPatch, options: list[str], code: int, told: str
+) -> None:
+    monkeypatch.setenv("TEEGPU_LINK_CONNECT_TIMEOUT_SECONDS", "0.2")
+    done = teegpu("bench", "link", "--quiet", *options)
+    assert done.code == code
+    assert told in one_line(done)
+    assert done.out == ""
