@@ -38,6 +38,7 @@ from teegpu.settings import (
     SamplingSettings,
     ServerSettings,
     Setting,
+    ShieldSettings,
     Value,
 )
 
@@ -57,6 +58,7 @@ __all__ = [
     "RunSettings",
     "SamplingSettings",
     "ServerSettings",
+    "ShieldSettings",
     "files",
     "load",
     "render",
@@ -81,6 +83,7 @@ class Config:
     compression: CompressionSettings = field(default_factory=CompressionSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     record: RecordSettings = field(default_factory=RecordSettings)
+    shield: ShieldSettings = field(default_factory=ShieldSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 

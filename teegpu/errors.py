@@ -12,7 +12,9 @@
     ├── BadReplyError              7   the server answered something that can't be right
     ├── WireError                  7   bytes that are not a valid message (ours or theirs)
     ├── RecordError                8   a run's record that can't be found, read or written
-    └── ThresholdError             9   a comparison that was to fail above a threshold, and is above it
+    ├── ThresholdError             9   a comparison that was to fail above a threshold, and is above it
+    ├── ShieldError               10   privacy that can't be kept: pads used up, files or servers that must not be used
+    └── VerificationError         11   a server's answer is not the product that it was asked for
 
 Success is 0, an interrupt (Ctrl-C, SIGTERM) 130, a reader that went away (broken pipe) 141, a bug of ours 70.
 
@@ -79,6 +81,14 @@ class RecordError(TeegpuError):
 
 class ThresholdError(TeegpuError):
     exit_code = 9
+
+
+class ShieldError(TeegpuError):
+    exit_code = 10
+
+
+class VerificationError(TeegpuError):
+    exit_code = 11
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -12,6 +12,7 @@ One float64 product is therefore exact, at half of float32's speed and on any pr
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -89,3 +90,13 @@ def digest(weight: torch.Tensor, scale: torch.Tensor) -> bytes:
     state.update(memoryview(weight.contiguous().numpy()).cast("B"))
     state.update(memoryview(scale.contiguous().numpy()).cast("B"))
     return state.digest()
+
+
+def combined(digests: Iterable[tuple[str, bytes]]) -> str:
+    """Hex SHA-256 over the names and ``digest``s of several weights: of all matrices that a server holds for shielded
+    products, in the order of ``ModelSpec.weights``. The server tells it, the runner holds it against its own."""
+    state = hashlib.sha256()
+    for name, value in digests:
+        state.update(f"{name}\0".encode())
+        state.update(value)
+    return state.hexdigest()

@@ -20,6 +20,7 @@ TRANSPORTS = ("zmq", "zmq+zstd", "pipelined", "pipelined+zstd", "inprocess")
 WIRE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 SERVER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 SPREADS = ("failover", "round-robin")
+WHEN_EXHAUSTED = ("fail", "wait")
 LOG_FORMATS = ("rich", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -349,6 +350,27 @@ class RecordSettings:
 
 
 @dataclass(frozen=True)
+class ShieldSettings:
+    """What makes products private and verified (run.privacy, run.verify)."""
+
+    dir: str = setting(
+        "", "Where pads, hints and verification keys are kept, sealed. Empty: $XDG_STATE_HOME/teegpu/shield."
+    )
+    checks: int = setting(
+        40,
+        "Random vectors with which each product is checked: a wrong one passes with a probability of 2 to the power of "
+        "minus this.",
+        minimum=8,
+        maximum=128,
+    )
+    when_exhausted: str = setting(
+        "fail",
+        "What happens when there are no pads left. fail: the run ends; wait: until more have been made.",
+        choices=WHEN_EXHAUSTED,
+    )
+
+
+@dataclass(frozen=True)
 class MonitorSettings:
     """The live view: 'teegpu run --watch' and 'teegpu watch'."""
 
@@ -365,6 +387,7 @@ SECTIONS: dict[str, type[Any]] = {
     "compression": CompressionSettings,
     "limits": LimitSettings,
     "record": RecordSettings,
+    "shield": ShieldSettings,
     "monitor": MonitorSettings,
 }
 

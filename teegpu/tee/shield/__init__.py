@@ -1,0 +1,1 @@
+"""What stands between the runner's products and the wire where a run is private or verified."""
