@@ -1,0 +1,235 @@
+"""Whether a server's products are right, at a small part of what they cost: Freivalds' check.
+
+With ``S``, k secret random 0/1 vectors over a product's rows, and ``S·W`` computed once from the runner's own weights,
+``y`` is accepted for ``u`` when ``S·y = (S·W)·u`` modulo 2**32. A wrong ``y`` passes with a probability of 2**-k at
+most: ``y - W·u`` is not zero modulo 2**32, so each vector, drawn without the server's knowledge, gives zero for it with
+a probability of 1/2 at most. It works on masked values, and says nothing about them.
+
+**Why a later process may use the same vectors.** A right answer passes whatever the vectors are, so a server learns
+nothing of them by passing. A wrong one that passes tells it less than it had to guess, and one that fails ends the run:
+the vectors are then thrown away (``Keys.discard``). So over all runs, a wrong answer is accepted with a probability of
+2**-k for each time that somebody tried. For the same reason one ``S`` serves all products, as far as each needs it.
+
+**Exactness.** A float64 sums whole numbers exactly up to 2**53. ``S·y`` is at most ``rows · 2**31``: exact up to four
+million rows. ``S·W`` are true whole numbers, at most 127 times the rows in size. Where the sum of their sizes over a
+row, times 2**31, is below 2**53, ``u`` is multiplied as it is; else its two halves of 16 bits, each bounded by 2**16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from teegpu import ring
+from teegpu.errors import ShieldError
+from teegpu.model.spec import ModelSpec
+from teegpu.model.weights import WeightStore
+from teegpu.tee.shield import sealed
+from teegpu.tee.shield.facts import Product, products, quantised
+
+_KIND: Final = "verification keys"
+_VERSION: Final = 1
+_EXACT: Final = 2**53
+_MOST_ROWS: Final = 2**22
+"""Rows of a product whose sum with 0/1 weights float64 holds, whatever the int32 values."""
+_EXACT_FLOAT_ROWS: Final = 2**24 // ring.WEIGHT_MOST
+"""Rows of int8 whose sums float32 holds."""
+_BLOCK_BYTES: Final = 1 << 20
+"""Of values in float64 at once: what the second-level cache of a core holds, so that they are converted for nothing."""
+
+Progress = Callable[[float], None]
+"""Told the share that is done, 0 to 1."""
+
+
+class _Folded:
+    """``S·W`` of one product, as ``(columns, checks)`` in float64, and in how many parts an operand has to be cut."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        bound = float(values.abs().sum(0).max()) if values.numel() else 0.0
+        self.halves = bound * 2.0**31 >= _EXACT
+        if bound * 2.0**16 >= _EXACT:
+            raise ValueError(f"a product of {values.shape[0]} columns is too large for an exact check")
+
+    def product(self, operand: torch.Tensor) -> torch.Tensor:
+        """int32 (rows, columns) → int64 (rows, checks), right modulo 2**32."""
+        if not self.halves:
+            return (operand.to(torch.float64) @ self.values).to(torch.int64)
+        high = ((operand >> 16).to(torch.float64) @ self.values).to(torch.int64)
+        low = ((operand & 0xFFFF).to(torch.float64) @ self.values).to(torch.int64)
+        return (high << 16).add_(low)
+
+
+class Keys:
+    """The secret vectors of a model, and what they give with each of its products.
+
+    ``checks`` is k. ``discard`` forgets them for good, which is what a failure asks for.
+    """
+
+    def __init__(
+        self, seed: bytes, checks: int, folded: dict[Product, torch.Tensor], rows: int, path: Path | None = None
+    ) -> None:
+        self.checks = checks
+        self.path = path
+        self._vectors = vectors(seed, rows, checks).to(torch.float64)
+        self._folded = {product: _Folded(values.to(torch.float64)) for product, values in folded.items()}
+
+    def wrong_rows(self, product: Product, sent: torch.Tensor, received: torch.Tensor) -> list[int]:
+        """The rows in which ``received``, int32 (rows, out), is not the product of ``sent``, int32 (rows, in), with the
+        int8 matrix: empty where all is right. Raises ``KeyError`` for what is no product of the model."""
+        folded = self._folded[product]
+        rows, out = received.shape
+        chosen = self._vectors[:out]
+        step = max(16, _BLOCK_BYTES // (8 * max(out, sent.shape[1])))
+        wrong: list[int] = []
+        for start in range(0, rows, step):
+            block = slice(start, start + step)
+            given = (received[block].to(torch.float64) @ chosen).to(torch.int64)
+            # Their difference modulo 2**32: what is left of it in 32 bits.
+            differs = given.sub_(folded.product(sent[block])).to(torch.int32)
+            if differs.any():
+                wrong += (start + row for row in differs.any(-1).nonzero().flatten().tolist())
+        return wrong
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return self._vectors.nbytes + sum(folded.values.nbytes for folded in self._folded.values())
+
+    def discard(self) -> None:
+        """Removes the file that they came from: the next run draws others. It is no error where it is gone already."""
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+    @classmethod
+    def make(
+        cls, store: WeightStore, spec: ModelSpec, checks: int, progress: Progress = lambda _: None
+    ) -> tuple[Keys, bytes, dict[Product, torch.Tensor]]:
+        """New ones, from the operating system's randomness: streams all weights once. Also the seed and ``S·W`` of each
+        product, int32 (columns, checks), to be kept."""
+        todo = products(spec)
+        sizes = {product: sum(spec.weights[name][0] for name in product) for product in todo}
+        most = max(sizes.values())
+        if most >= _MOST_ROWS:
+            raise ShieldError(f"the model has a product with {most} rows, and at most {_MOST_ROWS} can be verified")
+        seed = secrets.token_bytes(ring.SEED_BYTES)
+        chosen = vectors(seed, most, checks).to(torch.float32)
+        folded: dict[Product, torch.Tensor] = {}
+        total = sum(sizes[product] * spec.weights[product[0]][1] for product in todo)
+        done = 0
+        for product in todo:
+            weight, _ = quantised(store, spec, product)
+            folded[product] = fold(weight, chosen)
+            done += weight.numel()
+            progress(done / total)
+        return cls(seed, checks, folded, most), seed, folded
+
+    @classmethod
+    def load(
+        cls,
+        store: WeightStore,
+        spec: ModelSpec,
+        digest: str,
+        *,
+        checks: int,
+        folder: Path,
+        progress: Progress = lambda _: None,
+        remake: bool = False,
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> Keys:
+        """The keys of the model with ``digest`` from ``folder``, made and sealed there where there are none, or
+        ``remake`` is set.
+
+        A damaged file is made anew, and ``notify`` told. Raises ``ShieldError`` for files that others may have read,
+        and where they can't be written.
+        """
+        path = key_path(folder, digest, checks)
+        seal = sealed.SealKey.load()
+        if not remake and (found := cls._read(path, seal, spec, digest, checks, notify)) is not None:
+            return found
+        with sealed.making(path):
+            # Another process may have made them while this one waited.
+            if not remake and (found := cls._read(path, seal, spec, digest, checks, lambda _: None)) is not None:
+                return found
+            keys, seed, folded = cls.make(store, spec, checks, progress)
+            todo = products(spec)
+            parts = [("seed", ring.SEED_BYTES), *(("+".join(product), folded[product].nbytes) for product in todo)]
+            with sealed.SealedWriter(path, seal, _KIND, _binding(digest, checks), parts) as writer:
+                writer.append(seed)
+                for product in todo:
+                    writer.append(folded[product].numpy())
+        keys.path = path
+        return keys
+
+    @classmethod
+    def _read(
+        cls,
+        path: Path,
+        seal: sealed.SealKey,
+        spec: ModelSpec,
+        digest: str,
+        checks: int,
+        notify: Callable[[str], None],
+    ) -> Keys | None:
+        try:
+            file = sealed.SealedFile(path, seal, _KIND, _binding(digest, checks))
+        except FileNotFoundError:
+            return None
+        except sealed.DamagedError as error:
+            notify(f"making the keys of verification anew: {error}")
+            return None
+        with file:
+            folded: dict[Product, torch.Tensor] = {}
+            most = 0
+            try:
+                seed = file.read("seed").tobytes()
+                for product in products(spec):
+                    columns = spec.weights[product[0]][1]
+                    values = file.read("+".join(product)).view(np.int32)
+                    folded[product] = torch.from_numpy(values).view(columns, checks)
+                    most = max(most, sum(spec.weights[name][0] for name in product))
+            except sealed.DamagedError as error:
+                notify(f"making the keys of verification anew: {error}")
+                return None
+        return cls(seed, checks, folded, most, path)
+
+
+def key_path(folder: Path, digest: str, checks: int) -> Path:
+    """Where the keys of the model with ``digest`` are, or will be."""
+    return folder / f"{digest[:32]}-{checks}.keys"
+
+
+def _binding(digest: str, checks: int) -> sealed.Binding:
+    return {"model": digest, "checks": checks, "version": _VERSION}
+
+
+def vectors(seed: bytes, rows: int, checks: int) -> torch.Tensor:
+    """``S`` as (rows, checks) of 0 and 1, uint8: the bits of AES-256 in counter mode under ``seed``."""
+    count = rows * checks
+    stream = bytes(-(-count // 8))
+    drawn = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor().update(stream)
+    return torch.from_numpy(np.unpackbits(np.frombuffer(drawn, dtype=np.uint8), count=count)).view(rows, checks)
+
+
+def fold(weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """``S·W``: int8 (rows, columns) and 0/1 (rows or more, checks) in float32 → int32 (columns, checks), exact."""
+    result = torch.zeros((weight.shape[1], chosen.shape[1]), dtype=torch.int32)
+    step = min(_EXACT_FLOAT_ROWS, max(1, 2**22 // weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        block = slice(start, min(start + step, weight.shape[0]))
+        result += (weight[block].to(torch.float32).t() @ chosen[block]).to(torch.int32)
+    return result
+
+
+def soundness(checks: int) -> float:
+    """The probability with which a wrong product is accepted, at most."""
+    return math.ldexp(1.0, -checks)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from teegpu import ring
+from teegpu.errors import ShieldError
+from teegpu.model.reader import read_spec
+from teegpu.model.weights import WeightStore
+from teegpu.tee.shield import sealed, verify
+from teegpu.tee.shield.facts import products, quantised
+from teegpu.tee.shield.verify import Keys
+from tests.conftest import TinyModel
+
+PRODUCT = ("w",)
+OUT, IN, ROWS = 48, 40, 6
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def uniform(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, (rows, columns), generator=generator(seed)).to(torch.int32)
+
+
+def keys_of(weight: torch.Tensor, checks: int, seed: bytes = bytes(range(32))) -> Keys:
+    folded = verify.fold(weight, verify.vectors(seed, weight.shape[0], checks).to(torch.float32))
+    return Keys(seed, checks, {PRODUCT: folded}, weight.shape[0])
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randint(-127, 128, (OUT, IN), generator=generator(1)).to(torch.int8)
+
+
+def cheats(honest: torch.Tensor, earlier: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Answers that a server might give in place of ``honest``, none of them equal to it."""
+    draw = generator(7)
+    made = []
+    for number in range(count):
+        row, column = (int(torch.randint(0, size, (), generator=draw)) for size in honest.shape)
+        wrong = honest.clone()
+        match number % 6:
+            case 0:  # one bit
+                bit = int(torch.randint(0, 32, (), generator=draw))
+                wrong[row, column] ^= -(2**31) if bit == 31 else 1 << bit
+            case 1:  # the error that is hardest to see modulo 2**32
+                wrong[row, column] ^= -(2**31)
+            case 2:
+                wrong[row] = 0
+            case 3:
+                wrong[[row, (row + 1) % ROWS]] = wrong[[(row + 1) % ROWS, row]]
+            case 4:
+                wrong[row] = earlier[row]
+            case _:  # two errors that cancel each other out in a sum
+                wrong[row, column] += 1 << 20
+                wrong[row, (column + 1) % OUT] -= 1 << 20
+        made.append(wrong)
+    return made
+
+
+def test_what_is_right_passes(weight: torch.Tensor) -> None:
+    keys = keys_of(weight, 40)
+    for seed in range(20):
+        sent = uniform(ROWS, IN, seed)
+        assert keys.wrong_rows(PRODUCT, sent, ring.RingMatrix(weight).product(sent)) == []
+
+
+def test_every_cheat_of_thousands_is_caught(weight: torch.Tensor) -> None:
+    keys = keys_of(weight, 40)
+    sent = uniform(ROWS, IN, 3)
+    honest = ring.RingMatrix(weight).product(sent)
+    earlier = ring.RingMatrix(weight).product(uniform(ROWS, IN, 4))
+    for wrong in cheats(honest, earlier, 3000):
+        expected = (wrong != honest).any(-1).nonzero().flatten().tolist()
+        assert expected
+        assert keys.wrong_rows(PRODUCT, sent, wrong) == expected
+
+
+def test_one_check_catches_half_of_what_is_hardest_to_see(weight: torch.Tensor) -> None:
+    """So the bound of 2**-k is met, and not by accident undercut by weaker cheats."""
+    sent = uniform(ROWS, IN, 3)
+    honest = ring.RingMatrix(weight).product(sent)
+    wrongs = [wrong for number, wrong in enumerate(cheats(honest, honest.flip(0), 60)) if number % 6 in (0, 1, 5)]
+    caught = {1: 0, 3: 0}
+    for number in range(900):
+        for checks in caught:
+            keys = keys_of(weight, checks, number.to_bytes(32, "big"))
+            caught[checks] += bool(keys.wrong_rows(PRODUCT, sent, wrongs[number % len(wrongs)]))
+    assert 0.44 < caught[1] / 900 < 0.56  # 3.6 standard deviations
+    assert 0.83 < caught[3] / 900 < 0.92
+
+
+def test_it_works_on_many_rows_and_names_the_wrong_ones(weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_BLOCK_BYTES", 1)
+    keys = keys_of(weight, 40)
+    sent = uniform(100, IN, 5)
+    received = ring.RingMatrix(weight).product(sent)
+    received[17, 3] += 1
+    received[99, 0] ^= -(2**31)
+    assert keys.wrong_rows(PRODUCT, sent, received) == [17, 99]
+
+
+def test_wide_products_are_checked_in_halves_and_exactly() -> None:
+    columns = 400
+    weight = torch.full((1200, columns), 127, dtype=torch.int8)
+    weight[::3] = -1
+    keys = keys_of(weight, 8)
+    assert keys._folded[PRODUCT].halves
+    for value in (-(2**31), 2**31 - 1, -1, 65535):
+        sent = torch.full((2, columns), value, dtype=torch.int32)
+        received = ring.RingMatrix(weight).product(sent)
+        assert keys.wrong_rows(PRODUCT, sent, received) == []
+        received[1, 7] += 1
+        caught = keys.wrong_rows(PRODUCT, sent, received)
+        assert caught == ([1] if verify.vectors(bytes(range(32)), 1200, 8)[7].any() else [])
+    sent = uniform(3, columns, 9)
+    assert keys.wrong_rows(PRODUCT, sent, ring.RingMatrix(weight).product(sent)) == []
+
+
+def test_small_products_need_one_pass(weight: torch.Tensor) -> None:
+    folded = keys_of(weight, 40)._folded[PRODUCT]
+    assert not folded.halves
+    folded.halves = True
+    sent = uniform(4, IN, 2)
+    whole = keys_of(weight, 40)._folded[PRODUCT].product(sent).to(torch.int32)
+    assert torch.equal(folded.product(sent).to(torch.int32), whole)
+
+
+def test_folding_is_exact_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_EXACT_FLOAT_ROWS", 7)
+    weight = torch.randint(-127, 128, (50, 9), generator=generator(4)).to(torch.int8)
+    chosen = verify.vectors(bytes(32), 60, 5)
+    expected = (chosen[:50].to(torch.int64).t() @ weight.to(torch.int64)).t()
+    assert torch.equal(verify.fold(weight, chosen.to(torch.float32)), expected.to(torch.int32))
+
+
+def test_vectors_are_even(weight: torch.Tensor) -> None:
+    drawn = verify.vectors(bytes(32), 2000, 40).to(torch.float64)
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(drawn.mean()) - 0.5) < 0.01
+    correlation = torch.corrcoef(drawn.t()) - torch.eye(40, dtype=torch.float64)
+    assert float(correlation.abs().max()) < 0.12
+
+
+# Keys of a model
+
+
+def load(tiny_model: TinyModel, folder: Path, checks: int = 8, notes: list[str] | None = None, **more: bool) -> Keys:
+    model = tiny_model("llama")
+    spec = read_spec(model)
+    with WeightStore(model, spec) as store:
+        notify = (lambda _: None) if notes is None else notes.append
+        return Keys.load(store, spec, store.digest(), checks=checks, folder=folder, notify=notify, **more)
+
+
+def accepts(keys: Keys, tiny_model: TinyModel) -> bool:
+    model = tiny_model("llama")
+    spec = read_spec(model)
+    with WeightStore(model, spec) as store:
+        for product in products(spec):
+            weight, _ = quantised(store, spec, product)
+            sent = uniform(3, weight.shape[1], 5)
+            received = ring.RingMatrix(weight).product(sent)
+            if keys.wrong_rows(product, sent, received):
+                return False
+            received[2, -1] += 1
+            if keys.wrong_rows(product, sent, received) not in ([2], []):
+                return False
+    return True
+
+
+def test_keys_are_kept_and_bound(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = sealed.data_folder(str(tmp_path / "shield"))
+    first = load(tiny_model, folder)
+    assert accepts(first, tiny_model)
+    again = load(tiny_model, folder)
+    assert torch.equal(first._vectors, again._vectors)
+    assert accepts(again, tiny_model)
+    other = load(tiny_model, folder, checks=9)
+    assert other.path != again.path
+    remade = load(tiny_model, folder, remake=True)
+    assert not torch.equal(first._vectors, remade._vectors)
+    assert remade.nbytes > 0
+
+
+def test_keys_that_failed_somebody_are_drawn_anew(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = sealed.data_folder(str(tmp_path / "shield"))
+    first = load(tiny_model, folder)
+    first.discard()
+    first.discard()
+    assert not torch.equal(first._vectors, load(tiny_model, folder)._vectors)
+
+
+def test_damaged_keys_are_made_anew_and_open_ones_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = sealed.data_folder(str(tmp_path / "shield"))
+    path = load(tiny_model, folder).path
+    assert path is not None
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    notes: list[str] = []
+    assert accepts(load(tiny_model, folder, notes=notes), tiny_model)
+    assert len(notes) == 1
+    assert "anew" in notes[0]
+    path.chmod(0o644)
+    with pytest.raises(ShieldError, match="chmod 600"):
+        load(tiny_model, folder)
