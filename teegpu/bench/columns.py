@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from teegpu.bench.summary import verdict
-from teegpu.units import count, fixed, percent, times
+from teegpu.units import count, fixed, human_bytes, percent, times
 
 Entry = Mapping[str, Any]
 Look = Callable[[Entry], Any]
@@ -190,18 +190,47 @@ def _exactly(value: float) -> str:
     return f"{value:.3%}"
 
 
-TABLES: dict[str, tuple[tuple[str, tuple[Column, ...]], ...]] = {
+def _of_size(size: int) -> tuple[Column, ...]:
+    """The columns of a table that shows the ways of one size only."""
+    columns = (
+        Column("transport", at("label")),
+        Column("ms a round trip", at("round_trip", "median"), _milliseconds),
+        Column("p95", at("round_trip", "p95"), _milliseconds),
+        Column("min", at("round_trip", "min"), _milliseconds),
+        Column("+ ms to bare", at("to_bare", "round_trip_seconds"), _milliseconds),
+        Column("in flight", at("requests_in_flight"), count),
+        Column("MB/s each way", at("bytes_per_second", "median"), lambda value: f"{value / 1e6:,.1f}"),
+        Column("min–max", spread("bytes_per_second"), lambda pair: f"{pair[0] / 1e6:,.1f}–{pair[1] / 1e6:,.1f}"),
+        Column("of bare", at("to_bare", "throughput_ratio"), percent),
+        Column("bytes on the link", at("link_share"), percent),
+    )
+    return tuple(replace(column, value=_only(size, column.value)) for column in columns)
+
+
+def _only(size: int, look: Look) -> Look:
+    return lambda entry: look(entry) if entry["bytes"] == size else None
+
+
+def _transports(document: Entry) -> Tables:
+    return tuple((f"{human_bytes(size)} each way", _of_size(size)) for size in document["settings"]["sizes"])
+
+
+Tables = tuple[tuple[str, tuple[Column, ...]], ...]
+
+TABLES: dict[str, Tables | Callable[[Entry], Tables]] = {
     "plans": (("Prefill", _PREFILL), ("Decode, per step", _DECODE), ("Output", _OUTPUT)),
     "accuracy": (("Against transformers in fp32", _ACCURACY),),
     "soak": (("Clients", _SOAK),),
     "overhead": (("One RPC of a decode step", _OVERHEAD),),
     "curve": (("What keys cost", _CURVE),),
     "link": (("Round trip", _ROUND_TRIP), ("Bandwidth", _BANDWIDTH)),
+    "transports": _transports,
     "recording": (("What a record costs", _RECORDING),),
     "watch": (("What watching costs", _WATCHING),),
     "accounting": (("Prefill", _accounts("prefill")), ("Decode", _accounts("decode"))),
 }
-"""For each benchmark its tables: title and columns. What no entry has a figure for is left out."""
+"""For each benchmark its tables (title and columns), or what makes them of its document. What no entry has a figure for
+is left out."""
 
 SHEETS: dict[str, dict[str, Look]] = {
     "plans": {
@@ -327,6 +356,22 @@ SHEETS: dict[str, dict[str, Look]] = {
         "bytes_per_second_max": at("bytes_per_second", "max"),
         "network_seconds_median": at("network_seconds", "median"),
         "server_seconds_median": at("server_seconds", "median"),
+    },
+    "transports": {
+        "transport": at("transport"),
+        "over": at("over"),
+        "encrypted": at("encrypted"),
+        "bytes": at("bytes"),
+        "round_trip_seconds_median": at("round_trip", "median"),
+        "round_trip_seconds_p95": at("round_trip", "p95"),
+        "round_trip_seconds_min": at("round_trip", "min"),
+        "requests_in_flight": at("requests_in_flight"),
+        "bytes_per_second_median": at("bytes_per_second", "median"),
+        "bytes_per_second_min": at("bytes_per_second", "min"),
+        "bytes_per_second_max": at("bytes_per_second", "max"),
+        "link_share": at("link_share"),
+        "round_trip_ratio_to_bare": at("to_bare", "round_trip_ratio"),
+        "throughput_ratio_to_bare": at("to_bare", "throughput_ratio"),
     },
     "soak": {
         "label": at("label"),

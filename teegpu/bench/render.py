@@ -40,7 +40,8 @@ def _csv(document: Entry) -> str:
 def _text(document: Entry, *, markdown: bool) -> str:
     results = document["results"]
     blocks = [_heading(document)]
-    for title, columns in TABLES[document["benchmark"]]:
+    tables = TABLES[document["benchmark"]]
+    for title, columns in tables(document) if callable(tables) else tables:
         rows = [[column.heading for column in columns]]
         for entry in results:
             row = [_cell(column, entry) for column in columns]

@@ -146,32 +146,6 @@ def overhead(
 
 
 @app.command()
-def curve(
-    rounds: Annotated[int, typer.Option(help="How often each size is sent.")] = 30,
-    size: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="BYTES",
-            help="Bytes up, and as many down; may be given several times.",
-            show_default="1 KiB to 8 MiB",
-        ),
-    ] = None,
-    link: Annotated[str | None, typer.Option(metavar="SPEC", help="Emulate a link: rtt=5ms,bandwidth=1gbit.")] = None,
-    form: Format = "",
-    out: Out = None,
-    quiet: Quiet = False,
-    config_file: ConfigFile = None,
-) -> None:
-    """Measure what keys cost: round trip and throughput by size, with CURVE and without, in turn. Needs no model."""
-    settings = _settings(None, None, {"run.link": link}, config_file)
-    output = _Output(form, out, quiet)
-    with sigterm_as_interrupt():
-        from teegpu.bench.curve import SIZES, CurveBenchmark
-
-        _conduct(CurveBenchmark(settings, rounds=rounds, sizes=size or SIZES), output)
-
-
-@app.command()
 def soak(
     model: Model = None,
     clients: Annotated[int, typer.Option(help="Clients at once.")] = 8,
@@ -325,3 +299,5 @@ def accounting(
 
 
 app.command()(benchlink.link)
+app.command()(benchlink.transports)
+app.command()(benchlink.curve)

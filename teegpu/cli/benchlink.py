@@ -23,6 +23,15 @@ from teegpu.cli.common import ConfigFile, sigterm_as_interrupt
 LinkSpecOption = Annotated[
     str | None, typer.Option("--link", metavar="SPEC", help="Emulate a link: rtt=5ms,bandwidth=1gbit.")
 ]
+Sizes = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--size",
+        metavar="BYTES",
+        help="Bytes up, and as many down; may be given several times.",
+        show_default="1 KiB to 8 MiB",
+    ),
+]
 ServerKey = Annotated[
     str | None,
     typer.Option("--server-key", help="The public key that the server must prove to have: name or file."),
@@ -69,3 +78,58 @@ def link(
         from teegpu.bench.link import LinkBenchmark
 
         conduct(LinkBenchmark(settings, folder, rounds=rounds, transfers=transfers, seconds=seconds), output)
+
+
+def transports(
+    rounds: Annotated[int, typer.Option(help="How often each size is sent each way.")] = 20,
+    size: Sizes = None,
+    transport: Annotated[
+        list[str] | None, typer.Option(help="This transport only; may be given several times.", show_default="all")
+    ] = None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tcp or ipc: this kind of address only; may be given several times.",
+            show_default="both; over a link tcp",
+        ),
+    ] = None,
+    link_spec: LinkSpecOption = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure the transports: round trip and throughput by size, with keys and without, bare zmq beside them.
+
+    Needs no model. The far side is a process of its own, but for inprocess, the floor.
+    """
+    settings = load_settings(None, None, {"run.link": link_spec}, config_file)
+    output = Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        from teegpu.bench.carriers import TransportBenchmark
+        from teegpu.bench.exchanges import SIZES
+        from teegpu.settings import TRANSPORTS
+
+        bench = TransportBenchmark(
+            settings, rounds=rounds, sizes=size or SIZES, names=transport or TRANSPORTS, over=over or ()
+        )
+        conduct(bench, output)
+
+
+def curve(
+    rounds: Annotated[int, typer.Option(help="How often each size is sent.")] = 30,
+    size: Sizes = None,
+    link_spec: LinkSpecOption = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure what keys cost: round trip and throughput by size, with CURVE and without, in turn. Needs no model."""
+    settings = load_settings(None, None, {"run.link": link_spec}, config_file)
+    output = Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        from teegpu.bench.curve import CurveBenchmark
+        from teegpu.bench.exchanges import SIZES
+
+        conduct(CurveBenchmark(settings, rounds=rounds, sizes=size or SIZES), output)

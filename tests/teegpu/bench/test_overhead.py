@@ -88,6 +88,12 @@ def test_the_echo_answers_with_the_sizes_that_it_was_told(tmp_path: Path) -> Non
             assert list(map(len, socket.recv_multipart())) == [5000]
 
 
+def test_an_echo_with_keys_takes_batches_and_any_port() -> None:
+    with Echo("tcp://127.0.0.1:0", [([8, 70_000], [100_000])], spin_seconds=0.001, keys=True) as echo:
+        assert echo.round_trip_ns(0) > 0
+        assert echo.batch_ns(0, 5) > 0
+
+
 def test_an_echo_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teegpu.bench.echo._ANSWER_MS", 50)
     with Echo(f"ipc://{tmp_path}/echo", [([8], [8])], spin_seconds=0) as echo:

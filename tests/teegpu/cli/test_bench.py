@@ -329,3 +329,18 @@ def test_links_that_can_not_be_measured(
     assert done.code == code
     assert told in one_line(done)
     assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["transports", "--transport", "zmqq"], "did you mean 'zmq'?"),
+        (["transports", "--over", "ipc", "--link", "rtt=1ms"], "leave out one of --over and --link"),
+        (["transports", "--link", "rtt=-1ms"], "rtt=-1ms is not a time"),
+        (["curve", "--size", "0"], "--size 0 is not between 1 byte"),
+    ],
+)
+def test_transports_that_can_not_be_measured(teegpu: Teegpu, options: list[str], told: str) -> None:
+    done = teegpu("bench", *options)
+    assert done.code == 2
+    assert told in one_line(done)
