@@ -16,6 +16,8 @@ from typing import Any
 from teegpu.errors import nearest
 
 PLANS = ("local", "per-op", "batched", "attention", "fused")
+AUTO = "auto"
+"""In the place of a plan: chosen by predictions."""
 TRANSPORTS = ("zmq", "zmq+zstd", "pipelined", "pipelined+zstd", "inprocess")
 WIRE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 SERVER_DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -156,8 +158,14 @@ class RunSettings:
         "How several endpoints are used. failover: the next when one fails; round-robin: requests go to all in turn.",
         choices=SPREADS,
     )
-    prefill_plan: str = setting("fused", "How a layer is cut into requests while the prompt is read.", choices=PLANS)
-    decode_plan: str = setting("fused", "The same, while tokens are generated.", choices=PLANS)
+    prefill_plan: str = setting(
+        AUTO,
+        "How a layer is cut into requests while the prompt is read. auto: the quickest of local, attention and fused, "
+        "as a profile of 'teegpu tune' or a short probe at the start predicts; beside an embedded server, which is "
+        "there to show the split, never local.",
+        choices=(AUTO, *PLANS),
+    )
+    decode_plan: str = setting(AUTO, "The same, while tokens are generated.", choices=(AUTO, *PLANS))
     transport: str = setting(
         "pipelined",
         "How frames travel. zmq has one request in flight, pipelined many; +zstd compresses frames where that pays. "
@@ -171,7 +179,10 @@ class RunSettings:
         choices=("auto", *WIRE_DTYPES),
     )
     chunk_tokens: int = setting(
-        0, "Prompt tokens per chunk; chunks overlap where the transport can. 0: chosen by the runner.", minimum=0
+        0,
+        "Prompt tokens per chunk; chunks overlap where the transport can. 0: chosen by the runner, and with the plan "
+        "auto by prediction.",
+        minimum=0,
     )
     threads: int = setting(
         0,

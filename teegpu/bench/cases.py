@@ -13,10 +13,12 @@ from typing import Any
 
 from teegpu.config import Config
 from teegpu.errors import UsageError, nearest
-from teegpu.settings import PLANS, SECTIONS, SETTINGS, Value
+from teegpu.settings import AUTO, PLANS, SECTIONS, SETTINGS, Value
 
 TRANSFORMERS = "transformers"
 LOCAL = "local"
+DEFAULT_PLAN = "fused"
+"""What stands for auto in the settings in force: a case says what it measures, and does not choose for itself."""
 TRANSFORMERS_DTYPES = ("fp32", "bf16")
 
 KEYS: dict[str, tuple[str, ...]] = {
@@ -74,10 +76,16 @@ class Case:
         return bool(self.transformers_dtype)
 
     def prefill_plan(self, base: Config) -> str:
-        return TRANSFORMERS if self.baseline else str(self.given.get("run.prefill_plan", base.run.prefill_plan))
+        return self._plan("run.prefill_plan", base.run.prefill_plan)
 
     def decode_plan(self, base: Config) -> str:
-        return TRANSFORMERS if self.baseline else str(self.given.get("run.decode_plan", base.run.decode_plan))
+        return self._plan("run.decode_plan", base.run.decode_plan)
+
+    def _plan(self, key: str, otherwise: str) -> str:
+        if self.baseline:
+            return TRANSFORMERS
+        plan = str(self.given.get(key, otherwise))
+        return DEFAULT_PLAN if plan == AUTO else plan
 
     def remote(self, base: Config) -> bool:
         """Whether the case needs a GPU server."""
@@ -92,6 +100,8 @@ class Case:
         values: dict[str, Value] = base.values() | dict(self.given)
         values |= {key: setting.default for key, setting in SETTINGS.items() if key.startswith("sampling.")}
         values |= {"run.prefix_cache_mib": 0, "run.max_tokens": decode_tokens + 1}
+        if not self.baseline:
+            values |= {"run.prefill_plan": self.prefill_plan(base), "run.decode_plan": self.decode_plan(base)}
         if not self.remote(base):
             values |= {"run.link": "", "run.endpoints": ()}
         return from_values(values)

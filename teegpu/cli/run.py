@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from teegpu.config import Config
+    from teegpu.model.tokenizer import Tokenizer
     from teegpu.tee.generate import Generation
     from teegpu.tee.runner import Runner
 
@@ -86,7 +87,7 @@ def run(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="The plan of both phases: local, per-op, batched, attention or fused.", rich_help_panel=PLACE
+            help="The plan of both phases: auto, local, per-op, batched, attention or fused.", rich_help_panel=PLACE
         ),
     ] = None,
     prefill_plan: Annotated[str | None, typer.Option(help="The plan of prefill alone.", rich_help_panel=PLACE)] = None,
@@ -291,7 +292,7 @@ def _run(settings: Config, prompts: Prompts, texts: list[str], output: _Output, 
         if output.feed is not None and recording.folder is not None:
             output.feed.run(recording.folder.path)
         try:
-            outcome.runner = runner = _open(settings, outcome.start, recording, output, console, stack)
+            outcome.runner = runner = _open(settings, outcome.start, prompts, texts, recording, output, console, stack)
             _answer_all(runner, prompts.encode(runner.tokenizer, texts), recording, output, outcome.answers)
             outcome.status = "complete"
         except KeyboardInterrupt:
@@ -314,6 +315,8 @@ def _run(settings: Config, prompts: Prompts, texts: list[str], output: _Output, 
 def _open(
     settings: Config,
     start: Start,
+    prompts: Prompts,
+    texts: list[str],
     recording: Recording,
     output: _Output,
     console: Console,
@@ -330,7 +333,12 @@ def _open(
             _say(console, line, output)
             recording.note(line)
 
-        return stack.enter_context(Runner(settings, folder, notify=notify, log=recording.log, start=start))
+        def longest(tokenizer: Tokenizer) -> int:
+            return max(map(len, prompts.encode(tokenizer, texts)), default=0)
+
+        return stack.enter_context(
+            Runner(settings, folder, notify=notify, log=recording.log, start=start, prompt_tokens=longest)
+        )
 
 
 @contextlib.contextmanager

@@ -23,10 +23,10 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from typing import Any, Final, Literal
 
 from teegpu.metrics.events import Rpc
+from teegpu.metrics.leastsquares import Row, least_squares
 
 Source = Literal["given", "measured", "unknown"]
 
@@ -230,13 +230,10 @@ def _weight(each: _Class) -> float:
     return min(each.count, FULL_WEIGHT) / FULL_WEIGHT / each.seconds**2
 
 
-_Row = tuple[tuple[float, ...], float, float]
-
-
-def _lower_fit(rows: Sequence[_Row]) -> list[float] | None:
+def _lower_fit(rows: Sequence[Row]) -> list[float] | None:
     """Least squares that trust what lies low: requests can be late, never early, so those above the fit count less in
     the next one."""
-    solved = _least_squares(rows)
+    solved = least_squares(rows)
     for _ in range(REFITS):
         if solved is None:
             break
@@ -244,57 +241,5 @@ def _lower_fit(rows: Sequence[_Row]) -> list[float] | None:
         for given, seconds, weight in rows:
             late = max(0.0, 1.0 - sum(x * v for x, v in zip(given, solved, strict=True)) / seconds)
             weighed.append((given, seconds, weight / (1.0 + (late / LATE) ** 2)))
-        solved = _least_squares(weighed)
+        solved = least_squares(weighed)
     return solved
-
-
-def _least_squares(rows: Sequence[_Row]) -> list[float] | None:
-    """Non-negative weighted least squares for up to three unknowns: every choice of unknowns that are not zero is
-    solved, and the best one without a negative value counts. None where there are no rows."""
-    if not rows:
-        return None
-    width = len(rows[0][0])
-    best: tuple[float, list[float]] | None = None
-    for size in range(width, 0, -1):
-        if size > len(rows):
-            continue
-        for chosen in combinations(range(width), size):
-            solution = _solve(rows, chosen)
-            if solution is None or min(solution) < 0.0:
-                continue
-            values = [0.0] * width
-            for index, value in zip(chosen, solution, strict=True):
-                values[index] = value
-            error = sum(
-                weight * (seconds - sum(x * v for x, v in zip(given, values, strict=True))) ** 2
-                for given, seconds, weight in rows
-            )
-            if best is None or error < best[0]:
-                best = (error, values)
-    return best[1] if best is not None else None
-
-
-def _solve(rows: Sequence[_Row], chosen: tuple[int, ...]) -> list[float] | None:
-    """The normal equations by Gauss-Jordan, columns scaled to one; None where the columns can't be told apart."""
-    size = len(chosen)
-    scale = [math.sqrt(sum(weight * given[index] ** 2 for given, _, weight in rows)) for index in chosen]
-    if min(scale) <= 0.0:
-        return None
-    matrix = [[0.0] * (size + 1) for _ in range(size)]
-    for given, seconds, weight in rows:
-        columns = [given[index] / scale[at] for at, index in enumerate(chosen)]
-        for i in range(size):
-            for j in range(size):
-                matrix[i][j] += weight * columns[i] * columns[j]
-            matrix[i][size] += weight * columns[i] * seconds
-    for i in range(size):
-        pivot = max(range(i, size), key=lambda row, column=i: abs(matrix[row][column]))  # type: ignore[misc]
-        if abs(matrix[pivot][i]) < 1e-6:
-            return None
-        matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
-        matrix[i] = [value / matrix[i][i] for value in matrix[i]]
-        for row in range(size):
-            if row != i:
-                factor = matrix[row][i]
-                matrix[row] = [value - factor * own for value, own in zip(matrix[row], matrix[i], strict=True)]
-    return [row[size] / scale[at] for at, row in enumerate(matrix)]

@@ -15,6 +15,10 @@ to the busiest place and the last one's way from it. Where two places are nearly
 it: 1 % where the link was far the busiest (docs/benchmarks.md, 1 Gbit/s and fp16), 6 % where link and computation were
 equal; with no more than four chunks up to 10 %.
 
+Where both sides compute on the same cores, no schedule gets more out of those than they have: ``runner · runner_share +
+server · server_share + moving`` is a further bound. A share is the side's threads over the cores; ``moving`` is the
+processor time of sending and receiving itself, over the cores too.
+
 **The limit** is what no schedule of the same bytes, rounds and computations can go below, both directions of the link
 at once: ``max(bytes_up / up, bytes_down / down) + rounds · RTT + gpu + tee`` in lock step, the largest of these where
 they overlap. The gap between run and limit is what overlap, serialization and the hand-over of messages cost.
@@ -74,14 +78,17 @@ class Link:
 @dataclass(frozen=True, slots=True)
 class Work:
     """Busy seconds of a phase on both sides: what does not depend on the link. ``runner_other`` is the runner's time
-    that is neither. ``shared``: both sides compute on the same cores, so their work adds up."""
+    that is neither. Of the cores that both sides share, ``runner_share`` and ``server_share`` are what each of them uses while
+    it computes (0: they share none, 1: all), and ``moving`` what the transport takes, over their number."""
 
     tee: float = 0.0
     serialization: float = 0.0
     runner_other: float = 0.0
     gpu: float = 0.0
     server_serialization: float = 0.0
-    shared: bool = False
+    runner_share: float = 0.0
+    server_share: float = 0.0
+    moving: float = 0.0
 
     @property
     def runner(self) -> float:
@@ -102,7 +109,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """``seconds`` of the phase, and what holds it up most: ``up``, ``down``, ``rounds``, ``runner`` or ``server``."""
+    """``seconds`` of the phase, and what holds it up most: ``up``, ``down``, ``rounds``, ``runner``, ``server`` or
+    ``cores``."""
 
     seconds: float
     bound_by: str
@@ -123,18 +131,19 @@ def lock_step(traffic: Traffic, link: Link, work: Work) -> Prediction:
 def overlapped(traffic: Traffic, link: Link, work: Work, chunks: int) -> Prediction:
     """``chunks`` under way together; ``traffic.rounds`` are those of one of them. See the module."""
     busy = {"up": link.up_seconds(traffic), "down": link.down_seconds(traffic)}
-    if work.shared:
-        busy["runner"] = work.runner + work.server
-    else:
-        busy |= {"runner": work.runner, "server": work.server}
+    busy |= {"runner": work.runner, "server": work.server}
     name = max(busy, key=lambda key: busy[key])
+    longest = busy[name]
+    crowded = work.runner * work.runner_share + work.server * work.server_share + work.moving
+    if crowded > longest:
+        name, longest = "cores", crowded
     waiting = traffic.rounds * (link.rtt_seconds + link.overhead_seconds)
     together = max(1, chunks)
     trip = waiting + sum(busy.values()) / together
-    fill = (trip - busy[name] / together) / max(1, traffic.rounds)
-    if trip > busy[name]:
+    fill = max(0.0, trip - longest / together) / max(1, traffic.rounds)
+    if trip > longest:
         return Prediction(trip, "rounds" if waiting > trip / 2 else name)
-    return Prediction(busy[name] + fill, name)
+    return Prediction(longest + fill, name)
 
 
 def limit_seconds(*, carrying: float, waiting: float, gpu: float, tee: float, overlaps: bool) -> float:

@@ -224,10 +224,15 @@ def open_store(config: Config) -> RunStore:
     """The store that ``record.dir`` names, or that of this user."""
     if config.record.dir:
         return RunStore(Path(config.record.dir).expanduser())
+    return RunStore(state_folder() / "runs")
+
+
+def state_folder() -> Path:
+    """Where this user's records and profiles are kept, whether it exists or not."""
     base = os.environ.get("XDG_STATE_HOME", "")
     # The XDG specification: a path that is not absolute is to be ignored.
     state = Path(base) if Path(base).is_absolute() else Path(os.environ.get("HOME") or Path.home()) / ".local/state"
-    return RunStore(state / "teegpu" / "runs")
+    return state / "teegpu"
 
 
 # Files

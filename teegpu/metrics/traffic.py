@@ -188,7 +188,7 @@ def messages(
         return
     if plan not in REMOTE_PLANS or wire_dtype not in (*FLOAT_BYTES, "int8"):
         raise ValueError(f"no plan {plan!r} over {wire_dtype!r}")
-    for inputs, outputs, at_once in _messages(shape, plan, tokens, start, want):
+    for inputs, outputs, at_once in requests(shape, plan, tokens, start, want):
         up = sum(frame_bytes(register, dims, wire_dtype) for register, dims in inputs)
         down = sum(frame_bytes(register, dims, wire_dtype) for register, dims in outputs)
         yield up, down, at_once
@@ -206,19 +206,21 @@ def frame_bytes(register: str, dims: tuple[int, ...], wire_dtype: str) -> int:
     return values * FLOAT_BYTES[wire_dtype]
 
 
-_Tensor = tuple[str, tuple[int, ...]]
-_Message = tuple[list[_Tensor], list[_Tensor], bool]
+Tensor = tuple[str, tuple[int, ...]]
+"""A register and its dimensions."""
+Request = tuple[list[Tensor], list[Tensor], bool]
 """What goes up, what comes down, and whether it goes together with the message before it where requests can."""
 
 
-def _messages(shape: Shape, plan: str, n: int, start: int, want: Want) -> Iterator[_Message]:
+def requests(shape: Shape, plan: str, n: int, start: int, want: Want) -> Iterator[Request]:
+    """The requests of one forward pass of a remote plan over ``n`` tokens at positions ``start``…, in their order."""
     if plan == "fused":
         yield from _fused(shape, n, want)
     else:
         yield from _plain(shape, plan, n, start, want)
 
 
-def _fused(shape: Shape, n: int, want: Want) -> Iterator[_Message]:
+def _fused(shape: Shape, n: int, want: Want) -> Iterator[Request]:
     qkv = [("q", shape.q), ("k", shape.kv), ("v", shape.kv)]
     yield [("n", (n, shape.hidden))], [(name, (n, width)) for name, width in qkv], False
     for layer in range(shape.layers):
@@ -244,7 +246,7 @@ def _fused(shape: Shape, n: int, want: Want) -> Iterator[_Message]:
         )
 
 
-def _plain(shape: Shape, plan: str, n: int, start: int, want: Want) -> Iterator[_Message]:
+def _plain(shape: Shape, plan: str, n: int, start: int, want: Want) -> Iterator[Request]:
     scores_on_link, merged = plan in SCORES_ON_LINK, plan != "per-op"
     if scores_on_link:  # and with them the embedding
         yield [("ids", (n,))], [("x", (n, shape.hidden))], False
@@ -269,9 +271,9 @@ def _plain(shape: Shape, plan: str, n: int, start: int, want: Want) -> Iterator[
     yield [("n", (m, shape.hidden))], [("logits", (m, shape.vocab))], False
 
 
-def _products(source: str, rows: int, width: int, outputs: list[tuple[str, int]], merged: bool) -> Iterator[_Message]:
+def _products(source: str, rows: int, width: int, outputs: list[tuple[str, int]], merged: bool) -> Iterator[Request]:
     """One input with one or more matrices: in one message, or the input again with each of them."""
-    tensors: list[_Tensor] = [(name, (rows, size)) for name, size in outputs]
+    tensors: list[Tensor] = [(name, (rows, size)) for name, size in outputs]
     if merged:
         yield [(source, (rows, width))], tensors, False
         return

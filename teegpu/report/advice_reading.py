@@ -247,8 +247,15 @@ class Reading:
         gpu, serialization = phase.busy_gpu_seconds, phase.busy_server_serialization_seconds
         if not phase.overlaps:
             gpu, serialization = phase.gpu_seconds, phase.server_seconds
+        share = 1.0 if self.shared_cores else 0.0
         return Work(
-            phase.tee_seconds, phase.serialization_seconds, phase.other_seconds, gpu, serialization, self.shared_cores
+            phase.tee_seconds,
+            phase.serialization_seconds,
+            phase.other_seconds,
+            gpu,
+            serialization,
+            runner_share=share,
+            server_share=share,
         )
 
     def _changed(self, phase: Phase, work: Work, change: Change, now: Traffic, then: Traffic) -> Work:

@@ -19,6 +19,8 @@ from teegpu.config import Config
 from teegpu.endpoints import Endpoint
 from teegpu.errors import ConfigError, ServerRefusedError, TeegpuError
 from teegpu.metrics import environment
+from teegpu.metrics.chooser import default_chunk
+from teegpu.metrics.cost_model import Settings
 from teegpu.metrics.document import document
 from teegpu.metrics.eventlog import EventWriter
 from teegpu.metrics.recorder import Recorder
@@ -30,7 +32,9 @@ from teegpu.model.spec import ModelSpec
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.model.weights import WeightStore
 from teegpu.options import MIB, client_options, wire_dtype, wire_limits
-from teegpu.tee import plans
+from teegpu.settings import AUTO
+from teegpu.tee import auto, plans
+from teegpu.tee.calibrate import Calibration
 from teegpu.tee.connections import RetryPolicy
 from teegpu.tee.decoder import Decoder
 from teegpu.tee.embedded_server import EmbeddedServer
@@ -51,13 +55,6 @@ from transports.link import EmulatedLink, LinkSpec
 
 Notify = Callable[[str], None]
 
-AUTO_CHUNK_TOKENS = 128
-"""Chunk of an overlapped prefill when ``run.chunk_tokens`` is 0: small enough that the pipeline fills early, large
-enough that a matrix product still runs at full speed. ``docs/benchmarks.md`` has the measurement."""
-
-LOCK_STEP_CHUNK_TOKENS = 2048
-"""Chunk of a lock-step prefill when ``run.chunk_tokens`` is 0. It only bounds memory: nothing would overlap."""
-
 
 @dataclass(slots=True)
 class Threads:
@@ -74,7 +71,8 @@ class Runner:
     """A runner that is ready for prompts. Use it with ``with``: leaving closes the connection and ends what it started.
 
     ``notify`` is told in one line what takes time or what a user should know. ``log`` is where the events go, beside
-    the runner's own ``summary``; ``start`` is the run's, None: now. Raises ``TeegpuError`` of every kind, and the
+    the runner's own ``summary``; ``start`` is the run's, None: now. ``prompt_tokens`` tells how long the prompt will
+    be, which the plan ``auto`` chooses for; ``choice`` is what it came to, or None. Raises ``TeegpuError`` of every kind, and the
     transports' errors, from ``__init__``.
     """
 
@@ -86,6 +84,7 @@ class Runner:
         notify: Notify = lambda _: None,
         log: EventWriter | None = None,
         start: Start | None = None,
+        prompt_tokens: Callable[[Tokenizer], int] | None = None,
     ) -> None:
         self.config = config
         self.start = start or Start.now()
@@ -100,6 +99,8 @@ class Runner:
         self._gpu: GpuClient | None = None
         self._seed: int | None = None
         self._notify = notify
+        self._prompt_tokens = prompt_tokens
+        self.choice: auto.Choice | None = None
         self.folder = folder
         with contextlib.ExitStack() as stack:
             self._open(stack)
@@ -118,8 +119,9 @@ class Runner:
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         config = self.config
-        self.prefill_plan = plans.get(config.run.prefill_plan)
-        self.decode_plan = plans.get(config.run.decode_plan)
+        # What auto stands for is known once the servers have answered; until then it is a plan that needs them.
+        self.prefill_plan = plans.get(_until_chosen(config.run.prefill_plan))
+        self.decode_plan = plans.get(_until_chosen(config.run.decode_plan))
         if config.run.link:
             self.link = LinkSpec.parse(config.run.link)
         remote = self.prefill_plan.remote or self.decode_plan.remote
@@ -139,12 +141,15 @@ class Runner:
         self.digest = self._store.digest()
         self.tokenizer = Tokenizer(self.folder)
         self._weights = TeeWeights(self._store, self.spec)
-        for plan in {self.prefill_plan, self.decode_plan}:
-            self._weights.preload(plan)
+        self._preload()
         self._rotary = RotaryTable(read_config(self.folder))
         if remote:
             self._connect(stack)
         self.session = self._session()
+
+    def _preload(self) -> None:
+        for plan in {self.prefill_plan, self.decode_plan}:
+            self._weights.preload(plan)
 
     def _split_threads(self, remote: bool) -> Threads:
         cores = machine.available_cores()
@@ -200,19 +205,81 @@ class Runner:
         stack.callback(fleet.close)
         fleet.open()
         self.welcome = fleet.welcome
-        self._gpu = GpuClient(
-            fleet,
-            self.spec,
-            wire_dtype=wire_dtype(config, (member.welcome.dtype for member in fleet.members if member.welcome)),
-            recorder=self.recorder,
-            limits=wire_limits(config),
-            check_finite=config.run.check_finite,
-        )
+        if AUTO in (config.run.prefill_plan, config.run.decode_plan):
+            self._choose(fleet)
+        if self.prefill_plan.remote or self.decode_plan.remote:
+            self._gpu = self._client(fleet, self._wire_dtype(fleet), self.recorder)
+        else:
+            fleet.close()
+            self.welcome = None
         for member in fleet.members:
             if member.client is None:
                 self._notify(f"going on without the server at {member.address}: {member.error or 'no answer yet'}")
             elif member.welcome is not None:
                 self._check_threads(member.address, member.welcome)
+
+    def _wire_dtype(self, fleet: Fleet) -> str:
+        return wire_dtype(self.config, (member.welcome.dtype for member in fleet.members if member.welcome))
+
+    def _client(self, fleet: Fleet, wire: str, recorder: Recorder) -> GpuClient:
+        config = self.config
+        return GpuClient(
+            fleet,
+            self.spec,
+            wire_dtype=wire,
+            recorder=recorder,
+            limits=wire_limits(config),
+            check_finite=config.run.check_finite,
+        )
+
+    def _choose(self, fleet: Fleet) -> None:
+        """Decides what the plan ``auto`` stands for: by the stored profile of these servers, or by a short probe."""
+        run = self.config.run
+        servers = len(fleet.groups)
+        if run.spread == "round-robin":
+            servers *= max(len(group.members) for group in fleet.groups)
+        tokens = self._prompt_tokens(self.tokenizer) if self._prompt_tokens is not None else 0
+        question = auto.Question(
+            run.prefill_plan,
+            run.decode_plan,
+            Settings(
+                run.prefill_plan,
+                self._wire_dtype(fleet),
+                run.transport,
+                run.chunk_tokens,
+                servers=servers,
+                rows=1 + run.speculate,
+                compressed_bytes=self.config.compression.min_bytes,
+            ),
+            run.chunk_tokens,
+            tokens,
+            embedded=self.embedded is not None,
+            local_fits=auto.local_fits(self.spec),
+        )
+        self.choice = auto.Chooser(
+            self.spec,
+            self.digest,
+            auto.Place(run.endpoints, str(self.link or ""), self.threads.runner, self._shared_cores(), fleet.borders),
+            self.welcome,
+        ).choose(question, self._calibration(fleet), self._notify)
+        self.prefill_plan = plans.get(self.choice.prefill_plan)
+        self.decode_plan = plans.get(self.choice.decode_plan)
+        self._preload()
+        self._notify(self.choice.line)
+
+    def _calibration(self, fleet: Fleet) -> Calibration:
+        def open_client(wire: str, recorder: Recorder) -> GpuClient:
+            return self._client(fleet, wire, recorder)
+
+        return Calibration(self.spec, self._weights, self._rotary, open_client, layers=auto.PROBE_LAYERS)
+
+    def _shared_cores(self) -> int:
+        """The cores that runner and server share, or 0."""
+        beside = self.embedded is not None or (
+            bool(self.endpoints) and all(_same_machine(endpoint.address) for endpoint in self.endpoints)
+        )
+        on_cpu = self.welcome is not None and self.welcome.device == "cpu"
+        return self.threads.cores if beside and on_cpu else 0
 
     def _connector(self, stack: contextlib.ExitStack) -> Callable[[Endpoint], Client]:
         """Makes clients of endpoints; where a link is emulated, each endpoint is behind one of its own."""
@@ -263,7 +330,8 @@ class Runner:
         prefill = decoder(self.prefill_plan)
         decode = prefill if self.decode_plan is self.prefill_plan else decoder(self.decode_plan)
         overlap = gpu is not None and gpu.can_overlap and self.prefill_plan.remote
-        self.chunk_tokens = config.run.chunk_tokens or (AUTO_CHUNK_TOKENS if overlap else LOCK_STEP_CHUNK_TOKENS)
+        chosen = self.choice.chunk_tokens if self.choice is not None else config.run.chunk_tokens
+        self.chunk_tokens = chosen or default_chunk(overlaps=overlap)
 
         def set_overlapped(on: bool) -> None:
             if gpu is not None:
@@ -391,8 +459,9 @@ class Runner:
         if self._seed is not None:
             sampling["seed"] = self._seed
         return {
-            "prefill_plan": run.prefill_plan,
-            "decode_plan": run.decode_plan,
+            "prefill_plan": self.prefill_plan.name,
+            "decode_plan": self.decode_plan.name,
+            "auto": self.choice.to_json() if self.choice is not None else None,
             "transport": run.transport,
             "wire_dtype": self._gpu.wire_dtype if self._gpu is not None else run.wire_dtype,
             "chunk_tokens": self.chunk_tokens,
@@ -420,6 +489,10 @@ class Runner:
             "memory_bytes": self.welcome.memory_bytes,
             "embedded": self.embedded is not None,
         }
+
+
+def _until_chosen(plan: str) -> str:
+    return "fused" if plan == AUTO else plan
 
 
 def _figures(link: LinkSpec) -> dict[str, float | None]:

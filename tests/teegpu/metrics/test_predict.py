@@ -88,7 +88,7 @@ def test_shared_cores_add_up() -> None:
     sent, link = Traffic(10, 10, 0, 0), Link(0.0, math.inf, math.inf)
     work = Work(tee=1.0, gpu=2.0)
     assert predict.overlapped(sent, link, work, 8).seconds == pytest.approx(2.0, rel=0.05)
-    shared = Work(tee=1.0, gpu=2.0, shared=True)
+    shared = Work(tee=1.0, gpu=2.0, runner_share=1.0, server_share=1.0)
     assert predict.overlapped(sent, link, shared, 8).seconds == pytest.approx(3.0, rel=0.05)
 
 
