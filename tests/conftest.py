@@ -28,7 +28,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def isolated_user_files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or writes the user's cache, state, config or data, or sees a TEEGPU_* setting. → the new root."""
+    """No test reads or writes the user's cache, state, config or data, or sees a TEEGPU_* setting but the plan, which
+    is fused. → the new root."""
     root = tmp_path_factory.mktemp("home")
     for kind in ("cache", "state", "config", "data"):
         monkeypatch.setenv(f"XDG_{kind.upper()}_HOME", str(root / kind))
@@ -40,6 +41,10 @@ def isolated_user_files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     (root / "cache" / "teegpu" / "configs").symlink_to(configs)
     for name in [name for name in os.environ if name.startswith("TEEGPU_")]:
         monkeypatch.delenv(name)
+    # What auto would choose depends on the machine and its load, and tiny models belong in the TEE: tests name the plan
+    # that they mean, and this one stands for them where it does not matter. Those of auto say so.
+    for phase in ("PREFILL", "DECODE"):
+        monkeypatch.setenv(f"TEEGPU_RUN_{phase}_PLAN", "fused")
     return root
 
 

@@ -78,7 +78,7 @@ class Link:
 @dataclass(frozen=True, slots=True)
 class Work:
     """Busy seconds of a phase on both sides: what does not depend on the link. ``runner_other`` is the runner's time
-    that is neither. Of the cores that both sides share, ``runner_share`` and ``server_share`` are what each of them uses while
+    that is neither. Of the cores that both sides share, ``runner_share`` and ``server_share`` are what each uses while
     it computes (0: they share none, 1: all), and ``moving`` what the transport takes, over their number."""
 
     tee: float = 0.0

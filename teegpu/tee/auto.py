@@ -107,7 +107,7 @@ class Choice:
     def line(self) -> str:
         """One line for the user."""
         prefill = self.prefill_plan
-        if prefill != LOCAL and self.question.base.overlaps:
+        if prefill != LOCAL and self.question.base.overlaps and self.chunk_tokens < self.prompt_tokens:
             prefill += f" in chunks of {self.chunk_tokens}"
         told = [
             _told(self.prefills, self.prefill_plan, "to the first token"),

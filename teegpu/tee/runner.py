@@ -72,8 +72,8 @@ class Runner:
 
     ``notify`` is told in one line what takes time or what a user should know. ``log`` is where the events go, beside
     the runner's own ``summary``; ``start`` is the run's, None: now. ``prompt_tokens`` tells how long the prompt will
-    be, which the plan ``auto`` chooses for; ``choice`` is what it came to, or None. Raises ``TeegpuError`` of every kind, and the
-    transports' errors, from ``__init__``.
+    be, which the plan ``auto`` chooses for; ``choice`` is what it came to, or None. Raises ``TeegpuError`` of every
+    kind, and the transports' errors, from ``__init__``.
     """
 
     def __init__(
@@ -207,11 +207,11 @@ class Runner:
         self.welcome = fleet.welcome
         if AUTO in (config.run.prefill_plan, config.run.decode_plan):
             self._choose(fleet)
-        if self.prefill_plan.remote or self.decode_plan.remote:
-            self._gpu = self._client(fleet, self._wire_dtype(fleet), self.recorder)
-        else:
+        if not (self.prefill_plan.remote or self.decode_plan.remote):
             fleet.close()
             self.welcome = None
+            return
+        self._gpu = self._client(fleet, self._wire_dtype(fleet), self.recorder)
         for member in fleet.members:
             if member.client is None:
                 self._notify(f"going on without the server at {member.address}: {member.error or 'no answer yet'}")

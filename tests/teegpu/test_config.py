@@ -184,7 +184,7 @@ def test_a_file_that_is_a_folder(tmp_path: Path) -> None:
 
 
 def test_bad_flags(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r'^the command line: run\.prefill_plan = "fast" is not one of local, '):
+    with pytest.raises(ConfigError, match=r'^the command line: run\.prefill_plan = "fast" is not one of auto, local, '):
         load({"run.prefill_plan": "fast"}, environ={}, folder=tmp_path)
     with pytest.raises(KeyError, match=r"run\.plan"):
         load({"run.plan": "fused"}, environ={}, folder=tmp_path)
