@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -54,6 +55,27 @@ def expand(seed: bytes, rows: int, columns: int) -> torch.Tensor:
     return torch.from_numpy(stream.view(np.int32)).view(rows, columns)
 
 
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """Stands for the uniform int32 tensor ``expand(key, *shape)`` in ``shape[0] * shape[1] * 4`` bytes' place.
+
+    Raises ``ValueError`` for a key that is not of ``SEED_BYTES``."""
+
+    key: bytes = field(repr=False)
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.key) != SEED_BYTES:
+            raise ValueError(f"a seed is a key of {SEED_BYTES} bytes, not {len(self.key)}")
+
+    def expand(self) -> torch.Tensor:
+        return expand(self.key, *self.shape)
+
+
+Operand = torch.Tensor | Seed
+"""An input of a program: a tensor, or what it is expanded from."""
+
+
 def wrap(values: torch.Tensor) -> torch.Tensor:
     """Whole numbers in float64, at most 2**53 in size → int32 modulo 2**32."""
     return values.to(torch.int64).to(torch.int32)
@@ -78,6 +100,10 @@ class RingMatrix:
         if result is None:
             raise ValueError("a matrix without columns has no products")
         return result
+
+    def rows(self, start: int, stop: int) -> RingMatrix:
+        """Rows ``start`` to ``stop`` of the weight, as a matrix that shares their memory."""
+        return RingMatrix(self.weight[start:stop])
 
     @property
     def nbytes(self) -> int:

@@ -23,6 +23,7 @@ WIRE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 SERVER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 SPREADS = ("failover", "round-robin")
 WHEN_EXHAUSTED = ("fail", "wait")
+SHIELDS = ("auto", "on", "off")
 LOG_FORMATS = ("rich", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -261,6 +262,12 @@ class ServerSettings:
         "with #layers=0-10 in run.endpoints. Empty: all.",
         pattern=r"(\d{1,6}-\d{1,6})?",
         form="a range of layers such as 0-10",
+    )
+    shield: str = setting(
+        "auto",
+        "Whether it computes products that runners have masked, with int8 copies of its weights. auto: they are made "
+        "when a runner asks for them; on: at the start; off: never, and such runners are refused.",
+        choices=SHIELDS,
     )
     key: str = setting(
         "", "The server's own key pair: a name of 'teegpu keys list', or a secret key file. Empty: no encryption."

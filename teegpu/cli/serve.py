@@ -156,6 +156,7 @@ def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) ->
                 dtype=settings.server.dtype,
                 limits=limits,
                 layers=layers,
+                shield=settings.server.shield,
                 progress=lambda share: progress(f"loading {spec.name}", share),
             )
         # The runner of an embedded server has no use for answers any more.

@@ -15,14 +15,22 @@ from itertools import pairwise, takewhile
 
 import torch
 
+from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.kernels import Matrix, convert
+from teegpu.ring import Operand, RingMatrix, Seed
 from teegpu.wire.codec import TensorFrame, frame
 from teegpu.wire.dtypes import narrow, nbytes
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_BYTES, REMEMBERED_STEPS, Limits
-from teegpu.wire.program import Program, Shape, ShapeError, Step, infer_shapes, report_name
+from teegpu.wire.program import RING, Program, Shape, ShapeError, Step, infer_shapes, report_name
 
 _REPLY_HEADER_BYTES = 8 * 1024
+_PRODUCTS = frozenset({"linear", RING})
+
+_NOT_OFFERED = "this server does not compute shielded products: its server.shield is off"
+_RING_BYTES = 4 + 20
+"""Per value of a register in the ring: the value, and its copy in float64 and what is wrapped of it."""
+
 _QUANTISING_BYTES = 12
 """Per value at most, while an output is brought into int8: it is there in fp32, padded, and divided by its scales."""
 
@@ -32,7 +40,7 @@ class Kernel:
     """One product or sum: ``steps`` is one step, or the neighbouring linear steps that run as one matrix product."""
 
     steps: tuple[Step, ...]
-    matrix: Matrix | None
+    matrix: Matrix | RingMatrix | None
     weight: torch.Tensor | None
     sizes: tuple[int, ...]
     name: str
@@ -61,11 +69,20 @@ Clock = Callable[[], float]
 class Executor:
     """Executes programs on one device. One thread at a time.
 
-    Tensors come in as the wire gave them (on the CPU, in their wire dtype) and leave as frames for the wire.
+    Tensors come in as the wire gave them (on the CPU, in their wire dtype) and leave as frames for the wire. ``ring``
+    has the matrices for programs in the ring; None: they are refused.
     """
 
-    def __init__(self, weights: DeviceWeights, limits: Limits, clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self,
+        weights: DeviceWeights,
+        limits: Limits,
+        clock: Clock = time.perf_counter,
+        *,
+        ring: RingWeights | None = None,
+    ) -> None:
         self.weights = weights
+        self.ring = ring
         self.limits = limits
         self._clock = clock
         self.announce: Callable[[int], None] = lambda _: None
@@ -73,9 +90,11 @@ class Executor:
         most that one has needed so far. Before it is taken."""
         self._needed_bytes = 0
         self._loaded_bytes = weights.nbytes
+        self._ring_bytes = 0
+        """Of int8 weights that were made since."""
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
 
-    def run(self, program: Program, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]) -> Execution:
+    def run(self, program: Program, inputs: Mapping[str, Operand], encodings: Mapping[str, str]) -> Execution:
         """Runs ``program`` on ``inputs`` and brings each output into the wire dtype that ``encodings`` names.
 
         Raises ``ShapeError``.
@@ -96,12 +115,12 @@ class Executor:
         return done
 
     def _run_cpu(
-        self, program: Program, compiled: Compiled, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]
+        self, program: Program, compiled: Compiled, inputs: Mapping[str, Operand], encodings: Mapping[str, str]
     ) -> Execution:
         clock = self._clock
         times: dict[str, tuple[int, float]] = {}
         start = clock()
-        registers = {name: self._convert(tensor) for name, tensor in inputs.items()}
+        registers = {name: self._convert(_expanded(operand)) for name, operand in inputs.items()}
         brought_in = last = clock()
         for kernel in compiled.kernels:
             self._execute(kernel, registers)
@@ -115,14 +134,14 @@ class Executor:
         return Execution(frames, times, brought_in - start, last - brought_in, clock() - last)
 
     def _run_cuda(
-        self, program: Program, compiled: Compiled, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]
+        self, program: Program, compiled: Compiled, inputs: Mapping[str, Operand], encodings: Mapping[str, str]
     ) -> Execution:
         """As on the CPU, timed by device events: kernels are queued without waiting, one synchronisation at the end."""
         device = self.weights.device
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(compiled.kernels) + 3)]
         with torch.cuda.device(device):
             marks[0].record()
-            registers = {name: self._convert(_upload(tensor, device)) for name, tensor in inputs.items()}
+            registers = {name: self._convert(_upload(_expanded(operand), device)) for name, operand in inputs.items()}
             marks[1].record()
             for index, kernel in enumerate(compiled.kernels):
                 self._execute(kernel, registers)
@@ -138,7 +157,7 @@ class Executor:
         return Execution(frames, times, elapsed[0], sum(elapsed[1:-1]), elapsed[-1])
 
     def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
-        return convert(tensor, self.weights.dtype if tensor.dtype.is_floating_point else torch.int64)
+        return convert(tensor, self.weights.dtype) if tensor.dtype.is_floating_point else tensor
 
     def _execute(self, kernel: Kernel, registers: dict[str, torch.Tensor]) -> None:
         step = kernel.steps[0]
@@ -156,13 +175,23 @@ class Executor:
         elif step.op == "add":
             registers[step.output] = source + registers[step.inputs[1]]
         elif step.op == "embedding" and weight is not None:
-            registers[step.output] = torch.nn.functional.embedding(source, weight)
+            registers[step.output] = torch.nn.functional.embedding(source.to(torch.int64), weight)
         else:
             registers[step.output] = _grouped_matmul(source, registers[step.inputs[1]], step.transpose)
 
+    def make_ring(self) -> RingWeights:
+        """The int8 matrices, made where they are not yet. Raises ``ShapeError`` where they are not offered."""
+        if self.ring is None:
+            raise ShapeError("not-offered", _NOT_OFFERED)
+        if not self.ring.made:
+            self._ring_bytes = self.ring.nbytes
+            self._tell(0)
+            self.ring.make()
+        return self.ring
+
     # Checking
 
-    def _compile(self, program: Program, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]) -> Compiled:
+    def _compile(self, program: Program, inputs: Mapping[str, Operand], encodings: Mapping[str, str]) -> Compiled:
         replies = [encodings[name] for name in program.outputs]
         key = (program.packed, *(inputs[name].shape for name in program.inputs), *replies)
         known = self._compiled.get(key)
@@ -176,11 +205,14 @@ class Executor:
                 self._compiled.popitem(last=False)
         return made
 
-    def _check(self, program: Program, inputs: Mapping[str, torch.Tensor], encodings: Mapping[str, str]) -> Compiled:
+    def _check(self, program: Program, inputs: Mapping[str, Operand], encodings: Mapping[str, str]) -> Compiled:
+        if program.in_ring and self.ring is None:
+            raise ShapeError("not-offered", _NOT_OFFERED)
         given = {name: tuple(inputs[name].shape) for name in program.inputs}
         shapes = infer_shapes(program, given, self._weight_shape)
         reply = sum(nbytes(shapes[name], encodings[name]) for name in program.outputs)
-        needed = sum(math.prod(shape) for shape in shapes.values()) * self.weights.dtype.itemsize + reply
+        itemsize = _RING_BYTES if program.in_ring else self.weights.dtype.itemsize
+        needed = sum(math.prod(shape) for shape in shapes.values()) * itemsize + reply
         quantised = [math.prod(shapes[name]) for name in program.outputs if encodings[name] == "int8"]
         needed += _QUANTISING_BYTES * max(quantised, default=0)
         if needed > self.limits.working_bytes:
@@ -204,8 +236,10 @@ class Executor:
         self._needed_bytes = max(self._needed_bytes, needed)
         # A projection that is asked for alone may be copied.
         shapes = [self.weights.shape(step.weight) or () for step in program.steps if step.op == "linear"]
-        copies = sum(math.prod(shape) for shape in shapes) * self.weights.dtype.itemsize
-        self.announce(self._needed_bytes + copies + self.weights.nbytes - self._loaded_bytes)
+        self._tell(sum(math.prod(shape) for shape in shapes) * self.weights.dtype.itemsize)
+
+    def _tell(self, copies: int) -> None:
+        self.announce(self._needed_bytes + self._ring_bytes + copies + self.weights.nbytes - self._loaded_bytes)
 
     def _weight_shape(self, name: str) -> Shape | None:
         shape = self.weights.shape(name)
@@ -218,10 +252,16 @@ class Executor:
             )
         return shape
 
-    def _check_inputs(self, program: Program, inputs: Mapping[str, torch.Tensor]) -> None:
+    def _check_inputs(self, program: Program, inputs: Mapping[str, Operand]) -> None:
         """What shapes do not tell. Done on the CPU, before anything is on the device."""
         for name in program.inputs:
             tensor = inputs[name]
+            if program.in_ring:
+                if not isinstance(tensor, Seed) and tensor.dtype != torch.int32:
+                    raise ShapeError("bad-shape", f"register {name!r} is in the ring, but came as {tensor.dtype}")
+                continue
+            if isinstance(tensor, Seed):
+                raise ShapeError("bad-shape", f"register {name!r} came as a seed, which only programs in the ring take")
             if name not in program.id_registers:
                 if not tensor.dtype.is_floating_point:
                     raise ShapeError("bad-shape", f"register {name!r} is values, but came as {tensor.dtype}")
@@ -238,11 +278,11 @@ class Executor:
         steps = list(program.steps)
         while steps:
             run = _run_of_linears(steps)
-            matrix = self.weights.matrix(*(step.weight for step in run)) if run else None
+            matrix = self._matrix(run) if run else None
             if matrix is None:
                 run = steps[:1]
-                matrix = self.weights.matrix(run[0].weight) if run[0].op == "linear" else None
-            if matrix is None and run[0].op == "linear":
+                matrix = self._matrix(run) if run[0].op in _PRODUCTS else None
+            if matrix is None and run[0].op in _PRODUCTS:
                 raise ShapeError("unknown-weight", f"the server multiplies with no weight {run[0].weight!r}")
             weight = self.weights.tensor(run[0].weight) if run[0].weight and matrix is None else None
             sizes = tuple(shapes[step.output][-1] for step in run)
@@ -250,10 +290,21 @@ class Executor:
             del steps[: len(run)]
         return kernels
 
+    def _matrix(self, steps: list[Step]) -> Matrix | RingMatrix | None:
+        """The matrix of ``steps``, products of one kind, or None where they have none in common."""
+        names = [step.weight for step in steps]
+        if steps[0].op == RING:
+            return self.make_ring().matrix(*names)
+        return self.weights.matrix(*names)
+
 
 def _run_of_linears(steps: list[Step]) -> list[Step]:
-    """The leading linear steps that share the first one's input, or none."""
-    return list(takewhile(lambda step: step.op == "linear" and step.inputs == steps[0].inputs, steps))
+    """The leading products with weights that share the first one's input, or none."""
+    return list(takewhile(lambda step: step.op in _PRODUCTS and step.inputs == steps[0].inputs, steps))
+
+
+def _expanded(operand: Operand) -> torch.Tensor:
+    return operand.expand() if isinstance(operand, Seed) else operand
 
 
 def _count(times: dict[str, tuple[int, float]], kernel: Kernel, seconds: float) -> None:

@@ -19,6 +19,7 @@ from teegpu import __version__, machine
 from teegpu.errors import ConfigError, MismatchError, WireError, nearest
 from teegpu.gpu.executor import Executor
 from teegpu.gpu.load import Busy
+from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
@@ -130,7 +131,7 @@ class GpuServer:
                 return self._execute(message, incoming, started_ns)
             if isinstance(message, Hello):
                 log.debug("hello from a client of version %s", message.software)
-                return codec.encode_welcome(self._welcome(request_id))
+                return codec.encode_welcome(self._welcome(message))
             if isinstance(message, Health):
                 return codec.encode_health_report(self._health(request_id))
             raise WireError("a server takes hello, health and execute messages only")
@@ -189,10 +190,13 @@ class GpuServer:
             draining=self._stopping,
         )
 
-    def _welcome(self, request_id: int) -> Welcome:
-        me = self._identity
+    def _welcome(self, hello: Hello) -> Welcome:
+        """Where the client asks for it, the int8 weights are made first. Raises ``ShapeError`` where there are none."""
+        me, ring = self._identity, self._executor.ring
+        if hello.ring:
+            self._executor.make_ring()
         return Welcome(
-            request_id=request_id,
+            request_id=hello.request_id,
             software=__version__,
             instance=self._instance,
             model=me.spec.name[:MAX_LABEL_LENGTH],
@@ -210,6 +214,7 @@ class GpuServer:
                 "working_bytes": self._limits.working_bytes,
             },
             layers=me.layers or (0, me.spec.layers - 1),
+            ring_digest="" if ring is None else ring.digest,
         )
 
 
@@ -273,10 +278,12 @@ def load(
     dtype: str,
     limits: Limits,
     layers: tuple[int, int] | None = None,
+    shield: str = "auto",
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Executor, Identity]:
     """Loads the model, or these ``layers`` of it (the first and the last one), onto the device and returns what serves
-    it. The digest is that of the whole model: its files are read for it, but not kept. Raises ``ModelError``, and
+    it. The digest is that of the whole model: its files are read for it, but not kept. ``shield``: the int8 weights for
+    shielded products are made now (on), when they are asked for (auto), or never (off). Raises ``ModelError``, and
     ``ConfigError`` for a device or dtype that can't be."""
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
@@ -285,7 +292,10 @@ def load(
     identity = Identity(
         spec, store.digest(), label, dtype_name(kind), torch.get_num_threads(), weights.nbytes, weights.layers
     )
-    return Executor(weights, limits), identity
+    ring = None if shield == "off" else RingWeights(store.reopen, spec, device=where, layers=weights.layers)
+    if ring is not None and shield == "on":
+        ring.make()
+    return Executor(weights, limits, ring=ring), identity
 
 
 def _message(encoded: codec.Encoded) -> Message:

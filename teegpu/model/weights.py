@@ -70,6 +70,10 @@ class WeightStore:
             self.close()
             raise
 
+    def reopen(self) -> WeightStore:
+        """Another store of the same weights: this one may be closed by then."""
+        return WeightStore(self._folder, self._spec)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files that hold the weights."""

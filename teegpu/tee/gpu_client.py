@@ -20,6 +20,7 @@ from teegpu.metrics.events import SERIALIZATION, WAIT, Retried, Rpc
 from teegpu.metrics.recorder import Recorder
 from teegpu.model.spec import ModelSpec
 from teegpu.options import frame_kinds
+from teegpu.ring import Seed
 from teegpu.tee.connections import Group, Member
 from teegpu.tee.fleet import Fleet
 from teegpu.tee.greeting import check_digest, decode_reply, hello
@@ -209,8 +210,11 @@ class GpuClient:
     def _encode(self, call: Call) -> tuple[int, _Request]:
         self._next_id += 1
         program = call.program
-        layout = self._layouts.get(program.packed)
-        if layout is None:
+        if program.in_ring:
+            layout = _ring_layout(call)
+        elif (known := self._layouts.get(program.packed)) is not None:
+            layout = known
+        else:
             layout = self._layouts[program.packed] = self._layout(program)
         encoded = codec.encode_execute(Execute(self._next_id, program, call.inputs, *layout))
         _, most = self._expected(call)
@@ -288,14 +292,16 @@ class GpuClient:
         if expected is None:
             given = {name: tuple(tensor.shape) for name, tensor in call.inputs.items()}
             shapes = infer_shapes(program, given, self.spec.weights.get)
-            most = MAX_HEADER_BYTES + sum(nbytes(shapes[name], self._encoding(name)) for name in program.outputs)
+            encodings = {name: "int32" if program.in_ring else self._encoding(name) for name in program.outputs}
+            most = MAX_HEADER_BYTES + sum(nbytes(shapes[name], encoding) for name, encoding in encodings.items())
             if len(self._shapes) > 8192:
                 self._shapes.clear()
             expected = self._shapes[key] = shapes, most
         return expected
 
     def _checked(self, call: Call, result: Result, address: str) -> dict[str, torch.Tensor]:
-        """The outputs in fp32. Raises ``BadReplyError`` where they can't be the answer to ``call``."""
+        """The outputs in fp32, or int32 in the ring. Raises ``BadReplyError`` where they can't be the answer to
+        ``call``."""
         program = call.program
         shapes, _ = self._expected(call)
         if tuple(result.tensors) != program.outputs:
@@ -305,10 +311,14 @@ class GpuClient:
                 raise _bad(call, address, f"another count of operations than were asked for: {name} × {count}")
         outputs: dict[str, torch.Tensor] = {}
         for name, tensor in result.tensors.items():
-            if tuple(tensor.shape) != shapes[name] or result.encodings[name] != self._encoding(name):
+            encoding = "int32" if program.in_ring else self._encoding(name)
+            if tuple(tensor.shape) != shapes[name] or result.encodings[name] != encoding:
                 found = f"{result.encodings[name]} {tuple(tensor.shape)}"
-                expected = f"{self._encoding(name)} {shapes[name]}"
+                expected = f"{encoding} {shapes[name]}"
                 raise _bad(call, address, f"register {name!r} as {found}, expected {expected}")
+            if program.in_ring:  # every int32 is a value
+                outputs[name] = tensor
+                continue
             values = tensor.to(torch.float32)
             # One pass: infinities and NaNs survive a sum. (int8 has none: its scales were checked when it was decoded.)
             checked = result.encodings[name] == "int8" or not self._check_finite
@@ -317,6 +327,12 @@ class GpuClient:
                                       "range may be exceeded: serve with --dtype bf16)")  # fmt: skip
             outputs[name] = values
         return outputs
+
+
+def _ring_layout(call: Call) -> tuple[dict[str, str], dict[str, str]]:
+    """As ``GpuClient._layout``, of a program in the ring."""
+    encodings = {name: "seed" if isinstance(operand, Seed) else "int32" for name, operand in call.inputs.items()}
+    return encodings, dict.fromkeys(call.program.outputs, "int32")
 
 
 def _bad(call: Call, address: str, what: str) -> BadReplyError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from teegpu import __version__
 from teegpu.endpoints import Endpoint
 from teegpu.errors import BadReplyError, MismatchError, ServerRefusedError, WireError
@@ -26,8 +28,8 @@ def decode_reply(decoder: codec.Decoder, reply: Reply, endpoint: str) -> WireMes
     return answer
 
 
-def hello_message() -> Message:
-    return Message(codec.encode_hello(Hello(0, __version__)).frames, max_reply_bytes=MAX_HEADER_BYTES)
+def hello_message(*, ring: bool = False) -> Message:
+    return Message(codec.encode_hello(Hello(0, __version__, ring)).frames, max_reply_bytes=MAX_HEADER_BYTES)
 
 
 def read_welcome(decoder: codec.Decoder, reply: Reply, endpoint: str) -> Welcome:
@@ -45,10 +47,20 @@ def hello(transport: Client, decoder: codec.Decoder, timeout_seconds: float) -> 
 
 
 class Greeter:
-    """Says hello for a runner of the model ``spec`` with ``digest``, and checks who answers."""
+    """Says hello for a runner of the model ``spec`` with ``digest``, and checks who answers.
 
-    def __init__(self, decoder: codec.Decoder, spec: ModelSpec, digest: str) -> None:
-        self.message = hello_message()
+    ``ring_digest`` gives what a server that holds layers from a first to a last one has to say of its int8 weights;
+    None where the runner has no programs in the ring."""
+
+    def __init__(
+        self,
+        decoder: codec.Decoder,
+        spec: ModelSpec,
+        digest: str,
+        ring_digest: Callable[[tuple[int, int]], str] | None = None,
+    ) -> None:
+        self.message = hello_message(ring=ring_digest is not None)
+        self._ring_digest = ring_digest
         self._decoder = decoder
         self._spec = spec
         self._digest = digest
@@ -59,7 +71,7 @@ class Greeter:
         welcome = read_welcome(self._decoder, reply, endpoint.address)
         spec, where = self._spec, f"the server at {endpoint.address}"
         check_digest(welcome, spec, self._digest, endpoint.address)
-        if welcome.dims.get("layers") != spec.layers:
+        if welcome.dims.get("layers") != spec.layers or welcome.layers[1] >= spec.layers:
             raise MismatchError(f"{where} has another number of layers than model '{spec.name}'")
         first, last = endpoint.layers or (0, spec.layers - 1)
         if welcome.layers[0] > first or welcome.layers[1] < last:
@@ -67,6 +79,13 @@ class Greeter:
                 f"{where} holds layers {welcome.layers[0]}-{welcome.layers[1]}, and is to compute {first}-{last}: "
                 "give it '#layers=…' in run.endpoints, or 'serve --layers' to match"
             )
+        if self._ring_digest is not None:
+            ours = self._ring_digest(welcome.layers)
+            if welcome.ring_digest != ours:
+                raise MismatchError(
+                    f"{where} has other int8 weights (digest {welcome.ring_digest[:12] or 'none'}) than this runner "
+                    f"makes of '{spec.name}' (digest {ours[:12]}): install the same teegpu release on both sides"
+                )
         return welcome
 
 

@@ -14,6 +14,7 @@ import torch
 
 from teegpu.metrics.events import NO_LAYER, TEE
 from teegpu.metrics.recorder import Recorder
+from teegpu.ring import Operand
 from teegpu.tee.weights import TeeWeights
 from teegpu.wire.program import Program, report_name
 
@@ -25,7 +26,7 @@ class Call:
     """A program with its inputs, and where in the model it belongs (for the record)."""
 
     program: Program
-    inputs: Mapping[str, torch.Tensor]
+    inputs: Mapping[str, Operand]
     layer: int = NO_LAYER
     chunk: int = 0
 
@@ -36,7 +37,8 @@ class Products(Protocol):
     narrow_range: bool
 
     async def run(self, call: Call) -> dict[str, torch.Tensor]:
-        """The outputs of ``call`` in fp32. They are the caller's own: it may write to them."""
+        """The outputs of ``call`` in fp32, int32 for a program in the ring. They are the caller's own: it may write to
+        them."""
 
     async def run_all(self, calls: Sequence[Call]) -> list[dict[str, torch.Tensor]]:
         """The outputs of independent calls, at once where the transport can have several in flight."""
@@ -54,6 +56,8 @@ class LocalProducts:
     async def run(self, call: Call) -> dict[str, torch.Tensor]:
         steps = call.program.steps
         source = call.inputs[steps[0].inputs[0]]
+        if call.program.in_ring or not isinstance(source, torch.Tensor):
+            raise TypeError("the plan local has no programs in the ring")
         matrix = self._weights.matrix(tuple(step.weight for step in steps))
         product = matrix.product(source.to(matrix.dtype)).to(torch.float32)
         sizes = [self._weights.spec.weights[step.weight][0] for step in steps]

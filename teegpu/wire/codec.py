@@ -22,6 +22,7 @@ import msgpack
 import torch
 
 from teegpu.errors import MismatchError, WireError
+from teegpu.ring import SEED_BYTES, Operand, Seed
 from teegpu.wire import dtypes, program
 from teegpu.wire.limits import (
     MAX_DIMS,
@@ -74,7 +75,7 @@ class VersionError(MismatchError):
 
 
 def encode_hello(message: Hello) -> Encoded:
-    return _encode([PROTOCOL_VERSION, "hello", message.request_id, message.software])
+    return _encode([PROTOCOL_VERSION, "hello", message.request_id, message.software, message.ring])
 
 
 def encode_welcome(message: Welcome) -> Encoded:
@@ -90,6 +91,7 @@ def encode_welcome(message: Welcome) -> Encoded:
         "memory_bytes": message.memory_bytes,
         "limits": message.limits,
         "layers": message.layers,
+        "ring_digest": message.ring_digest,
     }
     return _encode([PROTOCOL_VERSION, "welcome", message.request_id, body])
 
@@ -110,13 +112,15 @@ def encode_refusal(message: Refusal) -> Encoded:
 
 def encode_execute(message: Execute) -> Encoded:
     code = message.program
-    frames = [
-        frame(register, message.tensors[register].shape, message.encodings[register],
-              dtypes.narrow(message.tensors[register], message.encodings[register]))
-        for register in code.inputs
-    ]  # fmt: skip
+    frames = [_input(register, message.tensors[register], message.encodings[register]) for register in code.inputs]
     replies = [message.reply_encodings[register] for register in code.outputs]
     return _encode([PROTOCOL_VERSION, "execute", message.request_id, code.packed, replies], frames)
+
+
+def _input(register: str, operand: Operand, encoding: str) -> TensorFrame:
+    if isinstance(operand, Seed):
+        return TensorFrame(register, operand.shape, encoding, memoryview(operand.key))
+    return frame(register, operand.shape, encoding, dtypes.narrow(operand, encoding))
 
 
 def encode_result(request_id: int, times: ServerTimes, frames: Sequence[TensorFrame]) -> Encoded:
@@ -188,8 +192,8 @@ class Decoder:
             return self._result(request_id, body, frames)
         if len(frames) != 1:
             raise WireError(f"a message of kind {_shown(kind)} has no tensors")
-        if kind == "hello" and len(body) == 1:
-            return Hello(request_id, _text(body[0], "software"))
+        if kind == "hello" and len(body) == 2 and type(body[1]) is bool:
+            return Hello(request_id, _text(body[0], "software"), body[1])
         if kind == "health" and len(body) == 1:
             return Health(request_id, _text(body[0], "software"))
         if kind == "health-report" and len(body) == 1:
@@ -224,10 +228,11 @@ class Decoder:
         code = self._program(packed)
         if not isinstance(replies, list) or len(replies) != len(code.outputs):
             raise WireError("an execute message names one reply encoding for each output")
+        known = ("int32",) if code.in_ring else dtypes.FLOATS
         for encoding in replies:
-            if encoding not in dtypes.FLOATS:
-                raise WireError(f"a reply encoding is one of {', '.join(dtypes.FLOATS)}")
-        tensors, encodings = self._tensors(table, frames)
+            if encoding not in known:
+                raise WireError(f"a reply encoding of this program is one of {', '.join(known)}")
+        tensors, encodings = self._operands(table, frames)
         if tuple(tensors) != code.inputs:
             raise WireError("an execute message carries one tensor for each of its program's inputs, in their order")
         return Execute(request_id, code, tensors, encodings, dict(zip(code.outputs, replies, strict=True)))
@@ -250,19 +255,22 @@ class Decoder:
         if len(body) != 2:
             raise WireError("a result has times and a tensor table")
         times = _times(body[0])
-        tensors, encodings = self._tensors(body[1], frames)
+        operands, encodings = self._operands(body[1], frames)
+        tensors = {register: value for register, value in operands.items() if not isinstance(value, Seed)}
+        if len(tensors) != len(operands):
+            raise WireError("a result holds no seeds")
         return Result(request_id, tensors, encodings, times)
 
-    def _tensors(self, packed: object, frames: Sequence[memoryview]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def _operands(self, packed: object, frames: Sequence[memoryview]) -> tuple[dict[str, Operand], dict[str, str]]:
         table = self._table(packed)
         if len(table) != len(frames) - 1:
             raise WireError("a tensor table has one row for each frame after the header")
-        tensors: dict[str, torch.Tensor] = {}
+        operands: dict[str, Operand] = {}
         encodings: dict[str, str] = {}
         for (register, shape, encoding), frame in zip(table, frames[1:], strict=True):
-            tensors[register] = dtypes.decode(frame, shape, encoding)
+            operands[register] = _seed(frame, shape) if encoding == "seed" else dtypes.decode(frame, shape, encoding)
             encodings[register] = encoding
-        return tensors, encodings
+        return operands, encodings
 
     def _table(self, packed: object) -> tuple[Row, ...]:
         if not isinstance(packed, bytes):
@@ -308,6 +316,12 @@ class Decoder:
 
 Row = tuple[str, tuple[int, ...], str]
 """Register, shape, wire dtype."""
+
+
+def _seed(frame: memoryview, shape: tuple[int, ...]) -> Seed:
+    if len(shape) != 2 or frame.nbytes != SEED_BYTES:
+        raise WireError(f"a seed is {SEED_BYTES} bytes that stand for (rows, columns), not {frame.nbytes} for {shape}")
+    return Seed(bytes(frame), (shape[0], shape[1]))
 
 
 def _shown(value: object) -> str:
@@ -357,6 +371,7 @@ def _welcome(request_id: int, body: object) -> Welcome:
         memory_bytes=_integer(body.get("memory_bytes"), "memory_bytes"),
         limits=_integers(body.get("limits"), "limits"),
         layers=_layers(body.get("layers")),
+        ring_digest=_text(body.get("ring_digest"), "ring_digest"),
     )
 
 

@@ -6,7 +6,8 @@
 | bf16  | 2·rows·n                             | fp32's range, 8 bits of precision         |
 | fp16  | 2·rows·n                             | 11 bits of precision, ends at 65,504      |
 | int8  | rows·n + 2·rows·⌈n/64⌉               | groups of 64 values share an fp16 scale   |
-| int32 | 4·rows·n                             | token ids (never quantised)               |
+| int32 | 4·rows·n                             | token ids; values modulo 2**32            |
+| seed  | 32                                   | the int32 tensor that is expanded from it |
 
 What a wire dtype can't hold stays visible, it is never clipped in silence: in fp16 it becomes infinite; in int8, which
 ends at ±127 · 65,504, its group's scale becomes infinite (or NaN, for NaN), and the receiver refuses the message.
@@ -26,6 +27,7 @@ import torch
 
 from teegpu.errors import WireError
 from teegpu.kernels import convert
+from teegpu.ring import SEED_BYTES
 
 if sys.byteorder != "little":
     raise ImportError("teegpu's wire format is little-endian, and so must the machine be")
@@ -37,7 +39,9 @@ PLAIN: Final[dict[str, torch.dtype]] = {
     "int32": torch.int32,
 }
 FLOATS: Final = ("fp32", "bf16", "fp16", "int8")
-NAMES: Final = (*FLOATS, "int32")
+TENSORS: Final = (*FLOATS, "int32")
+NAMES: Final = (*TENSORS, "seed")
+"""A seed stands for a tensor and holds none: it is read and written in ``codec``."""
 
 GROUP: Final = 64
 """Values that share one int8 scale: 3 % more bytes than one scale per token, a fifth of its error."""
@@ -50,13 +54,15 @@ allocator keeps the memory for the next block (fresh pages cost more than the ar
 
 
 def itemsize(name: str) -> int:
-    """Bytes per value, scales left out."""
-    return 1 if name == "int8" else PLAIN[name].itemsize
+    """Bytes per value, scales left out; of a seed, which holds none, 1."""
+    return PLAIN[name].itemsize if name in PLAIN else 1
 
 
 @lru_cache(maxsize=4096)
 def nbytes(shape: tuple[int, ...], name: str) -> int:
     """Bytes of a frame that holds ``shape`` in wire dtype ``name``."""
+    if name == "seed":
+        return SEED_BYTES
     values = math.prod(shape)
     if name != "int8":
         return values * PLAIN[name].itemsize

@@ -15,17 +15,20 @@ from typing import Any, Final
 
 import torch
 
+from teegpu.ring import Operand
 from teegpu.wire.program import Program
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Opens the exchange. ``software`` is the client's version, for the server's log."""
+    """Opens the exchange. ``software`` is the client's version, for the server's log. ``ring``: it will send programs
+    in the ring (see ``Program.in_ring``), and asks for ``Welcome.ring_digest``."""
 
     request_id: int
     software: str
+    ring: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class Welcome:
 
     ``instance`` is random per server process; ``limits`` are the server's bounds by name. ``layers`` are the first and
     the last layer whose weights it holds: with the first of all goes the embedding, with the last of all the final norm
-    and lm_head. The digest is that of the whole model, whatever part of it is held.
+    and lm_head. The digest is that of the whole model, whatever part of it is held. ``ring_digest`` is
+    ``ring.combined`` of the int8 weights of these layers, in hex; empty while they are not made.
     """
 
     request_id: int
@@ -49,6 +53,7 @@ class Welcome:
     memory_bytes: int
     limits: dict[str, int]
     layers: tuple[int, int]
+    ring_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +101,13 @@ class HealthReport:
 class Execute:
     """Run ``program`` on ``tensors`` (by input register) and send its outputs back.
 
-    ``encodings`` names the wire dtype of each input, ``reply_encodings`` that of each output.
+    ``encodings`` names the wire dtype of each input, ``reply_encodings`` that of each output. In a program in the ring
+    an input may be a ``Seed``, which the server expands.
     """
 
     request_id: int
     program: Program
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, Operand]
     encodings: Mapping[str, str]
     reply_encodings: Mapping[str, str]
 
@@ -145,7 +151,16 @@ class Refusal:
     text: str
 
 
-REFUSALS: Final = ("malformed", "version", "unknown-weight", "bad-shape", "too-large", "out-of-memory", "internal")
+REFUSALS: Final = (
+    "malformed",
+    "version",
+    "unknown-weight",
+    "bad-shape",
+    "too-large",
+    "out-of-memory",
+    "not-offered",
+    "internal",
+)
 
 Message = Hello | Welcome | Execute | Result | Refusal | Health | HealthReport
 Header = list[Any]

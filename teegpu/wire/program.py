@@ -36,9 +36,12 @@ OPS: dict[str, OpShape] = {
     "scale": OpShape(inputs=1, takes_weight=True),
     "matmul": OpShape(inputs=2, takes_weight=False),
     "add": OpShape(inputs=2, takes_weight=False),
+    "ring_linear": OpShape(inputs=1, takes_weight=True),
 }
 """Every operation that a GPU server runs. All are linear in each register that they read (``embedding``: in the one-hot
-rows that its ids stand for)."""
+rows that its ids stand for; ``ring_linear``: modulo 2**32)."""
+
+RING: Final = "ring_linear"
 
 REPORT_NAMES: Final = frozenset({op.upper() for op in OPS} | {"LM_HEAD"})
 """Every operation by its name in reports, as ``report_name`` gives it."""
@@ -53,6 +56,8 @@ class Step(NamedTuple):
     ``matmul``: per head, (heads, rows, inner) with (kv_heads, inner, columns), or (kv_heads, columns, inner) where
     ``transpose`` is set; heads is a multiple of kv_heads, and neighbouring heads share one.
     ``add``: the sum of two registers of one shape.
+    ``ring_linear``: ``inputs[0] @ int8(weight).T`` modulo 2**32, int32 (tokens, in) → int32 (tokens, out), where int8
+    is ``ring.quantise``.
     """
 
     op: str
@@ -66,12 +71,16 @@ def linear(output: str, weight: str, source: str) -> Step:
     return Step("linear", output, (source,), weight)
 
 
+def ring_linear(output: str, weight: str, source: str) -> Step:
+    return Step(RING, output, (source,), weight)
+
+
 @dataclass(frozen=True)
 class Program:
     """Steps with the registers that go in and come out.
 
     Raises ``WireError`` when made of unknown operations, when registers are read before they are written, written
-    twice, or never used, or when token ids are computed or computed with.
+    twice, or never used, when token ids are computed or computed with, or when only a part of it is in the ring.
     """
 
     inputs: tuple[str, ...]
@@ -110,11 +119,18 @@ class Program:
             step.op != "embedding" and ids.intersection(step.inputs) for step in self.steps
         ):
             raise WireError("token ids are an input of the program, read by 'embedding' alone")
+        if len({step.op == RING for step in self.steps}) > 1:
+            raise WireError(f"a program with a step {RING!r} has no steps of other kinds: its registers are int32")
 
     @cached_property
     def id_registers(self) -> frozenset[str]:
         """The inputs that hold token ids; all others hold values."""
         return frozenset(step.inputs[0] for step in self.steps if step.op == "embedding")
+
+    @cached_property
+    def in_ring(self) -> bool:
+        """Whether every register is int32, modulo 2**32; else values are floats."""
+        return self.steps[0].op == RING
 
     @cached_property
     def packed(self) -> bytes:
@@ -124,7 +140,7 @@ class Program:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """Logical operations by the names of reports: LINEAR, LM_HEAD, EMBEDDING, MATMUL, SCALE, ADD."""
+        """Logical operations by the names of reports: LINEAR, LM_HEAD, EMBEDDING, MATMUL, SCALE, ADD, RING_LINEAR."""
         counts: dict[str, int] = {}
         for step in self.steps:
             name = report_name(step)
@@ -181,13 +197,13 @@ def _shape_of(step: Step, shapes: Mapping[str, Shape], weight_shape: Callable[[s
                 "bad-shape", f"embedding takes (tokens,) ids and embed_tokens, got {first} and {step.weight!r}"
             )
         return (first[0], weight[1])
-    if len(weight) != (2 if step.op == "linear" else 1) or len(first) != 2 or first[1] != weight[-1]:
+    if len(weight) != (1 if step.op == "scale" else 2) or len(first) != 2 or first[1] != weight[-1]:
         raise ShapeError("bad-shape", f"{step.op} {step.weight!r} {weight} can't take an input of shape {first}")
     return (first[0], weight[0])
 
 
 def report_name(step: Step) -> str:
-    return "LM_HEAD" if step.weight == "lm_head" else step.op.upper()
+    return "LM_HEAD" if step.weight == "lm_head" and step.op != RING else step.op.upper()
 
 
 def check_name(value: object, what: str) -> str:

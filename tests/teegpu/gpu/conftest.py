@@ -40,6 +40,9 @@ class MemoryStore:
         self.tensors = {name: torch.randn(shape, generator=generator) / 4 for name, shape in spec.weights.items()}
         self.loaded: list[str] = []
 
+    def load(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
     def load_into(self, name: str, out: torch.Tensor) -> None:
         assert out.shape == self.tensors[name].shape
         self.loaded.append(name)

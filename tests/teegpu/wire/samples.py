@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from teegpu.ring import Operand, Seed
 from teegpu.wire import codec, dtypes
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Execute, HealthReport, ServerTimes, Welcome
-from teegpu.wire.program import Program, Step, linear, single
+from teegpu.wire.program import Program, Step, linear, ring_linear, single
 
 LIMITS = Limits(message_bytes=2**20, tensors=4, dimension=4096, program_steps=8)
 
@@ -16,6 +17,7 @@ FUSED = Program(
     (linear("o", "o_proj", "a"), Step("add", "z", ("x", "o")), linear("up", "up_proj", "z")),
     ("z", "up"),
 )
+RING = Program(("n",), (ring_linear("q", "q_proj", "n"), ring_linear("k", "k_proj", "n")), ("q", "k"))
 EMBED = single(["ids"], Step("embedding", "x", ("ids",), "embed_tokens"))
 
 WELCOME = Welcome(
@@ -65,6 +67,12 @@ def execute(encoding: str = "fp32", reply: str = "fp16") -> codec.Encoded:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "x": torch.ones(2, 65)}
     message = Execute(3, FUSED, tensors, dict.fromkeys(tensors, encoding), {"z": reply, "up": "int8"})
     return codec.encode_execute(message)
+
+
+def in_ring(operand: Operand) -> codec.Encoded:
+    """A request in the ring with ``operand`` as its input."""
+    encoding = "seed" if isinstance(operand, Seed) else "int32"
+    return codec.encode_execute(Execute(4, RING, {"n": operand}, {"n": encoding}, dict.fromkeys("qk", "int32")))
 
 
 def result(encoding: str = "fp32") -> codec.Encoded:

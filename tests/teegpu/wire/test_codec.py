@@ -315,7 +315,7 @@ def test_every_text_of_a_welcome_is_cleaned_and_bounded(field: str) -> None:
 
 
 def test_a_hello_is_cleaned_too() -> None:
-    assert decoder().decode(raw([PROTOCOL_VERSION, "hello", 0, "0.1\n.0"])) == Hello(0, "0.1 .0")
+    assert decoder().decode(raw([PROTOCOL_VERSION, "hello", 0, "0.1\n.0", True])) == Hello(0, "0.1 .0", True)
 
 
 def test_long_refusals_are_cut_when_they_are_sent() -> None:

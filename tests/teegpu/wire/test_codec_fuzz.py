@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teegpu.errors import WireError
+from teegpu.ring import Seed
 from teegpu.wire import codec, dtypes
 from teegpu.wire.messages import (
     PROTOCOL_VERSION,
@@ -19,7 +20,7 @@ from teegpu.wire.messages import (
     Result,
     Welcome,
 )
-from tests.teegpu.wire.samples import EMBED, HEALTH, WELCOME, decoder, execute, result
+from tests.teegpu.wire.samples import EMBED, HEALTH, WELCOME, decoder, execute, in_ring, result
 
 SEEDS = [
     codec.encode_hello(Hello(1, "0.1.0")),
@@ -30,6 +31,8 @@ SEEDS = [
     execute("fp32"),
     execute("int8"),
     result("bf16"),
+    in_ring(torch.tensor([[1, -(2**31)]], dtype=torch.int32)),
+    in_ring(Seed(bytes(range(32)), (3, 5))),
     codec.encode_execute(Execute(1, EMBED, {"ids": torch.tensor([1, 2])}, {"ids": "int32"}, {"x": "fp32"})),
 ]
 MESSAGES = (Hello, Welcome, Health, HealthReport, Execute, Result, Refusal)

@@ -115,7 +115,7 @@ def test_token_ids_come_back_exactly() -> None:
     assert back.tolist() == ids.tolist()
 
 
-@pytest.mark.parametrize("name", dtypes.NAMES)
+@pytest.mark.parametrize("name", dtypes.TENSORS)
 def test_memory_with_holes_is_sent_in_order(name: str) -> None:
     tensor = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     if name == "int32":
@@ -185,7 +185,7 @@ def test_the_largest_scales_are_finite_together() -> None:
 # Lengths
 
 
-@pytest.mark.parametrize("name", dtypes.NAMES)
+@pytest.mark.parametrize("name", dtypes.TENSORS)
 @pytest.mark.parametrize("change", [-1, 1, 64])
 def test_a_frame_of_another_length_is_refused(name: str, change: int) -> None:
     frame = memoryview(bytearray(dtypes.nbytes((3, 65), name) + change))
@@ -194,13 +194,13 @@ def test_a_frame_of_another_length_is_refused(name: str, change: int) -> None:
 
 
 def test_a_shape_beyond_all_memory_is_refused_by_its_length() -> None:
-    for name in dtypes.NAMES:
+    for name in dtypes.TENSORS:
         with pytest.raises(WireError):
             dtypes.decode(memoryview(bytearray(16)), (2**24, 2**24, 2**24), name)
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.sampled_from(dtypes.NAMES), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
+@given(st.sampled_from(dtypes.TENSORS), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
 def test_any_bytes_of_the_right_length_are_a_tensor_or_a_wire_error(
     name: str, shape: list[int], data: st.DataObject
 ) -> None:
@@ -240,7 +240,7 @@ def test_a_frame_outlives_the_tensor_it_came_from() -> None:
     assert dtypes.decode(received(frame), (100, 100), "fp32").unique().tolist() == [7.0]
 
 
-@pytest.mark.parametrize("name", dtypes.NAMES)
+@pytest.mark.parametrize("name", dtypes.TENSORS)
 def test_a_read_only_frame_gives_a_tensor_that_may_be_written(name: str) -> None:
     tensor = torch.ones((2, 64), dtype=torch.int32 if name == "int32" else torch.float32)
     sent = bytes(dtypes.encode(tensor, name))
@@ -250,7 +250,7 @@ def test_a_read_only_frame_gives_a_tensor_that_may_be_written(name: str) -> None
     assert sent == bytes(dtypes.encode(tensor, name))
 
 
-@pytest.mark.parametrize("name", dtypes.NAMES)
+@pytest.mark.parametrize("name", dtypes.TENSORS)
 def test_a_frame_may_start_anywhere_and_be_of_any_format(name: str) -> None:
     tensor = torch.arange(192).reshape(3, 64)
     tensor = tensor.to(torch.int32) if name == "int32" else tensor.to(torch.float32)
@@ -262,7 +262,7 @@ def test_a_frame_may_start_anywhere_and_be_of_any_format(name: str) -> None:
     assert torch.equal(dtypes.decode(wide, (3, 64), name), expected)
 
 
-@pytest.mark.parametrize("name", dtypes.NAMES)
+@pytest.mark.parametrize("name", dtypes.TENSORS)
 def test_frames_are_flat_bytes(name: str) -> None:
     tensor = torch.ones((2, 3, 64), dtype=torch.int32 if name == "int32" else torch.float32)
     frame = dtypes.encode(tensor, name)

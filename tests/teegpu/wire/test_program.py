@@ -14,6 +14,7 @@ from teegpu.errors import WireError
 from teegpu.wire.program import (
     OPS,
     REPORT_NAMES,
+    RING,
     Program,
     Shape,
     ShapeError,
@@ -22,6 +23,7 @@ from teegpu.wire.program import (
     infer_shapes,
     linear,
     report_name,
+    ring_linear,
     single,
     unpack,
 )
@@ -51,6 +53,19 @@ def read(packed: bytes, *, max_steps: int = 64, max_registers: int = 32) -> Prog
 def test_a_program_of_ours_is_one() -> None:
     assert FUSED.counts == {"LINEAR": 3, "ADD": 1, "SCALE": 1}
     assert FUSED.id_registers == frozenset()
+    assert not FUSED.in_ring
+
+
+def test_a_program_in_the_ring() -> None:
+    program = Program(("x",), tuple(ring_linear(name, weight, "x") for name, weight in (("a", "w"), ("b", "lm_head"))),
+                      ("a", "b"))  # fmt: skip
+    assert program.in_ring
+    assert read(program.packed).in_ring
+    assert program.counts == {"RING_LINEAR": 2}
+    assert infer_shapes(program, {"x": (3, 4)}, WEIGHTS.get) == {"x": (3, 4), "a": (3, 6), "b": (3, 9)}
+    for shape in ((3, 5), (4,), (1, 3, 4)):
+        with pytest.raises(ShapeError, match="ring_linear 'w'"):
+            infer_shapes(program, {"x": shape}, WEIGHTS.get)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +106,16 @@ def test_a_program_of_ours_is_one() -> None:
             ("x",),
             "token ids",
             id="token ids computed",
+        ),
+        pytest.param(
+            ("x",), (ring_linear("y", "w", "x"), linear("z", "v", "x")), ("y", "z"), "no steps of other", id="half ring"
+        ),
+        pytest.param(
+            ("i",),
+            (Step("embedding", "x", ("i",), "embed_tokens"), ring_linear("y", "w", "x")),
+            ("y",),
+            "no steps of other kinds",
+            id="a ring after an embedding",
         ),
     ],
 )
@@ -134,7 +159,8 @@ def test_reports_know_every_operation() -> None:
 def programs(draw: st.DrawFn) -> Program:
     """Valid programs: each step reads registers that are there, and what nothing reads is an output."""
     inputs = [f"in{index}" for index in range(draw(st.integers(1, 4)))]
-    id_input = "ids" if draw(st.booleans()) else None
+    in_ring = draw(st.booleans())
+    id_input = "ids" if not in_ring and draw(st.booleans()) else None
     steps: list[Step] = []
     known, unread = list(inputs), list(inputs)
     if id_input is not None:
@@ -143,7 +169,7 @@ def programs(draw: st.DrawFn) -> Program:
         unread.append("r0")
     name = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=64)
     for index in range(draw(st.integers(0, 6)) + len(inputs)):
-        op = draw(st.sampled_from([op for op in OPS if op != "embedding"]))
+        op = RING if in_ring else draw(st.sampled_from([op for op in OPS if op not in ("embedding", RING)]))
         pool = [register for register in inputs if register in unread] or known
         sources = (draw(st.sampled_from(pool)), *(draw(st.sampled_from(known)) for _ in range(OPS[op].inputs - 1)))
         output = f"r{index + 1}"

@@ -1,0 +1,119 @@
+"""The model's matrices as int8, for products modulo 2**32: made from the files when they are first wanted.
+
+They are quantised from the weights as they are stored, not from those on the device, which may have been rounded to
+another dtype: a runner makes the same bits from its own copy, and compares the digest.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Final, Protocol
+
+import torch
+
+from teegpu import ring
+from teegpu.gpu.weights import GROUPS
+from teegpu.model.spec import ModelSpec
+
+log = logging.getLogger("teegpu.gpu")
+
+_BLOCK_VALUES: Final = 2**22
+"""Values that are quantised at once: a whole lm_head in fp32 would take gigabytes."""
+
+
+class Store(Protocol):
+    """The part of a ``WeightStore`` that is needed."""
+
+    def load(self, name: str) -> torch.Tensor: ...
+
+
+class RingWeights:
+    """The matrices that are placed with ``layers`` (the first and the last one), on ``device``.
+
+    ``open_store`` opens the model's files, once, when the matrices are made.
+    """
+
+    def __init__(
+        self,
+        open_store: Callable[[], AbstractContextManager[Store]],
+        spec: ModelSpec,
+        *,
+        device: torch.device,
+        layers: tuple[int, int],
+    ) -> None:
+        self.digest = ""
+        """``ring.combined`` of all matrices; empty while they are not made."""
+        self._open_store = open_store
+        self._spec = spec
+        self._device = device
+        first, last = layers
+        self._groups = [
+            tuple(f"layers.{layer}.{projection}" for projection in group)
+            for layer in range(first, last + 1)
+            for group in GROUPS
+        ]
+        if last == spec.layers - 1:
+            self._groups.append(("lm_head",))
+        self._matrices: dict[tuple[str, ...], ring.RingMatrix] = {}
+        self._places: dict[str, tuple[ring.RingMatrix, int]] = {}
+
+    @property
+    def made(self) -> bool:
+        return bool(self.digest)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the matrices take; while they are not made, that they will take."""
+        if self.made:
+            return sum(self._matrices[group].nbytes for group in self._groups)
+        return sum(math.prod(self._spec.weights[name]) for group in self._groups for name in group)
+
+    def make(self, progress: Callable[[float], None] = lambda _: None) -> None:
+        """Reads and quantises all matrices, unless that is done. ``progress`` is called with the share, 0 to 1. Raises
+        ``ModelError`` for a file that can't be read."""
+        if self.made:
+            return
+        started = time.perf_counter()
+        digests: dict[str, bytes] = {}
+        with self._open_store() as store:
+            for done, group in enumerate(self._groups, start=1):
+                self._make_group(store, group, digests)
+                progress(done / len(self._groups))
+        self.digest = ring.combined((name, digests[name]) for name in self._spec.weights if name in digests)
+        seconds = time.perf_counter() - started
+        about = {"event": "ring-weights", "bytes": self.nbytes, "seconds": round(seconds, 3)}
+        log.info("int8 weights for shielded products made in %.1f s: %d MiB", seconds, self.nbytes >> 20, extra=about)
+
+    def _make_group(self, store: Store, group: tuple[str, ...], digests: dict[str, bytes]) -> None:
+        shapes = [self._spec.weights[name] for name in group]
+        whole = torch.empty((sum(shape[0] for shape in shapes), shapes[0][1]), dtype=torch.int8)
+        start = 0
+        for name, shape in zip(group, shapes, strict=True):
+            part = whole[start : start + shape[0]]
+            scale = torch.empty(shape[0], dtype=torch.float32)
+            values = store.load(name)
+            step = max(1, _BLOCK_VALUES // shape[1])
+            for first in range(0, shape[0], step):
+                block = slice(first, first + step)
+                part[block], scale[block] = ring.quantise(values[block])
+            digests[name] = ring.digest(part, scale)
+            start += shape[0]
+        matrix = self._matrices[group] = ring.RingMatrix(whole.to(self._device))
+        start = 0
+        for name, shape in zip(group, shapes, strict=True):
+            self._places[name] = (matrix, start)
+            start += shape[0]
+
+    def matrix(self, *names: str) -> ring.RingMatrix | None:
+        """As ``DeviceWeights.matrix``: one projection, or neighbours that share an input. All are made first, where
+        they are not."""
+        self.make()
+        found = self._matrices.get(names)
+        if found is None and len(names) == 1 and names[0] in self._places:
+            merged, start = self._places[names[0]]
+            found = self._matrices[names] = merged.rows(start, start + self._spec.weights[names[0]][0])
+        return found
