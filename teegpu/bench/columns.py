@@ -69,6 +69,14 @@ def _milliseconds(value: float) -> str:
     return f"{value * 1e3:.3f}"
 
 
+def _giga(value: float) -> str:
+    return f"{value / 1e9:,.2f}"
+
+
+def _nanoseconds(value: float) -> str:
+    return f"{value * 1e9:.3f}"
+
+
 _CASE = Column("case", at("label"))
 _SERVER = Column("server", at("server", "dtype"))
 
@@ -140,6 +148,28 @@ _BANDWIDTH = (
     Column("ms on the link", at("network_seconds", "median"), _milliseconds),
     Column("ms in the server", at("server_seconds", "median"), _milliseconds),
 )
+_DTYPES = (
+    Column("activations", at("activations")),
+    Column("wire dtype", at("wire_dtype")),
+    Column("values", at("values"), count),
+    Column("bytes", at("bytes_share"), percent),
+    Column("encode GB/s", at("encode", "bytes_per_second"), _giga),
+    Column("ns/value", at("encode", "seconds_per_value"), _nanoseconds),
+    Column("decode GB/s", at("decode", "bytes_per_second"), _giga),
+    Column("ns/value", at("decode", "seconds_per_value"), _nanoseconds),
+    Column("RMS error", at("deviation", "relative_rms"), _tiny),
+    Column("largest", at("deviation", "largest"), _tiny),
+)
+_ZSTD = (
+    Column("activations", at("activations")),
+    Column("wire dtype", at("wire_dtype")),
+    Column("shuffle", at("shuffled"), lambda value: "yes" if value else "no"),
+    Column("level", at("level"), count),
+    Column("after ÷ before", at("zstd", "ratio"), fixed(3)),
+    Column("compress GB/s", at("zstd", "compress_bytes_per_second"), _giga),
+    Column("decompress GB/s", at("zstd", "decompress_bytes_per_second"), _giga),
+    Column("pays below Mbit/s", at("zstd", "break_even_bytes_per_second"), lambda value: f"{value * 8 / 1e6:,.0f}"),
+)
 _SOAK = (
     Column("client", at("label")),
     Column("programs", at("programs"), count),
@@ -204,11 +234,18 @@ def _of_size(size: int) -> tuple[Column, ...]:
         Column("of bare", at("to_bare", "throughput_ratio"), percent),
         Column("bytes on the link", at("link_share"), percent),
     )
-    return tuple(replace(column, value=_only(size, column.value)) for column in columns)
+    return tuple(
+        replace(column, value=_where(lambda entry: entry["bytes"] == size, column.value)) for column in columns
+    )
 
 
-def _only(size: int, look: Look) -> Look:
-    return lambda entry: look(entry) if entry["bytes"] == size else None
+def _entries_with(part: str, columns: tuple[Column, ...]) -> tuple[Column, ...]:
+    """``columns`` for the entries that have ``part``, which other entries leave empty."""
+    return tuple(replace(column, value=_where(lambda entry: part in entry, column.value)) for column in columns)
+
+
+def _where(holds: Callable[[Entry], bool], look: Look) -> Look:
+    return lambda entry: look(entry) if holds(entry) else None
 
 
 def _transports(document: Entry) -> Tables:
@@ -225,6 +262,7 @@ TABLES: dict[str, Tables | Callable[[Entry], Tables]] = {
     "curve": (("What keys cost", _CURVE),),
     "link": (("Round trip", _ROUND_TRIP), ("Bandwidth", _BANDWIDTH)),
     "transports": _transports,
+    "codec": (("Wire dtypes", _entries_with("encode", _DTYPES)), ("zstd", _entries_with("zstd", _ZSTD))),
     "recording": (("What a record costs", _RECORDING),),
     "watch": (("What watching costs", _WATCHING),),
     "accounting": (("Prefill", _accounts("prefill")), ("Decode", _accounts("decode"))),
@@ -372,6 +410,24 @@ SHEETS: dict[str, dict[str, Look]] = {
         "link_share": at("link_share"),
         "round_trip_ratio_to_bare": at("to_bare", "round_trip_ratio"),
         "throughput_ratio_to_bare": at("to_bare", "throughput_ratio"),
+    },
+    "codec": {
+        "activations": at("activations"),
+        "wire_dtype": at("wire_dtype"),
+        "level": at("level"),
+        "shuffled": at("shuffled"),
+        "values": at("values"),
+        "bytes_share": at("bytes_share"),
+        "encode_bytes_per_second": at("encode", "bytes_per_second"),
+        "encode_seconds_per_value": at("encode", "seconds_per_value"),
+        "decode_bytes_per_second": at("decode", "bytes_per_second"),
+        "decode_seconds_per_value": at("decode", "seconds_per_value"),
+        "deviation_relative_rms": at("deviation", "relative_rms"),
+        "deviation_largest": at("deviation", "largest"),
+        "zstd_ratio": at("zstd", "ratio"),
+        "zstd_compress_bytes_per_second": at("zstd", "compress_bytes_per_second"),
+        "zstd_decompress_bytes_per_second": at("zstd", "decompress_bytes_per_second"),
+        "zstd_break_even_bytes_per_second": at("zstd", "break_even_bytes_per_second"),
     },
     "soak": {
         "label": at("label"),

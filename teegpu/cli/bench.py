@@ -300,4 +300,5 @@ def accounting(
 
 app.command()(benchlink.link)
 app.command()(benchlink.transports)
+app.command()(benchlink.codec)
 app.command()(benchlink.curve)

@@ -116,6 +116,53 @@ def transports(
         conduct(bench, output)
 
 
+def codec(
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose activations are taken.")] = 256,
+    repeats: Annotated[int, typer.Option(help="Repeats, after a warm-up.")] = 5,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--activations",
+            metavar="KIND",
+            help="residual, qkv, attended, gate+up, mlp, hidden, scores or probabilities; may be given several times.",
+            show_default="all",
+        ),
+    ] = None,
+    wire_dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16, fp16 or int8; may be given several times.", show_default="all")
+    ] = None,
+    level: Annotated[
+        list[int] | None, typer.Option(help="Level of zstd; may be given several times.", show_default="1 and 3")
+    ] = None,
+    device: Device = None,
+    offline: Offline = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure wire dtypes and zstd on the model's own activations: speed, bytes, error, and where zstd pays."""
+    settings = load_settings(model, offline, {"server.device": device}, config_file)
+    output = Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        folder = find_folder(settings, output)
+        from teegpu.bench.activations import NAMES
+        from teegpu.bench.codec import LEVELS, CodecBenchmark
+        from teegpu.settings import WIRE_DTYPES
+
+        bench = CodecBenchmark(
+            folder,
+            settings,
+            prompt_tokens=prompt_tokens,
+            repeats=repeats,
+            kinds=kind or NAMES,
+            wire_dtypes=wire_dtype or WIRE_DTYPES,
+            levels=level or LEVELS,
+        )
+        conduct(bench, output)
+
+
 def curve(
     rounds: Annotated[int, typer.Option(help="How often each size is sent.")] = 30,
     size: Sizes = None,
