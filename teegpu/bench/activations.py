@@ -84,12 +84,12 @@ class Tap:
     async def run_all(self, calls: Sequence[Call]) -> list[dict[str, torch.Tensor]]:
         return [await self.run(call) for call in calls]
 
-    def _keep(self, call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _keep(self, call: Call, registers: Mapping[str, object]) -> None:
         if call.layer not in self._layers:
             return
-        for register, tensor in tensors.items():
+        for register, tensor in registers.items():
             kind = self._kinds.get(register)
-            if kind is not None:
+            if kind is not None and isinstance(tensor, torch.Tensor):
                 self.found.setdefault(kind, []).append(tensor.detach().clone(memory_format=torch.contiguous_format))
 
 
