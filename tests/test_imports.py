@@ -18,7 +18,7 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"monitor"},
-    {"bench", "report"},
+    {"audit", "bench", "report"},
     {"tee", "gpu"},
     {"options"},
     {"keys"},

@@ -55,6 +55,9 @@ from transports.link import EmulatedLink, LinkSpec
 
 Notify = Callable[[str], None]
 
+Wrap = Callable[[Endpoint, Client], Client]
+"""What a client is to go through, for audits: gets a connection as it is made, and gives what the runner uses."""
+
 
 @dataclass(slots=True)
 class Threads:
@@ -72,8 +75,8 @@ class Runner:
 
     ``notify`` is told in one line what takes time or what a user should know. ``log`` is where the events go, beside
     the runner's own ``summary``; ``start`` is the run's, None: now. ``prompt_tokens`` tells how long the prompt will
-    be, which the plan ``auto`` chooses for; ``choice`` is what it came to, or None. Raises ``TeegpuError`` of every
-    kind, and the transports' errors, from ``__init__``.
+    be, which the plan ``auto`` chooses for; ``choice`` is what it came to, or None. ``wrap`` gets each connection to a
+    server. Raises ``TeegpuError`` of every kind, and the transports' errors, from ``__init__``.
     """
 
     def __init__(
@@ -85,8 +88,10 @@ class Runner:
         log: EventWriter | None = None,
         start: Start | None = None,
         prompt_tokens: Callable[[Tokenizer], int] | None = None,
+        wrap: Wrap = lambda _, client: client,
     ) -> None:
         self.config = config
+        self._wrap = wrap
         self.start = start or Start.now()
         self.summary = Summary()
         self.recorder = Recorder(lambda events: self.summary.add(events))
@@ -291,7 +296,7 @@ class Runner:
 
         def connect(endpoint: Endpoint) -> Client:
             options = client_options(config, endpoint)
-            return transports.connect(config.run.transport, reached[endpoint.address], options)
+            return self._wrap(endpoint, transports.connect(config.run.transport, reached[endpoint.address], options))
 
         return connect
 

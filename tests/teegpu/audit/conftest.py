@@ -1,0 +1,47 @@
+"""Audits of tiny models, on a real server in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from teegpu import config
+from teegpu.audit.examine import Audit, Report
+from teegpu.model.folder import ModelFolder
+from tests.conftest import TinyModel
+from tests.teegpu.cli.conftest import ServerFor
+from tests.teegpu.cli.conftest import same_threads as same_threads
+from tests.teegpu.cli.conftest import server_for as server_for
+
+PROMPT_IDS = list(b"The quick brown fox jumps over a lazy dog; and why not?")
+"""Token ids of a tiny model are bytes."""
+
+Audited = Callable[..., Report]
+
+
+@pytest.fixture(scope="session")
+def audit_model(tiny_model: TinyModel) -> ModelFolder:
+    return tiny_model("llama", num_hidden_layers=4, hidden_size=64, num_attention_heads=8, max_position_embeddings=1024)
+
+
+@pytest.fixture
+def audited(audit_model: ModelFolder, server_for: ServerFor) -> Audited:
+    """``audited(plan="fused", lies=False, most_bytes=…, **settings)`` → the report of an audit of ``PROMPT_IDS``.
+
+    A setting ``run.x`` is written ``run__x``."""
+
+    def make(*, plan: str = "fused", lies: bool = False, most_bytes: int = 2**30, **settings: Any) -> Report:
+        values: dict[str, Any] = {
+            "run.endpoints": (server_for(audit_model).address,),
+            "run.prefill_plan": plan,
+            "run.decode_plan": plan,
+            "run.max_tokens": 12,
+            "run.prefix_cache_mib": 0,
+        }
+        chosen = config.load(values | {key.replace("__", "."): value for key, value in settings.items()}, None)
+        audit = Audit(audit_model, chosen, lambda _: PROMPT_IDS, training_tokens=600, most_bytes=most_bytes, lies=lies)
+        return audit.run()
+
+    return make
