@@ -24,6 +24,9 @@ PLACE = "How the work is split"
 INPUT = "Prompt"
 OUTPUT = "Output"
 
+PLAN = "fused"
+"""What is audited where the settings leave the plan to the runner."""
+
 PROMPT_TOKENS = 64
 """Of the built-in text, where no prompt is given."""
 
@@ -120,6 +123,7 @@ def audit(
     unless --show-text asks for it. Exits with 0 whatever is found, unless it is told what to expect.
     """
     from teegpu import config
+    from teegpu.settings import AUTO
 
     flags: dict[str, object] = {
         "model.name": model,
@@ -138,6 +142,11 @@ def audit(
         "run.speculate": 0,
         "sampling.temperature": 0.0,
     }
+    settings = config.load(flags, config_file)
+    for key in ("run.prefill_plan", "run.decode_plan"):
+        if settings.values()[key] == AUTO:
+            # What is quickest may be to send nothing, and there would be nothing to look at.
+            flags[key] = PLAN
     settings = config.load(flags, config_file)
     if expect_verified and not lies:
         raise UsageError("--expect-verified needs lies to be told: leave out --no-lies")
