@@ -372,7 +372,7 @@ class ShieldSettings:
     """What makes products private and verified (run.privacy, run.verify)."""
 
     dir: str = setting(
-        "", "Where pads, hints and verification keys are kept, sealed. Empty: $XDG_STATE_HOME/teegpu/shield."
+        "", "Where pads, hints and verification keys are kept, sealed. Empty: $XDG_DATA_HOME/teegpu/shield."
     )
     checks: int = setting(
         40,

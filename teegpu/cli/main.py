@@ -42,6 +42,8 @@ COMMANDS: dict[str, Entry] = {
     "report": Entry("Show where the time of a run went; compare runs.", "app"),
     "config": Entry("Show the settings in force, or write a settings file.", "app"),
     "keys": Entry("Make and show the keys that runners and servers know each other by.", "app"),
+    "pads": Entry("Make and show the one-time pads of private runs.", "app"),
+    "checks": Entry("Make ahead what products are verified with.", "app"),
     "doctor": Entry("Check this machine, the model and the server.", "doctor"),
     "link": Entry("Emulate a link of given delay and bandwidth.", "link"),
     "watch": Entry("Watch a run as it goes on, or replay one that has ended.", "watch"),

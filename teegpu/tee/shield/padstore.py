@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,7 @@ from teegpu.errors import ShieldError
 from teegpu.model.spec import ModelSpec
 from teegpu.tee.shield import sealed
 from teegpu.tee.shield.facts import Product, products
-from teegpu.tee.shield.padledger import KINDS, Ledger, Place
+from teegpu.tee.shield.padledger import KINDS, Ledger, Place, Places
 from teegpu.tee.shield.padsegment import LEAF_TOKENS, Leaf, Matrix, Segment, parse_name
 
 HEAD: Final[Product] = ("lm_head",)
@@ -180,15 +180,7 @@ class Pool:
     def left(self) -> dict[str, int]:
         """Tokens for which there are pads, by kind."""
         with self._ledger.locked() as places:
-            return {
-                kind: LEAF_TOKENS
-                * sum(
-                    part.stop - max(part.start, places[kind].next)
-                    for part in self.parts()
-                    if part.kind == kind and part.stop > places[kind].next
-                )
-                for kind in KINDS
-            }
+            return _left(self.parts(), places)
 
     def end(self, kind: str) -> Place:
         """Where the next segment of ``kind`` begins. Raises ``ShieldError`` for a damaged ledger."""
@@ -201,6 +193,23 @@ class Pool:
         """May be called twice."""
         self.let_go(set())
         self._ledger.close()
+
+
+def _left(parts: Iterable[Part], places: Places) -> dict[str, int]:
+    left = dict.fromkeys(KINDS, 0)
+    for part in parts:
+        left[part.kind] += LEAF_TOKENS * max(0, part.stop - max(part.start, places[part.kind].next))
+    return left
+
+
+def tokens_left(folder: Path, key: sealed.SealKey) -> dict[str, int]:
+    """As ``Pool.left``, of a pool whose model need not be there. Raises ``FileNotFoundError`` and ``ShieldError``."""
+    ledger = Ledger(read_pool(folder)["pool"], key)
+    try:
+        with ledger.locked() as places:
+            return _left(parts_in(folder), places)
+    finally:
+        ledger.close()
 
 
 def parts_in(folder: Path) -> list[Part]:

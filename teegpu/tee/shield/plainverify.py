@@ -125,7 +125,7 @@ class PlainKeys:
         notify: Callable[[str], None] = lambda _: None,
     ) -> PlainKeys:
         """As ``verify.Keys.load``."""
-        path = folder / f"{digest[:32]}-{checks}.plain.keys"
+        path = key_path(folder, digest, checks)
         seal = sealed.SealKey.load()
         binding: sealed.Binding = {"model": digest, "checks": checks, "version": _VERSION}
         with sealed.making(path):
@@ -198,3 +198,8 @@ class PlainKeys:
             notify(f"making the keys of verification anew: {error}")
             return None
         return cls(seed, checks, folded, most, path)
+
+
+def key_path(folder: Path, digest: str, checks: int) -> Path:
+    """Where the keys of the model with ``digest`` are, or will be."""
+    return folder / f"{digest[:32]}-{checks}.plain.keys"

@@ -1,0 +1,112 @@
+"""What private runs need made ahead, as its user meets it: ``teegpu pads``, ``teegpu checks``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teegpu.tee.shield import padmaker, sealed
+from teegpu.tee.shield.padledger import path_of
+from tests.conftest import TinyModel
+from tests.teegpu.cli.conftest import Teegpu
+
+
+@pytest.fixture
+def model(tiny_model: TinyModel) -> str:
+    return str(tiny_model("llama").path)
+
+
+def test_pads_are_made_shown_and_removed(teegpu: Teegpu, model: str) -> None:
+    assert "no pads" in teegpu("pads", "show").err
+    done = teegpu("pads", "make", "--tokens", "20", "--model", model)
+    assert (done.code, done.out) == (0, "")
+    assert "KiB for the layers" in done.err  # before the work
+    assert "made pads of the layers for 24 tokens" in done.err
+    assert "a token" in done.err.splitlines()[-1]
+    [pool] = json.loads(teegpu("pads", "show", "--json").out)
+    assert pool["tokens_left"] == {"body": 24, "head": 8}
+    assert pool["size_bytes"] > 0
+    assert pool["seconds_per_token"].keys() == {"body", "head"}
+    assert "24 tokens" in teegpu("pads", "show").out
+    again = teegpu("pads", "make", "--tokens", "30", "--heads", "8", "--up-to", "--model", model)
+    assert "made pads of the layers for 8 tokens" in again.err
+    removed = teegpu("pads", "rm", "--model", model)
+    assert removed.code == 0
+    assert "removed the pads" in removed.err
+    assert "no pads" in teegpu("pads", "show").err
+    assert "there are no pads" in teegpu("pads", "rm", "--model", model).err
+
+
+def test_an_interrupt_says_what_there_is(teegpu: Teegpu, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = padmaker.SegmentWriter.finish
+
+    def interrupted(writer: Any) -> None:
+        if writer.layout.leaves < 16:
+            raise KeyboardInterrupt
+        finish(writer)
+
+    monkeypatch.setattr(padmaker.SegmentWriter, "finish", interrupted)
+    done = teegpu("pads", "make", "--tokens", "150", "--model", model)
+    assert done.code == 130
+    assert "made pads of the layers for 128 tokens" in done.err
+    assert json.loads(teegpu("pads", "show", "--json").out)[0]["tokens_left"] == {"body": 128, "head": 0}
+
+
+def test_what_is_wrong_with_a_pool_is_told(teegpu: Teegpu, model: str) -> None:
+    teegpu("pads", "make", "--tokens", "8", "--model", model, "--quiet")
+    [pool] = json.loads(teegpu("pads", "show", "--json").out)
+    identity = json.loads((Path(pool["folder"]) / "pool.json").read_text())["pool"]
+    path_of(identity).unlink()
+    shown = teegpu("pads", "show")
+    assert shown.code == 0
+    assert "unknown" in shown.out
+    assert "no ledger here" in shown.err
+    done = teegpu("pads", "make", "--tokens", "8", "--model", model)
+    assert done.code == 10
+    assert "'teegpu pads rm'" in done.err
+    assert teegpu("pads", "rm", "--model", model).code == 0
+    assert teegpu("pads", "make", "--tokens", "8", "--model", model).code == 0
+
+
+def test_a_disk_without_room_is_told_at_once(teegpu: Teegpu, model: str) -> None:
+    done = teegpu("pads", "make", "--tokens", "100000000000", "--model", model)
+    assert done.code == 10
+    assert "shield.dir" in done.err
+    assert "no pads were made" in done.err
+
+
+def test_the_place_can_be_chosen(teegpu: Teegpu, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "elsewhere"
+    monkeypatch.setenv("TEEGPU_SHIELD_DIR", str(place))
+    assert teegpu("pads", "make", "--tokens", "8", "--model", model).code == 0
+    assert list(place.rglob("*.pads"))
+    assert not list(sealed.state_folder().rglob("*.pads"))
+    place.chmod(0o755)
+    done = teegpu("pads", "show")
+    assert done.code == 10
+    assert "chmod 700" in done.err
+
+
+def test_checks_are_made_shown_and_removed(teegpu: Teegpu, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEEGPU_SHIELD_CHECKS", "16")
+    assert "not made yet" in teegpu("checks", "show", "--model", model).out
+    done = teegpu("checks", "make", "--model", model)
+    assert (done.code, done.out) == (0, "")
+    assert "16 vectors" in done.err
+    before = json.loads(teegpu("checks", "show", "--model", model, "--json").out)
+    assert before["checks"] == 16
+    assert before["soundness"] == 2.0**-16
+    assert before["files"]["exact"]["size_bytes"] == os.path.getsize(before["files"]["exact"]["path"])
+    assert before["files"]["plain"]["size_bytes"] is None
+    assert teegpu("checks", "make", "--plain", "--model", model).code == 0
+    content = Path(before["files"]["exact"]["path"]).read_bytes()
+    assert teegpu("checks", "make", "--model", model).code == 0
+    assert Path(before["files"]["exact"]["path"]).read_bytes() == content
+    assert teegpu("checks", "make", "--anew", "--model", model).code == 0
+    assert Path(before["files"]["exact"]["path"]).read_bytes() != content
+    assert "2^-16" in teegpu("checks", "show", "--model", model).out
+    assert "removed 2 files" in teegpu("checks", "rm", "--model", model).err
