@@ -68,3 +68,10 @@ def convert(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if x.dtype in _HALVES and dtype in _HALVES and x.dtype != dtype and x.numel() >= _WORTH_TWO_STEPS:
         return x.to(torch.float32).to(dtype)
     return x.to(dtype)
+
+
+def copy_into(out: torch.Tensor, x: torch.Tensor) -> None:
+    """Writes ``x`` into ``out``, of the same shape and of any dtype, as ``convert`` would bring it there."""
+    if x.dtype in _HALVES and out.dtype in _HALVES and x.dtype != out.dtype:
+        x = x.to(torch.float32)
+    out.copy_(x)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
@@ -19,8 +19,8 @@ from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.kernels import Matrix, convert
 from teegpu.ring import Operand, RingMatrix, Seed
-from teegpu.wire.codec import TensorFrame, frame
-from teegpu.wire.dtypes import narrow, nbytes
+from teegpu.wire.dtypes import nbytes
+from teegpu.wire.layout import FrameLayout, Layout, Row, layout_of
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_BYTES, REMEMBERED_STEPS, Limits
 from teegpu.wire.program import RING, Program, Shape, ShapeError, Step, infer_shapes, report_name
 
@@ -37,26 +37,34 @@ _QUANTISING_BYTES = 12
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One product or sum: ``steps`` is one step, or the neighbouring linear steps that run as one matrix product."""
+    """One product or sum: ``steps`` is one step, or the neighbouring linear steps that run as one matrix product.
+
+    ``whole`` is the register in which that product is left as it is; empty: it is cut into the steps' own."""
 
     steps: tuple[Step, ...]
     matrix: Matrix | RingMatrix | None
     weight: torch.Tensor | None
     sizes: tuple[int, ...]
     name: str
+    whole: str
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
+    """``sources`` names for each frame of the reply's ``layout`` the registers that it is made of."""
+
     kernels: tuple[Kernel, ...]
-    shapes: dict[str, Shape]
+    layout: Layout
+    sources: tuple[tuple[str, ...], ...]
 
 
 @dataclass(slots=True)
 class Execution:
-    """What a program gave and cost. ``operations`` maps report names to (logical operations, seconds)."""
+    """What a program gave and cost: ``frames`` as ``FrameLayout.narrow`` made them, on the CPU, for each frame of
+    ``layout``. ``operations`` maps report names to (logical operations, seconds)."""
 
-    frames: list[TensorFrame]
+    layout: Layout
+    frames: list[torch.Tensor]
     operations: dict[str, tuple[int, float]]
     bring_in_seconds: float
     compute_seconds: float
@@ -105,7 +113,7 @@ class Executor:
         checked = self._clock()
         run = self._run_cuda if self.weights.device.type == "cuda" else self._run_cpu
         try:
-            done = run(program, compiled, inputs, encodings)
+            done = run(compiled, inputs)
         except torch.OutOfMemoryError as error:
             raise ShapeError(
                 "out-of-memory",
@@ -114,9 +122,7 @@ class Executor:
         done.bring_in_seconds += checked - start
         return done
 
-    def _run_cpu(
-        self, program: Program, compiled: Compiled, inputs: Mapping[str, Operand], encodings: Mapping[str, str]
-    ) -> Execution:
+    def _run_cpu(self, compiled: Compiled, inputs: Mapping[str, Operand]) -> Execution:
         clock = self._clock
         times: dict[str, tuple[int, float]] = {}
         start = clock()
@@ -127,15 +133,10 @@ class Executor:
             now = clock()
             _count(times, kernel, now - last)
             last = now
-        frames = [
-            frame(name, compiled.shapes[name], encodings[name], narrow(registers[name], encodings[name]))
-            for name in program.outputs
-        ]
-        return Execution(frames, times, brought_in - start, last - brought_in, clock() - last)
+        frames = _frames(compiled, registers)
+        return Execution(compiled.layout, frames, times, brought_in - start, last - brought_in, clock() - last)
 
-    def _run_cuda(
-        self, program: Program, compiled: Compiled, inputs: Mapping[str, Operand], encodings: Mapping[str, str]
-    ) -> Execution:
+    def _run_cuda(self, compiled: Compiled, inputs: Mapping[str, Operand]) -> Execution:
         """As on the CPU, timed by device events: kernels are queued without waiting, one synchronisation at the end."""
         device = self.weights.device
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(compiled.kernels) + 3)]
@@ -146,15 +147,14 @@ class Executor:
             for index, kernel in enumerate(compiled.kernels):
                 self._execute(kernel, registers)
                 marks[index + 2].record()
-            outputs = {name: _download(narrow(registers[name], encodings[name])) for name in program.outputs}
+            frames = [_download(frame) for frame in _frames(compiled, registers)]
             marks[-1].record()
             marks[-1].synchronize()
         elapsed = [first.elapsed_time(second) / 1e3 for first, second in pairwise(marks)]
         times: dict[str, tuple[int, float]] = {}
         for kernel, seconds in zip(compiled.kernels, elapsed[1:-1], strict=True):
             _count(times, kernel, seconds)
-        frames = [frame(name, compiled.shapes[name], encodings[name], outputs[name]) for name in program.outputs]
-        return Execution(frames, times, elapsed[0], sum(elapsed[1:-1]), elapsed[-1])
+        return Execution(compiled.layout, frames, times, elapsed[0], sum(elapsed[1:-1]), elapsed[-1])
 
     def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
         return convert(tensor, self.weights.dtype) if tensor.dtype.is_floating_point else tensor
@@ -165,8 +165,8 @@ class Executor:
         weight = kernel.weight
         if kernel.matrix is not None:
             product = kernel.matrix.product(source)
-            if len(kernel.steps) == 1:
-                registers[step.output] = product
+            if kernel.whole:
+                registers[kernel.whole] = product
             else:
                 for each, part in zip(kernel.steps, product.split(kernel.sizes, dim=-1), strict=True):
                     registers[each.output] = part
@@ -213,8 +213,8 @@ class Executor:
         reply = sum(nbytes(shapes[name], encodings[name]) for name in program.outputs)
         itemsize = _RING_BYTES if program.in_ring else self.weights.dtype.itemsize
         needed = sum(math.prod(shape) for shape in shapes.values()) * itemsize + reply
-        quantised = [math.prod(shapes[name]) for name in program.outputs if encodings[name] == "int8"]
-        needed += _QUANTISING_BYTES * max(quantised, default=0)
+        layout = layout_of(tuple(Row(name, shapes[name], encodings[name]) for name in program.outputs))
+        needed += max(self._narrowing_bytes(frame) for frame in layout.frames)
         if needed > self.limits.working_bytes:
             raise ShapeError(
                 "too-large",
@@ -230,7 +230,15 @@ class Executor:
                 "(run.chunk_tokens)",
             )
         self._announce(program, needed)
-        return Compiled(tuple(self._kernels(program, shapes)), shapes)
+        kernels = tuple(self._kernels(program, shapes, layout))
+        return Compiled(kernels, layout, tuple(_sources(frame, kernels) for frame in layout.frames))
+
+    def _narrowing_bytes(self, frame: FrameLayout) -> int:
+        """What is taken for a moment to bring outputs into ``frame``, beyond the frame itself."""
+        joined = sum(frame.sizes) * self.weights.dtype.itemsize if frame.seamless and len(frame.sizes) > 1 else 0
+        if frame.encoding != "int8":
+            return joined
+        return joined + _QUANTISING_BYTES * (sum(frame.sizes) if frame.seamless else max(frame.sizes))
 
     def _announce(self, program: Program, needed: int) -> None:
         self._needed_bytes = max(self._needed_bytes, needed)
@@ -273,7 +281,7 @@ class Executor:
             if int(low) < 0 or int(high) >= vocabulary:
                 raise ShapeError("bad-shape", f"a token id is outside of the vocabulary of {vocabulary}")
 
-    def _kernels(self, program: Program, shapes: Mapping[str, Shape]) -> list[Kernel]:
+    def _kernels(self, program: Program, shapes: Mapping[str, Shape], layout: Layout) -> list[Kernel]:
         kernels: list[Kernel] = []
         steps = list(program.steps)
         while steps:
@@ -286,8 +294,11 @@ class Executor:
                 raise ShapeError("unknown-weight", f"the server multiplies with no weight {run[0].weight!r}")
             weight = self.weights.tensor(run[0].weight) if run[0].weight and matrix is None else None
             sizes = tuple(shapes[step.output][-1] for step in run)
-            kernels.append(Kernel(tuple(run), matrix, weight, sizes, report_name(run[0])))
             del steps[: len(run)]
+            outputs = tuple(step.output for step in run)
+            read = {name for step in steps for name in step.inputs}
+            whole = outputs[0] if len(run) == 1 or (read.isdisjoint(outputs) and _contiguous(outputs, layout)) else ""
+            kernels.append(Kernel(tuple(run), matrix, weight, sizes, report_name(run[0]), whole))
         return kernels
 
     def _matrix(self, steps: list[Step]) -> Matrix | RingMatrix | None:
@@ -296,6 +307,26 @@ class Executor:
         if steps[0].op == RING:
             return self.make_ring().matrix(*names)
         return self.weights.matrix(*names)
+
+
+def _contiguous(outputs: tuple[str, ...], layout: Layout) -> bool:
+    """Whether ``outputs``, side by side as one product, are also one after the other in a frame of ``layout``."""
+    return any(
+        frame.seamless and frame.registers[place : place + len(outputs)] == outputs
+        for frame in layout.frames
+        for place in range(len(frame.registers))
+    )
+
+
+def _sources(frame: FrameLayout, kernels: Sequence[Kernel]) -> tuple[str, ...]:
+    """The registers that ``frame`` is made of: where a product was left whole, its first one stands for all."""
+    inside = {step.output for kernel in kernels if kernel.whole for step in kernel.steps[1:]}
+    return tuple(name for name in frame.registers if name not in inside)
+
+
+def _frames(compiled: Compiled, registers: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    frames = zip(compiled.layout.frames, compiled.sources, strict=True)
+    return [frame.narrow([registers[name] for name in names]) for frame, names in frames]
 
 
 def _run_of_linears(steps: list[Step]) -> list[Step]:

@@ -157,7 +157,7 @@ class GpuServer:
             encode_seconds=done.bring_out_seconds,
             operations=done.operations,
         )
-        return codec.encode_result(message.request_id, times, done.frames)
+        return codec.encode_result(message.request_id, times, done.layout, done.frames)
 
     def _refuse(self, request_id: int, code: str, text: str) -> codec.Encoded:
         self.requests_refused += 1

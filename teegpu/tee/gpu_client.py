@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +20,18 @@ from teegpu.metrics.events import SERIALIZATION, WAIT, Retried, Rpc
 from teegpu.metrics.recorder import Recorder
 from teegpu.model.spec import ModelSpec
 from teegpu.options import frame_kinds
-from teegpu.ring import Seed
+from teegpu.ring import Operand, Seed
 from teegpu.tee.connections import Group, Member
 from teegpu.tee.fleet import Fleet
 from teegpu.tee.greeting import check_digest, decode_reply, hello
 from teegpu.tee.products import Call
 from teegpu.wire import codec
 from teegpu.wire.dtypes import nbytes
+from teegpu.wire.layout import Layout, Row, layout_of
 from teegpu.wire.limits import MAX_HEADER_BYTES, Limits
-from teegpu.wire.messages import Execute, Result, Welcome
-from teegpu.wire.program import Program, Shape, infer_shapes
-from transports.base import Client, Message, Reply
+from teegpu.wire.messages import Result, Welcome
+from teegpu.wire.program import Program, infer_shapes
+from transports.base import Client, FrameKind, Message, Reply
 from transports.errors import TransportError
 
 RESIDUAL = frozenset({"x", "z", "logits"})
@@ -38,10 +39,23 @@ RESIDUAL = frozenset({"x", "z", "logits"})
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """What all calls of one program with inputs of the same shapes share: how they are encoded, and what the answer has
+    to be: at most ``most`` bytes, and tensors of ``layout``. ``kinds`` are those of the request's frames."""
+
+    form: codec.ExecuteForm
+    kinds: Sequence[FrameKind]
+    layout: Layout
+    most: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Request(Message):
     """A message with the call that it carries."""
 
     call: Call = field(kw_only=True)
+    asked: _Asked = field(kw_only=True)
     request_id: int = field(kw_only=True)
 
 
@@ -77,8 +91,7 @@ class GpuClient:
         self._check_finite = check_finite
         self._next_id = 0
         self._lines: tuple[asyncio.AbstractEventLoop | None, dict[int, asyncio.Lock]] = (None, {})
-        self._shapes: dict[tuple[Any, ...], tuple[dict[str, Shape], int]] = {}
-        self._layouts: dict[bytes, tuple[dict[str, str], dict[str, str]]] = {}
+        self._known: dict[tuple[Any, ...], _Asked] = {}
         fleet.tell_when_sent(self._sent)
 
     @property
@@ -101,7 +114,7 @@ class GpuClient:
         return welcome
 
     async def run(self, call: Call) -> dict[str, torch.Tensor]:
-        request_id, message = self._encode(call)
+        message = self._encode(call)
         member = self._fleet.at_hand
         if member is not None and (client := member.client) is not None:
             # The way of nearly every request; what can go wrong is the business of ``_persist``.
@@ -113,11 +126,11 @@ class GpuClient:
             except TransportError as error:
                 fault = (self._fleet.group_of(call), member, client, error)
             else:
-                return self._finish(call, request_id, reply, member, 1)
+                return self._finish(message, reply, member, 1)
         else:
             fault = None
         (reply,), member, attempts = await self._persist([message], fault)
-        return self._finish(call, request_id, reply, member, attempts)
+        return self._finish(message, reply, member, attempts)
 
     async def run_all(self, calls: Sequence[Call]) -> list[dict[str, torch.Tensor]]:
         fleet = self._fleet
@@ -125,11 +138,10 @@ class GpuClient:
             return list(await asyncio.gather(*(self.run(call) for call in calls)))
         if not fleet.overlaps or len({id(fleet.group_of(call)) for call in calls}) != 1:
             return [await self.run(call) for call in calls]
-        messages = [self._encode(call)[1] for call in calls]
+        messages = [self._encode(call) for call in calls]
         replies, member, attempts = await self._persist(messages, None)
         return [
-            self._finish(call, message.request_id, reply, member, attempts)
-            for call, message, reply in zip(calls, messages, replies, strict=True)
+            self._finish(message, reply, member, attempts) for message, reply in zip(messages, replies, strict=True)
         ]
 
     async def _persist(self, messages: Sequence[_Request], fault: _Fault | None) -> tuple[list[Reply], Member, int]:
@@ -207,20 +219,45 @@ class GpuClient:
                 "limits.message_mib): make chunks of the prompt shorter (run.chunk_tokens), or let it take more"
             )
 
-    def _encode(self, call: Call) -> tuple[int, _Request]:
+    def _encode(self, call: Call) -> _Request:
         self._next_id += 1
-        program = call.program
-        if program.in_ring:
-            layout = _ring_layout(call)
-        elif (known := self._layouts.get(program.packed)) is not None:
-            layout = known
-        else:
-            layout = self._layouts[program.packed] = self._layout(program)
-        encoded = codec.encode_execute(Execute(self._next_id, program, call.inputs, *layout))
-        _, most = self._expected(call)
-        message = _Request(encoded.frames, frame_kinds(encoded.kinds), most, call=call, request_id=self._next_id)
+        asked = self._asked(call)
+        frames = asked.form.encode(self._next_id, call.inputs).frames
+        message = _Request(frames, asked.kinds, asked.most, call=call, asked=asked, request_id=self._next_id)
         self._recorder.lap(SERIALIZATION, "ENCODE", call.layer, call.chunk)
-        return self._next_id, message
+        return message
+
+    def _asked(self, call: Call) -> _Asked:
+        program = call.program
+        key: tuple[Any, ...] = (program.packed, *[operand.shape for operand in call.inputs.values()])
+        if program.in_ring:  # a seed has the shape of what it stands for
+            key = (*key, *map(type, call.inputs.values()))
+        asked = self._known.get(key)
+        if asked is None:
+            if len(self._known) > 8192:
+                self._known.clear()
+            asked = self._known[key] = self._ask(program, call.inputs)
+        return asked
+
+    def _ask(self, program: Program, inputs: Mapping[str, Operand]) -> _Asked:
+        given = {name: tuple(inputs[name].shape) for name in program.inputs}
+        shapes = infer_shapes(program, given, self.spec.weights.get)
+        up = layout_of(tuple(Row(name, given[name], self._up(program, name, inputs[name])) for name in program.inputs))
+        replies = ["int32" if program.in_ring else self._encoding(name) for name in program.outputs]
+        down = layout_of(tuple(map(Row, program.outputs, [shapes[name] for name in program.outputs], replies)))
+        return _Asked(
+            form=codec.ExecuteForm(program, up, replies),
+            kinds=frame_kinds(up.kinds),
+            layout=down,
+            most=MAX_HEADER_BYTES + sum(nbytes(row.shape, row.encoding) for row in down.rows),
+            label="+".join(program.outputs),
+        )
+
+    def _up(self, program: Program, register: str, operand: Operand) -> str:
+        """The wire dtype of an input."""
+        if isinstance(operand, Seed):
+            return "seed"
+        return "int32" if program.in_ring or register in program.id_registers else self._encoding(register)
 
     def _sent(self, message: Message, sent_ns: int) -> None:
         """``message`` is on its way since ``sent_ns``; from when it was encoded until then it was being compressed.
@@ -231,26 +268,18 @@ class GpuClient:
             call = message.call
             self._recorder.lap_until(sent_ns, SERIALIZATION, "SEND", call.layer, call.chunk, message.request_id)
 
-    def _layout(self, program: Program) -> tuple[dict[str, str], dict[str, str]]:
-        """The wire dtypes of a program's inputs and outputs."""
-        ids = program.id_registers
-        encodings = {name: "int32" if name in ids else self._encoding(name) for name in program.inputs}
-        return encodings, {name: self._encoding(name) for name in program.outputs}
-
     def _encoding(self, register: str) -> str:
         return "fp16" if self.wire_dtype == "int8" and register in RESIDUAL else self.wire_dtype
 
-    def _finish(
-        self, call: Call, request_id: int, reply: Reply, member: Member, attempts: int
-    ) -> dict[str, torch.Tensor]:
-        record = self._recorder
+    def _finish(self, message: _Request, reply: Reply, member: Member, attempts: int) -> dict[str, torch.Tensor]:
+        record, call, request_id = self._recorder, message.call, message.request_id
         result = self._result(request_id, reply, member.address)
-        outputs = self._checked(call, result, member.address)
+        outputs = self._checked(message, result, member.address)
         times = result.times
         record.add(
             Rpc(
                 request_id=request_id,
-                label="+".join(call.program.outputs),
+                label=message.asked.label,
                 layer=call.layer,
                 chunk=call.chunk,
                 sent_ns=reply.sent_ns,
@@ -284,55 +313,38 @@ class GpuClient:
             raise BadReplyError(f"the server at {address} answered another question than the one asked")
         return answer
 
-    def _expected(self, call: Call) -> tuple[dict[str, Shape], int]:
-        """The shapes of all registers of ``call``, and how many bytes the answer may have at most."""
-        program = call.program
-        key = (program.packed, *(tensor.shape for tensor in call.inputs.values()))
-        expected = self._shapes.get(key)
-        if expected is None:
-            given = {name: tuple(tensor.shape) for name, tensor in call.inputs.items()}
-            shapes = infer_shapes(program, given, self.spec.weights.get)
-            encodings = {name: "int32" if program.in_ring else self._encoding(name) for name in program.outputs}
-            most = MAX_HEADER_BYTES + sum(nbytes(shapes[name], encoding) for name, encoding in encodings.items())
-            if len(self._shapes) > 8192:
-                self._shapes.clear()
-            expected = self._shapes[key] = shapes, most
-        return expected
-
-    def _checked(self, call: Call, result: Result, address: str) -> dict[str, torch.Tensor]:
+    def _checked(self, message: _Request, result: Result, address: str) -> dict[str, torch.Tensor]:
         """The outputs in fp32, or int32 in the ring. Raises ``BadReplyError`` where they can't be the answer to
-        ``call``."""
-        program = call.program
-        shapes, _ = self._expected(call)
-        if tuple(result.tensors) != program.outputs:
-            raise _bad(call, address, "other registers than were asked for")
+        ``message``."""
+        call, expected = message.call, message.asked.layout
+        if result.layout.rows != expected.rows:
+            raise _bad(call, address, _difference(result.layout.rows, expected.rows))
+        counts = call.program.counts
         for name, (count, _) in result.times.operations.items():
-            if program.counts.get(name) != count:
+            if counts.get(name) != count:
                 raise _bad(call, address, f"another count of operations than were asked for: {name} × {count}")
         outputs: dict[str, torch.Tensor] = {}
-        for name, tensor in result.tensors.items():
-            encoding = "int32" if program.in_ring else self._encoding(name)
-            if tuple(tensor.shape) != shapes[name] or result.encodings[name] != encoding:
-                found = f"{result.encodings[name]} {tuple(tensor.shape)}"
-                expected = f"{encoding} {shapes[name]}"
-                raise _bad(call, address, f"register {name!r} as {found}, expected {expected}")
-            if program.in_ring:  # every int32 is a value
-                outputs[name] = tensor
+        for frame, received in zip(expected.frames, result.values, strict=True):
+            if frame.encoding == "int32":  # in the ring, where every one is a value
+                outputs[frame.registers[0]] = received.view(frame.shapes[0])
                 continue
-            values = tensor.to(torch.float32)
+            values = received.to(torch.float32)
             # One pass: infinities and NaNs survive a sum. (int8 has none: its scales were checked when it was decoded.)
-            checked = result.encodings[name] == "int8" or not self._check_finite
+            checked = frame.encoding == "int8" or not self._check_finite
             if not checked and not math.isfinite(values.sum().item()):
-                raise _bad(call, address, f"values that are not finite in {name!r} (if the server's dtype is fp16, its "
-                                      "range may be exceeded: serve with --dtype bf16)")  # fmt: skip
-            outputs[name] = values
+                registers = " or ".join(repr(name) for name in frame.registers)
+                raise _bad(call, address, f"values that are not finite in {registers} (if the server's dtype is fp16, "
+                                      "its range may be exceeded: serve with --dtype bf16)")  # fmt: skip
+            outputs.update(zip(frame.registers, frame.split(values), strict=True))
         return outputs
 
 
-def _ring_layout(call: Call) -> tuple[dict[str, str], dict[str, str]]:
-    """As ``GpuClient._layout``, of a program in the ring."""
-    encodings = {name: "seed" if isinstance(operand, Seed) else "int32" for name, operand in call.inputs.items()}
-    return encodings, dict.fromkeys(call.program.outputs, "int32")
+def _difference(found: Sequence[Row], expected: Sequence[Row]) -> str:
+    """What is wrong with the table of a reply."""
+    if [row.register for row in found] != [row.register for row in expected]:
+        return "other registers than were asked for"
+    got, row = next(pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1])
+    return f"register {row.register!r} as {got.encoding} {got.shape}, expected {row.encoding} {row.shape}"
 
 
 def _bad(call: Call, address: str, what: str) -> BadReplyError:

@@ -1,8 +1,9 @@
 """Messages to frames and back. No I/O: every malformed message can be tried from byte strings.
 
 Frame 0 is a msgpack header, a list ``[protocol version, kind, request id, …]``; a message with tensors ends it with a
-table ``[[register, shape, wire dtype], …]``, and has one further frame for each row, in the table's order and exactly
-as long as its row says. Every frame is named by one row and every row has its frame: nothing can hide between them.
+table ``[[register, shape, wire dtype], …]``, and has further frames that hold its rows in the table's order: one for
+each row, or for each run of neighbours that share one (see ``layout``), exactly as long as its rows say. Every byte
+belongs to one row and every row has its bytes: nothing can hide between them.
 
 The table is packed by itself, as the program is: a decode step repeats both, so each side makes and checks them once.
 
@@ -14,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -24,6 +24,7 @@ import torch
 from teegpu.errors import MismatchError, WireError
 from teegpu.ring import SEED_BYTES, Operand, Seed
 from teegpu.wire import dtypes, program
+from teegpu.wire.layout import HEADER_KIND, FrameLayout, Layout, Row, layout_of
 from teegpu.wire.limits import (
     MAX_DIMS,
     MAX_HEADER_BYTES,
@@ -111,56 +112,50 @@ def encode_refusal(message: Refusal) -> Encoded:
 
 
 def encode_execute(message: Execute) -> Encoded:
-    code = message.program
-    frames = [_input(register, message.tensors[register], message.encodings[register]) for register in code.inputs]
-    replies = [message.reply_encodings[register] for register in code.outputs]
-    return _encode([PROTOCOL_VERSION, "execute", message.request_id, code.packed, replies], frames)
+    code, tensors, encodings = message.program, message.tensors, message.encodings
+    layout = layout_of(tuple(Row(name, tuple(tensors[name].shape), encodings[name]) for name in code.inputs))
+    replies = tuple(message.reply_encodings[register] for register in code.outputs)
+    return ExecuteForm(code, layout, replies).encode(message.request_id, tensors)
 
 
-def _input(register: str, operand: Operand, encoding: str) -> TensorFrame:
-    if isinstance(operand, Seed):
-        return TensorFrame(register, operand.shape, encoding, memoryview(operand.key))
-    return frame(register, operand.shape, encoding, dtypes.narrow(operand, encoding))
+class ExecuteForm:
+    """What the messages ``Execute`` of one program, for inputs of one ``layout``, have in common: packed once.
+
+    ``replies`` has the wire dtype of each output."""
+
+    def __init__(self, code: program.Program, layout: Layout, replies: Sequence[str]) -> None:
+        packer = msgpack.Packer()
+        self._before = packer.pack_array_header(6) + packer.pack(PROTOCOL_VERSION) + packer.pack("execute")
+        self._behind = b"".join(map(packer.pack, (code.packed, replies, layout.packed)))
+        self._frames = layout.frames
+        self._kinds = layout.kinds
+
+    def encode(self, request_id: int, operands: Mapping[str, Operand]) -> Encoded:
+        """The message with ``operands``, one for each input and of the shape that the layout has for it."""
+        frames: list[Buffer] = [self._before + msgpack.packb(request_id) + self._behind]
+        for layout in self._frames:
+            tensors = [operand for name in layout.registers if isinstance(operand := operands[name], torch.Tensor)]
+            frames.append(dtypes.frame_of(layout.narrow(tensors)) if tensors else _key(operands[layout.registers[0]]))
+        return Encoded(frames, self._kinds)
 
 
-def encode_result(request_id: int, times: ServerTimes, frames: Sequence[TensorFrame]) -> Encoded:
-    """The message ``Result`` around frames that were made (and timed) before."""
+def _key(operand: Operand) -> memoryview:
+    return memoryview(operand.key) if isinstance(operand, Seed) else memoryview(b"")
+
+
+def encode_result(request_id: int, times: ServerTimes, layout: Layout, frames: Sequence[torch.Tensor]) -> Encoded:
+    """The message ``Result`` around what ``FrameLayout.narrow`` made (before, and timed) for each frame of ``layout``,
+    on the CPU."""
     operations = {name: [count, seconds] for name, (count, seconds) in times.operations.items()}
     spent = [times.queue_seconds, times.decode_seconds, times.compute_seconds, times.encode_seconds, operations]
-    return _encode([PROTOCOL_VERSION, "result", request_id, spent], frames)
+    return _encode([PROTOCOL_VERSION, "result", request_id, spent], layout, frames)
 
 
-class TensorFrame(NamedTuple):
-    """One row of a tensor table and the bytes that it describes."""
-
-    register: str
-    shape: tuple[int, ...]
-    encoding: str
-    data: memoryview
-
-
-def frame(register: str, shape: Sequence[int], encoding: str, narrowed: torch.Tensor) -> TensorFrame:
-    """The frame of a tensor of ``shape`` that ``dtypes.narrow`` has brought into ``encoding`` (on the CPU)."""
-    return TensorFrame(register, tuple(shape), encoding, dtypes.frame_of(narrowed))
-
-
-def _encode(header: Header, frames: Sequence[TensorFrame] | None = None) -> Encoded:
-    if frames is None:
+def _encode(header: Header, layout: Layout | None = None, frames: Sequence[torch.Tensor] = ()) -> Encoded:
+    if layout is None:
         # A model's folder may have a name that is not text: shown as such, not an error in the middle of a talk.
-        return Encoded([msgpack.packb(header, unicode_errors="replace")], (_HEADER_KIND,))
-    rows = tuple((row.register, row.shape, row.encoding) for row in frames)
-    table, kinds = (_table if len(rows) <= REMEMBERED_TENSORS else _table.__wrapped__)(rows)
-    return Encoded([msgpack.packb([*header, table]), *(row.data for row in frames)], kinds)
-
-
-_HEADER_KIND = ("header", 1)
-
-
-@lru_cache(maxsize=REMEMBERED)
-def _table(rows: tuple[tuple[str, tuple[int, ...], str], ...]) -> tuple[bytes, tuple[tuple[str, int], ...]]:
-    """The packed table, and the kinds of all frames, the header's included."""
-    kinds = [(f"{register}/{encoding}", dtypes.itemsize(encoding)) for register, _, encoding in rows]
-    return msgpack.packb(rows), (_HEADER_KIND, *kinds)
+        return Encoded([msgpack.packb(header, unicode_errors="replace")], (HEADER_KIND,))
+    return Encoded([msgpack.packb([*header, layout.packed]), *map(dtypes.frame_of, frames)], layout.kinds)
 
 
 # Decoding
@@ -174,7 +169,7 @@ class Decoder:
         self.limits = limits
         self._remember = remember
         self._programs: OrderedDict[bytes, program.Program] = OrderedDict()
-        self._tables: OrderedDict[bytes, tuple[Row, ...]] = OrderedDict()
+        self._tables: OrderedDict[bytes, Layout] = OrderedDict()
 
     def decode(self, frames: Sequence[memoryview]) -> Message:
         """The message in ``frames``.
@@ -232,9 +227,14 @@ class Decoder:
         for encoding in replies:
             if encoding not in known:
                 raise WireError(f"a reply encoding of this program is one of {', '.join(known)}")
-        tensors, encodings = self._operands(table, frames)
-        if tuple(tensors) != code.inputs:
+        layout, values = self._operands(table, frames)
+        if tuple(row.register for row in layout.rows) != code.inputs:
             raise WireError("an execute message carries one tensor for each of its program's inputs, in their order")
+        tensors: dict[str, Operand] = {}
+        for frame, value in zip(layout.frames, values, strict=True):
+            parts = (value,) if isinstance(value, Seed) else frame.split(value)
+            tensors.update(zip(frame.registers, parts, strict=True))
+        encodings = {row.register: row.encoding for row in layout.rows}
         return Execute(request_id, code, tensors, encodings, dict(zip(code.outputs, replies, strict=True)))
 
     def _program(self, packed: object) -> program.Program:
@@ -255,36 +255,36 @@ class Decoder:
         if len(body) != 2:
             raise WireError("a result has times and a tensor table")
         times = _times(body[0])
-        operands, encodings = self._operands(body[1], frames)
-        tensors = {register: value for register, value in operands.items() if not isinstance(value, Seed)}
-        if len(tensors) != len(operands):
+        layout, operands = self._operands(body[1], frames)
+        values = [operand for operand in operands if not isinstance(operand, Seed)]
+        if len(values) != len(operands):
             raise WireError("a result holds no seeds")
-        return Result(request_id, tensors, encodings, times)
+        return Result(request_id, layout, values, times)
 
-    def _operands(self, packed: object, frames: Sequence[memoryview]) -> tuple[dict[str, Operand], dict[str, str]]:
-        table = self._table(packed)
-        if len(table) != len(frames) - 1:
-            raise WireError("a tensor table has one row for each frame after the header")
-        operands: dict[str, Operand] = {}
-        encodings: dict[str, str] = {}
-        for (register, shape, encoding), frame in zip(table, frames[1:], strict=True):
-            operands[register] = _seed(frame, shape) if encoding == "seed" else dtypes.decode(frame, shape, encoding)
-            encodings[register] = encoding
-        return operands, encodings
+    def _operands(self, packed: object, frames: Sequence[memoryview]) -> tuple[Layout, list[Operand]]:
+        """The table, and of each frame all its values, one after the other, or the seed that it is."""
+        layout = self._layout(packed)
+        expected = len(layout.frames)
+        if expected != len(frames) - 1:
+            raise WireError(
+                f"a tensor table of {len(layout.rows)} rows stands for {expected} frames after the header, not for "
+                f"{len(frames) - 1}"
+            )
+        return layout, [_operand(each, frame) for each, frame in zip(layout.frames, frames[1:], strict=True)]
 
-    def _table(self, packed: object) -> tuple[Row, ...]:
+    def _layout(self, packed: object) -> Layout:
         if not isinstance(packed, bytes):
             raise WireError("a tensor table travels as bytes")
         known = self._tables.get(packed)
         if known is not None:
             self._tables.move_to_end(packed)
             return known
-        rows = self._checked_table(packed)
-        if len(rows) <= REMEMBERED_TENSORS and len(packed) <= REMEMBERED_BYTES:
-            self._tables[packed] = rows
+        layout = Layout(self._checked_table(packed))
+        if len(layout.rows) <= REMEMBERED_TENSORS and len(packed) <= REMEMBERED_BYTES:
+            self._tables[packed] = layout
             if len(self._tables) > self._remember:
                 self._tables.popitem(last=False)
-        return rows
+        return layout
 
     def _checked_table(self, packed: bytes) -> tuple[Row, ...]:
         table = unpack(packed, "a tensor table")
@@ -300,7 +300,7 @@ class Decoder:
                 raise WireError(f"register {register!r} is in the tensor table twice")
             if not isinstance(encoding, str) or encoding not in dtypes.NAMES:
                 raise WireError(f"a wire dtype is one of {', '.join(dtypes.NAMES)}")
-            rows[register] = (register, self._checked_shape(shape), encoding)
+            rows[register] = Row(register, self._checked_shape(shape), encoding)
         return tuple(rows.values())
 
     def _checked_shape(self, shape: object) -> tuple[int, ...]:
@@ -314,8 +314,8 @@ class Decoder:
         return tuple(shape)
 
 
-Row = tuple[str, tuple[int, ...], str]
-"""Register, shape, wire dtype."""
+def _operand(layout: FrameLayout, frame: memoryview) -> Operand:
+    return _seed(frame, layout.shapes[0]) if layout.encoding == "seed" else layout.decode(frame)
 
 
 def _seed(frame: memoryview, shape: tuple[int, ...]) -> Seed:

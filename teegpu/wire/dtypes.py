@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
 import torch
 
 from teegpu.errors import WireError
-from teegpu.kernels import convert
+from teegpu.kernels import convert, copy_into
 from teegpu.ring import SEED_BYTES
 
 if sys.byteorder != "little":
@@ -59,6 +60,11 @@ def itemsize(name: str) -> int:
 
 
 @lru_cache(maxsize=4096)
+def _nbytes_of_all(shapes: tuple[tuple[int, ...], ...], name: str) -> int:
+    return sum(nbytes(shape, name) for shape in shapes)
+
+
+@lru_cache(maxsize=4096)
 def nbytes(shape: tuple[int, ...], name: str) -> int:
     """Bytes of a frame that holds ``shape`` in wire dtype ``name``."""
     if name == "seed":
@@ -76,7 +82,25 @@ def narrow(tensor: torch.Tensor, name: str) -> torch.Tensor:
     It has 1 or more dimensions, is not empty, and may be on any device. Where no conversion is needed the result is
     ``tensor`` itself. int8 gives uint8 (bytes,): all values, then all scales.
     """
-    return _quantise(tensor) if name == "int8" else convert(tensor, PLAIN[name]).contiguous()
+    return _quantise((tensor,)) if name == "int8" else convert(tensor, PLAIN[name]).contiguous()
+
+
+def narrow_all(tensors: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """``tensors``, of one device, one after the other in one frame of wire dtype ``name``; of one alone, ``narrow``.
+
+    int8 gives the values of all, then the scales of all."""
+    if len(tensors) == 1:
+        return narrow(tensors[0], name)
+    if name == "int8":
+        return _quantise(tensors)
+    dtype = PLAIN[name]
+    out = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=tensors[0].device)
+    start = 0
+    for tensor in tensors:
+        stop = start + tensor.numel()
+        copy_into(out[start:stop].view(tensor.shape), tensor)
+        start = stop
+    return out
 
 
 def frame_of(narrowed: torch.Tensor) -> memoryview:
@@ -100,30 +124,54 @@ def decode(frame: memoryview, shape: tuple[int, ...], name: str) -> torch.Tensor
 
     Raises ``WireError`` when the frame has another length than ``shape`` needs, or an int8 scale is not finite.
     """
-    if frame.nbytes != nbytes(shape, name):
-        raise WireError(f"a tensor {shape} in {name} takes {nbytes(shape, name)} bytes, its frame holds {frame.nbytes}")
+    return decode_all(frame, (shape,), name).view(shape)
+
+
+def decode_all(frame: memoryview, shapes: tuple[tuple[int, ...], ...], name: str) -> torch.Tensor:
+    """The values (n,) of tensors of ``shapes``, one after the other, as ``narrow_all`` put them into ``frame``: in the
+    wire's own dtype, fp32 for int8.
+
+    Raises ``WireError`` as ``decode`` does.
+    """
+    expected = _nbytes_of_all(shapes, name)
+    if frame.nbytes != expected:
+        what = f"a tensor {shapes[0]}" if len(shapes) == 1 else f"a run of tensors {', '.join(map(str, shapes))}"
+        raise WireError(f"{what} in {name} takes {expected} bytes, its frame holds {frame.nbytes}")
     if frame.readonly or frame.ndim != 1 or frame.itemsize != 1:
         frame = memoryview(bytearray(frame))  # torch warns of memory that it may not write
     if name == "int8":
-        return _dequantise(frame, shape)
-    return torch.frombuffer(frame, dtype=PLAIN[name]).view(shape)
+        return _dequantise(frame, shapes)
+    return torch.frombuffer(frame, dtype=PLAIN[name])
 
 
-def _quantise(tensor: torch.Tensor) -> torch.Tensor:
-    """uint8 (bytes,): all values of all rows, then all scales in fp16."""
-    n = tensor.shape[-1]
-    rows = tensor.numel() // n
-    groups = math.ceil(n / GROUP)
-    source = tensor.detach().reshape(rows, n)
-    out = torch.empty(rows * n + 2 * rows * groups, dtype=torch.uint8, device=tensor.device)
-    quantised = out[: rows * n].view(torch.int8).view(rows, n)
-    scales = torch.empty((rows, groups, 1), dtype=torch.float16, device=tensor.device)
-    step = rows if tensor.is_cuda else max(1, _BLOCK_VALUES // n)
-    for first in range(0, rows, step):
-        block = slice(first, first + step)
-        _quantise_rows(source[block], quantised[block], scales[block])
-    out[rows * n :].copy_(scales.view(-1).view(torch.uint8))
+def _quantise(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """uint8 (bytes,): all values of all rows of all tensors, then all scales in fp16."""
+    blocks = [_blocks(tuple(tensor.shape)) for tensor in tensors]
+    values = sum(rows * n for rows, n, _ in blocks)
+    device = tensors[0].device
+    scales = torch.empty(sum(rows * groups for rows, _, groups in blocks), dtype=torch.float16, device=device)
+    out = torch.empty(values + scales.nbytes, dtype=torch.uint8, device=device)
+    quantised = out[:values].view(torch.int8)
+    value = group = 0
+    for tensor, (rows, n, groups) in zip(tensors, blocks, strict=True):
+        source = tensor.detach().reshape(rows, n)
+        into = quantised[value : value + rows * n].view(rows, n)
+        by = scales[group : group + rows * groups].view(rows, groups, 1)
+        step = rows if tensor.is_cuda else max(1, _BLOCK_VALUES // n)
+        for first in range(0, rows, step):
+            block = slice(first, first + step)
+            _quantise_rows(source[block], into[block], by[block])
+        value += rows * n
+        group += rows * groups
+    out[values:].copy_(scales.view(torch.uint8))
     return out
+
+
+@lru_cache(maxsize=4096)
+def _blocks(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Rows, values of a row, and groups of a row."""
+    n = shape[-1]
+    return math.prod(shape) // n, n, math.ceil(n / GROUP)
 
 
 def _quantise_rows(source: torch.Tensor, quantised: torch.Tensor, scales: torch.Tensor) -> None:
@@ -142,18 +190,22 @@ def _quantise_rows(source: torch.Tensor, quantised: torch.Tensor, scales: torch.
     quantised.copy_(steps.view(rows, groups * GROUP)[:, :n])
 
 
-def _dequantise(frame: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
-    n = shape[-1]
-    rows = math.prod(shape) // n
-    groups = math.ceil(n / GROUP)
-    quantised = torch.frombuffer(frame, dtype=torch.int8, count=rows * n).view(rows, n)
+def _dequantise(frame: memoryview, shapes: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    blocks = [_blocks(shape) for shape in shapes]
+    count = sum(rows * n for rows, n, _ in blocks)
+    quantised = torch.frombuffer(frame, dtype=torch.int8, count=count)
     # Through bytes: the scales need not start on an even address.
-    scales = torch.frombuffer(frame, dtype=torch.uint8, offset=rows * n).clone().view(torch.float16).to(torch.float32)
+    scales = torch.frombuffer(frame, dtype=torch.uint8, offset=count).clone().view(torch.float16).to(torch.float32)
     if not math.isfinite(scales.sum().item()):
         raise WireError("an int8 tensor has a scale that is not finite: what was sent is out of range, or not finite")
-    scales = scales.view(rows, groups, 1)
     values = quantised.to(torch.float32)
-    if n % GROUP:
-        expanded = scales.expand(rows, groups, GROUP).reshape(rows, groups * GROUP)[:, :n]
-        return values.mul_(expanded).view(shape)
-    return values.view(rows, groups, GROUP).mul_(scales).view(shape)
+    if all(n % GROUP == 0 for _, n, _ in blocks):
+        return values.view(-1, GROUP).mul_(scales.unsqueeze(-1)).view(-1)
+    value = group = 0
+    for rows, n, groups in blocks:
+        each = scales[group : group + rows * groups].view(rows, groups, 1)
+        expanded = each.expand(rows, groups, GROUP).reshape(rows, groups * GROUP)[:, :n]
+        values[value : value + rows * n].view(rows, n).mul_(expanded)
+        value += rows * n
+        group += rows * groups
+    return values

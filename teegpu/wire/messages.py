@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Final
 
 import torch
 
 from teegpu.ring import Operand
+from teegpu.wire.layout import Layout
 from teegpu.wire.program import Program
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +136,26 @@ class ServerTimes:
 
 @dataclass(slots=True)
 class Result:
-    """The outputs of an ``Execute`` (by output register), and what they cost."""
+    """The outputs of an ``Execute``, and what they cost.
+
+    ``values`` has of each frame of ``layout`` all the values, one tensor after the other (see ``FrameLayout.split``).
+    """
 
     request_id: int
-    tensors: dict[str, torch.Tensor]
-    encodings: dict[str, str]
+    layout: Layout
+    values: list[torch.Tensor]
     times: ServerTimes
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The outputs by register."""
+        parts = [frame.split(flat) for frame, flat in zip(self.layout.frames, self.values, strict=True)]
+        return dict(zip((row.register for row in self.layout.rows), chain(*parts), strict=True))
+
+    @property
+    def encodings(self) -> dict[str, str]:
+        """Their wire dtypes."""
+        return {row.register: row.encoding for row in self.layout.rows}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
+from typing import Any
 
 import msgpack
 import torch
@@ -17,6 +18,7 @@ from teegpu.metrics.summary import Summary
 from teegpu.tee.gpu_client import GpuClient
 from teegpu.tee.products import Call, drive
 from teegpu.wire import codec, dtypes
+from teegpu.wire.layout import SHARED
 from teegpu.wire.messages import PROTOCOL_VERSION, Health, HealthReport, Hello, Refusal, Result, Welcome
 from teegpu.wire.program import OPS
 from tests.fuzz.world import (
@@ -114,7 +116,7 @@ def reply(data: bytes) -> str:
     finally:
         runner.transport.answer = honest
     assert tuple(outputs) == call.program.outputs
-    shapes, _ = runner.clients[0]._expected(call)
+    shapes = {row.register: row.shape for row in runner.clients[0]._asked(call).layout.rows}
     for name, value in outputs.items():
         assert value.dtype == torch.float32
         assert tuple(value.shape) == shapes[name]
@@ -172,17 +174,20 @@ def program(data: bytes) -> str:
         shapes = {name: list(tensor.shape) for name, tensor in call.inputs.items()}
         for _ in range(source.below(3)):
             _change(source, code, shapes)
-    rows, frames = [], []
+    rows: list[list[Any]] = []
+    frames: list[bytes] = []
     ids = {step[2][0] for step in code[1] if step[0] == "embedding" and step[2]}
     for name in code[0]:
         shape = shapes.get(name, [1, 1])
         encoding = "int32" if name in ids else source.pick(WIRE_DTYPES)
         if source.seldom():
             encoding = source.pick(dtypes.NAMES)
+        shares = bool(rows) and rows[-1][2] == encoding and encoding in SHARED and not source.seldom()
         rows.append([name, shape, encoding])
         length = dtypes.nbytes(tuple(shape), encoding) if 0 not in shape else 0
         pattern = source.take(8) if encoding != "int32" else b"\1\0\0\0"
-        frames.append((pattern * (min(length, 2**18) // len(pattern) + 1))[:length])
+        data = (pattern * (min(length, 2**18) // len(pattern) + 1))[:length]
+        frames[len(frames) - shares :] = [frames[-1] + data] if shares else [data]
     replies = [source.pick(WIRE_DTYPES) for _ in code[2]]
     header = [PROTOCOL_VERSION, "execute", source.below(2**16), msgpack.packb(code), replies, msgpack.packb(rows)]
     return _answered([msgpack.packb(header), *frames])

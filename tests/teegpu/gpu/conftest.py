@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from teegpu.gpu.executor import Executor
+from teegpu.gpu.executor import Execution, Executor
 from teegpu.gpu.server import Identity
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.model.spec import ModelSpec
+from teegpu.wire import dtypes
 from teegpu.wire.limits import Limits
 
 SPEC = ModelSpec(
@@ -92,3 +93,12 @@ def make_executor(store: MemoryStore, spec: ModelSpec, device: torch.device) -> 
 @pytest.fixture
 def identity(spec: ModelSpec) -> Identity:
     return Identity(spec, digest="ab" * 32, device="cpu", dtype="fp32", threads=1, memory_bytes=1234)
+
+
+def decoded(done: Execution) -> dict[str, torch.Tensor]:
+    """The outputs of an execution as the wire's own dtypes, fp32 for int8."""
+    found: dict[str, torch.Tensor] = {}
+    for frame, narrowed in zip(done.layout.frames, done.frames, strict=True):
+        values = frame.decode(memoryview(bytearray(dtypes.frame_of(narrowed))))
+        found.update(zip(frame.registers, frame.split(values), strict=True))
+    return found

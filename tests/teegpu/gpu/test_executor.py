@@ -14,6 +14,7 @@ from teegpu.gpu.executor import Execution, Executor
 from teegpu.wire import dtypes
 from teegpu.wire.limits import REMEMBERED_STEPS, Limits
 from teegpu.wire.program import OPS, RING, Program, ShapeError, Step, linear, single
+from tests.teegpu.gpu.conftest import decoded
 
 MakeExecutor = Callable[..., Executor]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -40,10 +41,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def outputs(done: Execution) -> dict[str, torch.Tensor]:
-    return {
-        row.register: dtypes.decode(memoryview(bytearray(row.data)), row.shape, row.encoding).to(torch.float32)
-        for row in done.frames
-    }
+    return {name: tensor.to(torch.float32) for name, tensor in decoded(done).items()}
 
 
 def run(
@@ -199,13 +197,31 @@ def test_outputs_leave_in_the_encoding_asked_for(
 ) -> None:
     x = random(2, 32)
     done = make_executor(dtype).run(QKV, {"n": x}, {"q": encoding, "k": "fp32", "v": "fp16"})
-    assert [(row.register, row.shape, row.encoding) for row in done.frames] == [
+    assert [*done.layout.rows] == [
         ("q", (2, 32), encoding),
         ("k", (2, 16), "fp32"),
         ("v", (2, 16), "fp16"),
     ]
     expected = x @ store.tensors["layers.0.q_proj"].T
     torch.testing.assert_close(outputs(done)["q"], expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("encoding", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("program", [QKV, FUSED], ids=["Q, K and V", "fused"])
+def test_outputs_that_share_a_frame_are_those_that_do_not(
+    make_executor: MakeExecutor, program: Program, encoding: str, tokens: int
+) -> None:
+    executor = make_executor()
+    inputs = {name: random(tokens, 32, seed=seed) for seed, name in enumerate(program.inputs)}
+    done = executor.run(program, inputs, dict.fromkeys(program.outputs, encoding))
+    assert len(done.frames) == 1
+    together, alone = outputs(done), run(executor, program, **inputs)
+    for name in program.outputs:
+        back = dtypes.decode(
+            memoryview(bytearray(dtypes.encode(alone[name], encoding))), tuple(alone[name].shape), encoding
+        )
+        assert torch.equal(together[name], back.to(torch.float32))
 
 
 def test_inputs_are_not_written_to(make_executor: MakeExecutor) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from teegpu import ring
-from teegpu.gpu.executor import Execution, Executor
+from teegpu.gpu.executor import Executor
 from teegpu.gpu.ringweights import RingWeights
-from teegpu.wire import dtypes
 from teegpu.wire.limits import Limits
 from teegpu.wire.program import Program, ShapeError, ring_linear, single
+from tests.teegpu.gpu.conftest import decoded
 
 MakeExecutor = Callable[..., Executor]
 
@@ -46,14 +46,8 @@ def expected(store: Any, weight: str, x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy((wide % 2**32).astype(np.uint32).view(np.int32))
 
 
-def outputs(done: Execution) -> dict[str, torch.Tensor]:
-    return {
-        row.register: dtypes.decode(memoryview(bytearray(row.data)), row.shape, row.encoding) for row in done.frames
-    }
-
-
 def run(executor: Executor, program: Program, inputs: Mapping[str, ring.Operand]) -> dict[str, torch.Tensor]:
-    return outputs(executor.run(program, inputs, dict.fromkeys(program.outputs, "int32")))
+    return decoded(executor.run(program, inputs, dict.fromkeys(program.outputs, "int32")))
 
 
 @pytest.mark.parametrize("rows", [1, 17, 256])
@@ -61,7 +55,7 @@ def run(executor: Executor, program: Program, inputs: Mapping[str, ring.Operand]
 def test_a_product_is_exact(executor: Executor, store: Any, rows: int, weight: str) -> None:
     x = operand(rows, store.tensors[weight].shape[1])
     done = executor.run(single(["x"], ring_linear("y", weight, "x")), {"x": x}, {"y": "int32"})
-    assert torch.equal(outputs(done)["y"], expected(store, weight, x))
+    assert torch.equal(decoded(done)["y"], expected(store, weight, x))
     assert {name: count for name, (count, _) in done.operations.items()} == {"RING_LINEAR": 1}
 
 
@@ -72,7 +66,7 @@ def test_neighbours_run_as_one_product_and_count_as_several(executor: Executor, 
     (compiled,) = executor._compiled.values()
     assert len(compiled.kernels) == 1
     assert done.operations["RING_LINEAR"][0] == 3
-    for name, got in outputs(done).items():
+    for name, got in decoded(done).items():
         assert torch.equal(got, expected(store, f"layers.0.{name}_proj", x))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,12 +12,13 @@ from teegpu.errors import BadReplyError, MismatchError, ServerRefusedError
 from teegpu.tee.plans import EMBED, programs
 from teegpu.tee.plans import get as plan_of
 from teegpu.tee.products import Call, drive
-from teegpu.wire import codec, dtypes
+from teegpu.wire import codec
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Refusal, Result, ServerTimes
 from teegpu.wire.program import linear, single
 from tests.conftest import TinyModel
 from tests.teegpu.tee.conftest import Harness, MakeHarness, random_ids
+from tests.teegpu.wire.samples import result_of
 
 Frames = list[memoryview]
 
@@ -31,18 +32,24 @@ def call(runner: Harness) -> Call:
     return Call(programs(runner.spec, plan_of("fused"))[0].qkv[0], {"n": torch.randn(3, runner.spec.hidden_size)}, 0)
 
 
-def rebuilt(change: Callable[[Result], Result]) -> Callable[[Frames], Frames]:
+@dataclass(frozen=True)
+class Opened:
+    """A result, taken apart."""
+
+    request_id: int
+    tensors: dict[str, torch.Tensor]
+    encodings: dict[str, str]
+    times: ServerTimes
+
+
+def rebuilt(change: Callable[[Opened], Opened]) -> Callable[[Frames], Frames]:
     """Tampers with a result by decoding, changing and encoding it again, as a server could have written it."""
 
     def tamper(frames: Frames) -> Frames:
         result = codec.Decoder(Limits()).decode(frames)
         assert isinstance(result, Result)
-        result = change(result)
-        rows = [
-            codec.frame(name, tensor.shape, result.encodings[name], dtypes.narrow(tensor, result.encodings[name]))
-            for name, tensor in result.tensors.items()
-        ]
-        encoded = codec.encode_result(result.request_id, result.times, rows)
+        new = change(Opened(result.request_id, result.tensors, result.encodings, result.times))
+        encoded = result_of(new.tensors, new.encodings, request_id=new.request_id, times=new.times)
         return [memoryview(bytearray(frame)) for frame in encoded.frames]
 
     return tamper
@@ -107,6 +114,33 @@ def test_a_reply_that_can_not_be_right_is_refused(what: str, runner: Harness) ->
         drive(runner.gpu_client().run(call(runner)))
 
 
+SHARED: dict[str, tuple[Callable[[Frames], Frames], str]] = {
+    "another shape": (with_tensor("v", lambda t: t[:, :8]), r"register 'v' as fp16 \(3, 8\), expected fp16 \(3, 16\)"),
+    "another cut": (
+        rebuilt(lambda r: replace(r, tensors=r.tensors | {"q": torch.ones(3, 16), "k": torch.ones(3, 32)})),
+        r"register 'q' as fp16 \(3, 16\)",
+    ),
+    "another order": (
+        rebuilt(lambda r: replace(r, tensors=dict(sorted(r.tensors.items())))),
+        "other registers",
+    ),
+    "NaN": (with_tensor("k", poisoned(float("nan"))), "not finite in 'q' or 'k' or 'v'"),
+    "a value too few": (lambda frames: [*frames[:-1], frames[-1][:-2]], "takes 384 bytes, its frame holds 382"),
+    "a frame for each": (
+        lambda frames: [frames[0], frames[1][:192], frames[1][192:288], frames[1][288:]],
+        "1 frames? after the header, not for 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_a_frame_that_several_share_is_checked_as_well(what: str, tiny_model: TinyModel, harness: MakeHarness) -> None:
+    runner = harness(tiny_model("llama"), wire_dtype="fp16")
+    runner.client.tamper, message = SHARED[what]
+    with pytest.raises(BadReplyError, match=message):
+        drive(runner.gpu_client().run(call(runner)))
+
+
 def test_values_that_are_not_finite_can_be_let_through(runner: Harness) -> None:
     runner.client.tamper = with_tensor("v", poisoned(float("nan")))
     out = drive(runner.gpu_client(check_finite=False).run(call(runner)))
@@ -141,7 +175,7 @@ def test_hello_checks_the_model(runner: Harness) -> None:
 
 
 def test_hello_to_something_else(runner: Harness) -> None:
-    result = codec.encode_result(0, ServerTimes(), [])
+    result = result_of({}, {}, request_id=0)
     runner.client.tamper = lambda _: [memoryview(bytearray(frame)) for frame in result.frames]
     with pytest.raises(BadReplyError, match="not a teegpu GPU server"):
         runner.gpu_client().hello(1.0)

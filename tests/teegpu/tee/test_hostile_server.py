@@ -196,8 +196,8 @@ BAD: dict[str, tuple[Callable[[Honest], Iterable[Parts]], type[Exception], str]]
     "a table of negative sizes": (lambda h: reworked(h, 1, [-4, -8]), BadReplyError, "a dimension is"),
     "a table of 4000 rows": (lambda h: [h.with_table([["x", [1], "fp32"]] * 4000)], BadReplyError, "at most 32"),
     "a table that is no bytes": (lambda h: [h.with_header(4, 7)], BadReplyError, "travels as bytes"),
-    "a frame more": (lambda h: [h.sealed(*h.parts[1:], b"more")], BadReplyError, "one row for each frame"),
-    "a frame less": (lambda h: [h.sealed(*h.parts[1:-1])], BadReplyError, "one row for each frame"),
+    "a frame more": (lambda h: [h.sealed(*h.parts[1:], b"more")], BadReplyError, "frames? after the header"),
+    "a frame less": (lambda h: [h.sealed(*h.parts[1:-1])], BadReplyError, "frames? after the header"),
     "swapped frames": (
         lambda h: [h.sealed(h.parts[1], h.frames[1][:-4], h.frames[0], *h.frames[2:])],
         BadReplyError,

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+import pytest
 import torch
 
+from teegpu.errors import WireError
 from teegpu.ring import Operand, Seed
-from teegpu.wire import codec, dtypes
+from teegpu.wire import codec
+from teegpu.wire.layout import Layout, Row
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Execute, HealthReport, ServerTimes, Welcome
 from teegpu.wire.program import Program, Step, linear, ring_linear, single
@@ -77,5 +84,32 @@ def in_ring(operand: Operand) -> codec.Encoded:
 
 def result(encoding: str = "fp32") -> codec.Encoded:
     tensors = {"z": torch.arange(6.0).reshape(2, 3), "up": torch.ones(2, 65)}
-    frames = [codec.frame(name, t.shape, encoding, dtypes.narrow(t, encoding)) for name, t in tensors.items()]
-    return codec.encode_result(9, TIMES, frames)
+    return result_of(tensors, dict.fromkeys(tensors, encoding))
+
+
+def result_of(
+    tensors: Mapping[str, torch.Tensor],
+    encodings: Mapping[str, str],
+    *,
+    request_id: int = 9,
+    times: ServerTimes = TIMES,
+) -> codec.Encoded:
+    """A result that carries ``tensors``."""
+    layout = Layout(tuple(Row(name, tuple(tensor.shape), encodings[name]) for name, tensor in tensors.items()))
+    frames = [frame.narrow([tensors[name] for name in frame.registers]) for frame in layout.frames]
+    return codec.encode_result(request_id, times, layout, frames)
+
+
+def raw(header: Any, *frames: bytes) -> list[memoryview]:
+    return [memoryview(bytearray(part)) for part in (msgpack.packb(header), *frames)]
+
+
+def table(*rows: object) -> bytes:
+    return msgpack.packb(rows)
+
+
+def refused(frames: list[memoryview], limits: Limits = LIMITS) -> str:
+    with pytest.raises(WireError) as caught:
+        decoder(limits).decode(frames)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -13,7 +13,7 @@ from teegpu.errors import WireError
 from teegpu.ring import SEED_BYTES, Seed
 from teegpu.wire import codec
 from teegpu.wire.messages import PROTOCOL_VERSION, Execute, Hello, Result, Welcome
-from tests.teegpu.wire.samples import LIMITS, RING, WELCOME, decoder, in_ring
+from tests.teegpu.wire.samples import LIMITS, RING, WELCOME, decoder, in_ring, result_of
 
 SEED = Seed(bytes(range(SEED_BYTES)), (3, 5))
 EXTREMES = torch.tensor([[-(2**31), -1, 0], [1, 2**31 - 1, 255]], dtype=torch.int32)
@@ -94,7 +94,7 @@ def test_a_result_holds_no_seed() -> None:
 
 
 def test_a_result_in_the_ring() -> None:
-    encoded = codec.encode_result(1, codec.ServerTimes(), [codec.frame("q", (2, 3), "int32", EXTREMES)])
+    encoded = result_of({"q": EXTREMES}, {"q": "int32"})
     message = decoder().decode(received(encoded))
     assert isinstance(message, Result)
     assert torch.equal(message.tensors["q"], EXTREMES)

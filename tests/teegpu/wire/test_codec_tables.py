@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import replace
-from typing import Any
 
 import msgpack
 import pytest
@@ -14,27 +13,7 @@ from teegpu.wire import codec, dtypes
 from teegpu.wire.limits import MAX_HEADER_BYTES, Limits
 from teegpu.wire.messages import PROTOCOL_VERSION, Execute, Result
 from teegpu.wire.program import Program, linear, single
-
-LIMITS = Limits(message_bytes=2**20, tensors=4, dimension=4096, program_steps=8)
-
-
-def decoder(limits: Limits = LIMITS) -> codec.Decoder:
-    return codec.Decoder(limits)
-
-
-def raw(header: Any, *frames: bytes) -> list[memoryview]:
-    return [memoryview(bytearray(part)) for part in (msgpack.packb(header), *frames)]
-
-
-def refused(frames: list[memoryview], limits: Limits = LIMITS) -> str:
-    with pytest.raises(WireError) as caught:
-        decoder(limits).decode(frames)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def table(*rows: object) -> bytes:
-    return msgpack.packb(rows)
+from tests.teegpu.wire.samples import LIMITS, decoder, raw, refused, table
 
 
 def with_table(packed: object, *frames: bytes) -> list[memoryview]:
@@ -79,6 +58,9 @@ def test_a_table_and_its_frames() -> None:
         pytest.param([["x", [4097], "fp32"]], id="a dimension over the limit"),
         pytest.param([["x", [4096, 4096, 4096, 4096], "int8"]], id="a tensor over the limit"),
         pytest.param([["x", [2**64 - 1, 2**64 - 1], "fp32"]], id="huge dimensions"),
+        pytest.param([["x", [2], "fp16"], ["y", [1], "fp16"]], id="two that share less than the frame holds"),
+        pytest.param([["x", [2], "fp16"], ["y", [3], "fp16"]], id="two that share more than the frame holds"),
+        pytest.param([["x", [2], "fp16"], ["y", [2], "bf16"]], id="two that share nothing"),
     ],
 )
 def test_a_table_that_is_not_its_frames_is_refused(rows: list[object]) -> None:
