@@ -1,5 +1,5 @@
-"""Endpoints of GPU servers as ``run.endpoints`` writes them: ``tcp://host:port#layers=A-B,key=NAME``. Syntax and the
-cover of the model's layers only; whether an address can be used is for the transports to say."""
+"""Endpoints of GPU servers as ``run.endpoints`` writes them: ``tcp://host:port#layers=A-B,key=NAME,share=1``. Syntax
+and the cover of the model's layers only; whether an address can be used is for the transports to say."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from teegpu.errors import ConfigError, nearest
 Layers = tuple[int, int]
 """The first and the last layer of a range, both within it."""
 
-_OPTIONS = ("layers", "key")
+_OPTIONS = ("layers", "key", "share")
+_SHARES = ("1", "2")
 _LAYERS = re.compile(r"(\d{1,6})-(\d{1,6})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server: its address, the layers that it is to compute (None: all), and the name of its public key (empty:
-    ``link.server_key``)."""
+    """A server: its address, the layers that it is to compute (None: all), the name of its public key (empty:
+    ``link.server_key``), and which of two shares it gets (0: not said)."""
 
     address: str
     layers: Layers | None = None
     key: str = ""
+    share: int = 0
 
     def __str__(self) -> str:
         options = [] if self.layers is None else [f"layers={self.layers[0]}-{self.layers[1]}"]
         if self.key:
             options.append(f"key={self.key}")
+        if self.share:
+            options.append(f"share={self.share}")
         return self.address + ("#" + ",".join(options) if options else "")
 
 
@@ -38,7 +42,7 @@ def parse(text: str) -> Endpoint:
     if "://" not in address:
         raise ConfigError(
             f"run.endpoints: '{text}' is not an address: write tcp://host:port or ipc:///path, and after a '#' "
-            "layers=A-B or key=NAME"
+            "layers=A-B, key=NAME or share=1"
         )
     given: dict[str, str] = {}
     for part in rest.split(",") if mark else ():
@@ -46,12 +50,16 @@ def parse(text: str) -> Endpoint:
         if name not in _OPTIONS:
             raise ConfigError(
                 f"run.endpoints: '{text}': unknown option '{name}'{nearest(name, list(_OPTIONS))}; after the '#' come "
-                f"{' and '.join(f'{option}=…' for option in _OPTIONS)}, with a comma between them"
+                f"{', '.join(f'{option}=…' for option in _OPTIONS)}, with a comma between them"
             )
         if name in given or not value:
             raise ConfigError(f"run.endpoints: '{text}': {name}= is {'there twice' if name in given else 'empty'}")
         given[name] = value
-    return Endpoint(address, _layers(given["layers"], text) if "layers" in given else None, given.get("key", ""))
+    share = given.get("share", "0")
+    if "share" in given and share not in _SHARES:
+        raise ConfigError(f"run.endpoints: '{text}': share={share} is neither share=1 nor share=2")
+    layers = _layers(given["layers"], text) if "layers" in given else None
+    return Endpoint(address, layers, given.get("key", ""), int(share))
 
 
 def _layers(value: str, text: str) -> Layers:

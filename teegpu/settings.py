@@ -22,6 +22,8 @@ TRANSPORTS = ("zmq", "zmq+zstd", "pipelined", "pipelined+zstd", "inprocess")
 WIRE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 SERVER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 SPREADS = ("failover", "round-robin")
+PRIVACY = ("none", "two-server", "pads", "reference")
+VERIFY = ("auto", "on", "off")
 WHEN_EXHAUSTED = ("fail", "wait")
 SHIELDS = ("auto", "on", "off")
 LOG_FORMATS = ("rich", "json")
@@ -151,8 +153,9 @@ class RunSettings:
     endpoints: tuple[str, ...] = setting(
         (),
         "Where the GPU servers are: tcp://host:port or ipc:///path, with #layers=A-B where a server is to compute "
-        "these layers only, and #key=NAME where its public key is not link.server_key. Empty: a server is started for "
-        "the run on this machine and ended with it.",
+        "these layers only, #key=NAME where its public key is not link.server_key, and #share=1 or #share=2 where "
+        "run.privacy is two-server and there are more than two. Empty: a server is started for the run on this machine "
+        "and ended with it.",
     )
     spread: str = setting(
         "failover",
@@ -203,6 +206,19 @@ class RunSettings:
     )
     link: str = setting(
         "", "An emulated link between runner and server, such as rtt=5ms,bandwidth=1gbit. Empty: the real one."
+    )
+    privacy: str = setting(
+        "none",
+        "How values are hidden from the servers. none: not at all, they see the activations, from which text can be "
+        "had; two-server: two servers of different operators get a share each, and neither sees anything by itself; "
+        "pads: one server, and pads that were made before ('teegpu pads make'); reference: no server, the same whole "
+        "numbers in the runner, to compare with.",
+        choices=PRIVACY,
+    )
+    verify: str = setting(
+        "auto",
+        "Whether the servers' products are checked with secret random vectors. auto: where run.privacy is not none.",
+        choices=VERIFY,
     )
     check_finite: bool = setting(True, "Refuse replies with infinities or NaNs in them.")
     note: str = setting("", "A line of your own that is kept with the run's record, such as what is being tried.")

@@ -157,6 +157,14 @@ class Client(abc.ABC):
         reply = self.request(message, timeout_seconds=timeout_seconds)
         return lambda: reply
 
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply]:
+        """Send ``message`` and go on. The function that is returned waits for the reply, and raises what ``request``
+        would. Meanwhile other connections may be used; on this one, only where the client has several in flight.
+
+        A client that can't go on meanwhile has the reply, or raises, when ``begin`` returns."""
+        reply = self.request(message, timeout_seconds=timeout_seconds)
+        return lambda: reply
+
     @property
     def pending_bytes(self) -> int:
         """Bytes of the requests that have no reply yet, those that stand in line for the window included."""

@@ -97,6 +97,17 @@ class DealerClient(Client):
 
         return poll
 
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply]:
+        if self._in_flight:
+            self._wait_for_room(message.nbytes)
+        exchange = self._submit(message, timeout_seconds)
+
+        def wait() -> Reply:
+            self._wait_for(exchange)
+            return exchange.result()
+
+        return wait
+
     def _look(self, exchange: Exchange) -> None:
         """What ``_step`` does, without waiting."""
         connection = self._connection

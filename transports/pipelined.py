@@ -122,6 +122,10 @@ class PipelinedClient(DealerClient):
         self._harvest()
         return super().request(message, timeout_seconds=timeout_seconds)
 
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply]:
+        self._harvest()
+        return super().begin(message, timeout_seconds=timeout_seconds)
+
     def request_all(self, messages: Sequence[Message], *, timeout_seconds: float | None = None) -> list[Reply]:
         self._harvest()
         exchanges: list[Exchange] = []

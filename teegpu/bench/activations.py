@@ -76,7 +76,7 @@ class Tap:
         self._layers = layers
 
     async def run(self, call: Call) -> dict[str, torch.Tensor]:
-        self._keep(call, call.inputs)
+        self._keep(call, {name: each for name, each in call.inputs.items() if isinstance(each, torch.Tensor)})
         outputs = await self._inner.run(call)
         self._keep(call, outputs)  # before its owner writes to it
         return outputs

@@ -101,6 +101,14 @@ def run(
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Tokens in a chunk of the prefill; 0: auto.", rich_help_panel=PLACE)
     ] = None,
+    privacy: Annotated[
+        str | None,
+        typer.Option(help="Hide values from servers: none, two-server, pads or reference.", rich_help_panel=PLACE),
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Check the servers' products.", rich_help_panel=PLACE),
+    ] = None,
     speculate: Annotated[
         int | None, typer.Option(help="Guess up to N tokens a step from the context.", rich_help_panel=PLACE)
     ] = None,
@@ -173,6 +181,8 @@ def run(
         "run.transport": transport,
         "run.wire_dtype": wire_dtype,
         "run.chunk_tokens": chunk_tokens,
+        "run.privacy": privacy,
+        "run.verify": None if verify is None else "on" if verify else "off",
         "run.speculate": speculate,
         "run.link": link,
         "run.threads": threads,

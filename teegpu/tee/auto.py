@@ -217,15 +217,20 @@ class Chooser:
         self._place = place
         self._server = None if welcome is None else Server(welcome.device, welcome.dtype, welcome.threads)
 
-    def choose(self, question: Question, calibration: Calibration, notify: Callable[[str], None]) -> Choice:
-        """By the stored profile where there is one that fits, else by a probe, which ``calibration`` makes. ``notify``
-        is told of a profile that does not fit. Raises ``ConfigError``, and what requests do."""
+    def choose(
+        self, question: Question, calibration: Calibration | None, notify: Callable[[str], None]
+    ) -> Choice | None:
+        """By the stored profile where there is one that fits, else by a probe, which ``calibration`` makes; None where
+        there is neither. ``notify`` is told of a profile that does not fit. Raises ``ConfigError``, and what requests
+        do."""
         shape = shape_of(self._spec, self._place.borders)
         found, reason = self._stored()
         if reason:
             notify(reason)
         if found is not None:
             return choose(question, shape, found.rates, "profile", f"the profile of {found.created_at[:10]}")
+        if calibration is None:
+            return None
         return choose(question, shape, self._probe(question, calibration), "probe", "a probe")
 
     def _stored(self) -> tuple[Profile | None, str]:

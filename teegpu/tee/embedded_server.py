@@ -184,6 +184,8 @@ def _environment(config: Config) -> dict[str, str]:
     environment = dict(os.environ)
     environment |= {variable_name(key): str(value) for key, value in config.values().items() if key.startswith(shared)}
     environment[variable_name("server.layers")] = ""  # the only server of its run holds all
+    # It makes its int8 weights before it says that it is ready, and not while a hello waits.
+    environment[variable_name("server.shield")] = "auto" if config.run.privacy == "none" else "on"
     root = str(Path(__file__).resolve().parents[2])
     if root not in (*site.getsitepackages(), site.getusersitepackages()):
         # We run from a checkout, which may be known to us by nothing but the current folder.

@@ -46,7 +46,8 @@ class Fleet:
     ``connect`` makes a client of an endpoint, ``greeter`` says hello over it. ``at_hand`` is the member to send to
     without a further thought, or None where ``pick`` has to think; ``overlaps`` is that of the clients. ``borders`` are
     the layers that another group holds than the layer before. ``gone`` gives the error to end with where it is known
-    that nobody will answer any more.
+    that nobody will answer any more. ``indices`` are the numbers of the servers in the record, where others come before
+    them.
 
     Raises ``ConfigError`` where the endpoints do not cover the layers.
     """
@@ -63,10 +64,12 @@ class Fleet:
         spread: str = "failover",
         layer_of: Callable[[str], int] = lambda _: 0,
         gone: Callable[[], TeegpuError | None] = lambda: None,
+        indices: Sequence[int] | None = None,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.members = [Member(index, endpoint) for index, endpoint in enumerate(endpoints)]
+        numbers = range(len(endpoints)) if indices is None else indices
+        self.members = [Member(index, endpoint) for index, endpoint in zip(numbers, endpoints, strict=True)]
         cut = ranges(endpoints, layers)
         self.groups = [
             Group(

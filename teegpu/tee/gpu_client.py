@@ -1,15 +1,15 @@
 """Programs to the GPU server and back: encode, send, wait, check the answer, decode, and record what each step took.
 
 The server is not trusted. What it answers is held against what was asked: size, registers, shapes, wire dtypes,
-operations, finite values. A layer that masks inputs and verifies results belongs here, between ``run`` and the wire: a
-program is linear."""
+operations, finite values. What masks inputs and verifies results is ``tee.shield``."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class _Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Request(Message):
+class Request(Message):
     """A message with the call that it carries."""
 
     call: Call = field(kw_only=True)
@@ -68,7 +68,8 @@ class GpuClient:
 
     A request that the network loses is sent again, as ``Fleet`` says; its caller notices the time that it took, or gets
     ``ConnectionFailedError`` where it took too long. ``overlapped`` says whether calls are awaited on an asyncio loop
-    (with an overlapping transport) or made at once.
+    (with an overlapping transport) or made at once. ``ids`` are those of requests: clients that share a recorder share
+    them.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class GpuClient:
         recorder: Recorder,
         limits: Limits,
         check_finite: bool = True,
+        ids: Iterator[int] | None = None,
     ) -> None:
         self.spec = spec
         self.wire_dtype = wire_dtype
@@ -89,7 +91,7 @@ class GpuClient:
         self._recorder = recorder
         self._decoder = codec.Decoder(limits)
         self._check_finite = check_finite
-        self._next_id = 0
+        self._ids = ids if ids is not None else itertools.count(1)
         self._lines: tuple[asyncio.AbstractEventLoop | None, dict[int, asyncio.Lock]] = (None, {})
         self._known: dict[tuple[Any, ...], _Asked] = {}
         fleet.tell_when_sent(self._sent)
@@ -132,6 +134,40 @@ class GpuClient:
         (reply,), member, attempts = await self._persist([message], fault)
         return self._finish(message, reply, member, attempts)
 
+    def begin(self, call: Call) -> Callable[[], Awaitable[dict[str, torch.Tensor]]]:
+        """Sends ``call`` and goes on; what is returned gives what ``run`` would, or raises it. Not while
+        ``overlapped``: there tasks do the same."""
+        message = self._encode(call)
+        fleet = self._fleet
+        group = fleet.group_of(call)
+        member = fleet.at_hand or fleet.pick(group)
+        client = member.client if member is not None else None
+        wait: Callable[[], Reply] | None = None
+        lost: TransportError | None = None
+        if client is not None:
+            try:
+                wait = client.begin(message)
+            except TransportError as error:
+                lost = error
+
+        async def finish() -> dict[str, torch.Tensor]:
+            fault: _Fault | None = None
+            if member is not None and client is not None:
+                error = lost
+                try:
+                    reply = wait() if wait is not None else None
+                except TransportError as late:
+                    reply, error = None, late
+                if reply is not None:
+                    fleet.answered(group, member, client)
+                    return self._finish(message, reply, member, 1)
+                if error is not None:
+                    fault = (group, member, client, error)
+            (again,), who, attempts = await self._persist([message], fault)
+            return self._finish(message, again, who, attempts)
+
+        return finish
+
     async def run_all(self, calls: Sequence[Call]) -> list[dict[str, torch.Tensor]]:
         fleet = self._fleet
         if self.overlapped:
@@ -144,7 +180,7 @@ class GpuClient:
             self._finish(message, reply, member, attempts) for message, reply in zip(messages, replies, strict=True)
         ]
 
-    async def _persist(self, messages: Sequence[_Request], fault: _Fault | None) -> tuple[list[Reply], Member, int]:
+    async def _persist(self, messages: Sequence[Request], fault: _Fault | None) -> tuple[list[Reply], Member, int]:
         """The replies to ``messages`` (of one group), who gave them, and how often they were sent, ``fault`` included.
 
         Raises what ``Fleet.pick``, ``failed`` and ``pause`` do."""
@@ -193,7 +229,7 @@ class GpuClient:
             self._lines = (loop, {})
         return self._lines[1].setdefault(group.index, asyncio.Lock())
 
-    def _lost(self, messages: Sequence[_Request], fault: _Fault) -> None:
+    def _lost(self, messages: Sequence[Request], fault: _Fault) -> None:
         """Records that ``messages`` were sent in vain and will be sent again. Raises what ``Fleet.failed`` does.
 
         The time since is a wait, and as no reply ends it all of it counts as network."""
@@ -208,7 +244,7 @@ class GpuClient:
             call, reason = message.call, type(error).__name__
             record.add(Retried(now, message.request_id, call.layer, call.chunk, member.index, reason))
 
-    def _check_size(self, messages: Sequence[_Request], member: Member) -> None:
+    def _check_size(self, messages: Sequence[Request], member: Member) -> None:
         """Raises ``ServerRefusedError`` where a message was lost because it is longer than the server takes: it closes
         the connection without a word, and would do so each time."""
         most = None if member.welcome is None else member.welcome.limits.get("message_bytes")
@@ -219,11 +255,11 @@ class GpuClient:
                 "limits.message_mib): make chunks of the prompt shorter (run.chunk_tokens), or let it take more"
             )
 
-    def _encode(self, call: Call) -> _Request:
-        self._next_id += 1
+    def _encode(self, call: Call) -> Request:
+        request_id = next(self._ids)
         asked = self._asked(call)
-        frames = asked.form.encode(self._next_id, call.inputs).frames
-        message = _Request(frames, asked.kinds, asked.most, call=call, asked=asked, request_id=self._next_id)
+        frames = asked.form.encode(request_id, call.inputs).frames
+        message = Request(frames, asked.kinds, asked.most, call=call, asked=asked, request_id=request_id)
         self._recorder.lap(SERIALIZATION, "ENCODE", call.layer, call.chunk)
         return message
 
@@ -264,14 +300,14 @@ class GpuClient:
 
         What follows is part of the round trip. Were it charged up to now, then on a busy machine, where the server may
         get the processor in this very moment, its work would look like ours."""
-        if isinstance(message, _Request):
+        if isinstance(message, Request):
             call = message.call
             self._recorder.lap_until(sent_ns, SERIALIZATION, "SEND", call.layer, call.chunk, message.request_id)
 
     def _encoding(self, register: str) -> str:
         return "fp16" if self.wire_dtype == "int8" and register in RESIDUAL else self.wire_dtype
 
-    def _finish(self, message: _Request, reply: Reply, member: Member, attempts: int) -> dict[str, torch.Tensor]:
+    def _finish(self, message: Request, reply: Reply, member: Member, attempts: int) -> dict[str, torch.Tensor]:
         record, call, request_id = self._recorder, message.call, message.request_id
         result = self._result(request_id, reply, member.address)
         outputs = self._checked(message, result, member.address)
@@ -313,7 +349,7 @@ class GpuClient:
             raise BadReplyError(f"the server at {address} answered another question than the one asked")
         return answer
 
-    def _checked(self, message: _Request, result: Result, address: str) -> dict[str, torch.Tensor]:
+    def _checked(self, message: Request, result: Result, address: str) -> dict[str, torch.Tensor]:
         """The outputs in fp32, or int32 in the ring. Raises ``BadReplyError`` where they can't be the answer to
         ``message``."""
         call, expected = message.call, message.asked.layout

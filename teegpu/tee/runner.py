@@ -6,18 +6,17 @@ The one place where the parts of the runner meet. Commands and benchmarks use it
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-import transports
-from teegpu import __version__, endpoints, machine
+from teegpu import __version__, machine
 from teegpu.config import Config
 from teegpu.endpoints import Endpoint
-from teegpu.errors import ConfigError, ServerRefusedError, TeegpuError
+from teegpu.errors import ConfigError, ServerRefusedError
 from teegpu.metrics import environment
 from teegpu.metrics.chooser import default_chunk
 from teegpu.metrics.cost_model import Settings
@@ -31,11 +30,11 @@ from teegpu.model.reader import read_config, read_spec
 from teegpu.model.spec import ModelSpec
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.model.weights import WeightStore
-from teegpu.options import MIB, client_options, wire_dtype, wire_limits
+from teegpu.options import MIB, wire_dtype, wire_limits
 from teegpu.settings import AUTO
 from teegpu.tee import auto, plans
 from teegpu.tee.calibrate import Calibration
-from teegpu.tee.connections import RetryPolicy
+from teegpu.tee.connections import Greets
 from teegpu.tee.decoder import Decoder
 from teegpu.tee.embedded_server import EmbeddedServer
 from teegpu.tee.fleet import Fleet
@@ -46,28 +45,17 @@ from teegpu.tee.kv_cache import KVCache
 from teegpu.tee.products import LocalProducts, Products
 from teegpu.tee.rotary import RotaryTable
 from teegpu.tee.sampling import Sampler, SamplingOptions
+from teegpu.tee.servers import Servers, Threads, Wrap, split_threads
+from teegpu.tee.shield import modes
+from teegpu.tee.shield.answers import NamingClient
+from teegpu.tee.shield.setup import Shield
 from teegpu.tee.weights import TeeWeights
 from teegpu.wire.codec import Decoder as WireDecoder
 from teegpu.wire.messages import Welcome
-from transports.base import Client
 from transports.errors import ConnectionLostError
-from transports.link import EmulatedLink, LinkSpec
+from transports.link import LinkSpec
 
 Notify = Callable[[str], None]
-
-Wrap = Callable[[Endpoint, Client], Client]
-"""What a client is to go through, for audits: gets a connection as it is made, and gives what the runner uses."""
-
-
-@dataclass(slots=True)
-class Threads:
-    runner: int
-    server: int | None
-    cores: int
-
-    @property
-    def oversubscribed(self) -> bool:
-        return self.server is not None and machine.oversubscribed(self.runner, self.server, self.cores)
 
 
 class Runner:
@@ -98,10 +86,9 @@ class Runner:
         self.log_to(log)
         self.welcome: Welcome | None = None
         self.link: LinkSpec | None = None
-        self.embedded: EmbeddedServer | None = None
-        self.endpoints: list[Endpoint] = []
-        self._fleet: Fleet | None = None
-        self._gpu: GpuClient | None = None
+        self._servers: Servers | None = None
+        self._gpus: list[GpuClient] = []
+        self._shield: Shield | None = None
         self._seed: int | None = None
         self._notify = notify
         self._prompt_tokens = prompt_tokens
@@ -125,148 +112,134 @@ class Runner:
     def _open(self, stack: contextlib.ExitStack) -> None:
         config = self.config
         # What auto stands for is known once the servers have answered; until then it is a plan that needs them.
-        self.prefill_plan = plans.get(_until_chosen(config.run.prefill_plan))
-        self.decode_plan = plans.get(_until_chosen(config.run.decode_plan))
+        self.prefill_plan = plans.get(_until_chosen(modes.plan_of(config, "prefill"), config))
+        self.decode_plan = plans.get(_until_chosen(modes.plan_of(config, "decode"), config))
         if config.run.link:
             self.link = LinkSpec.parse(config.run.link)
-        remote = self.prefill_plan.remote or self.decode_plan.remote
+        offloads = self.prefill_plan.remote or self.decode_plan.remote
+        remote = offloads and config.run.privacy != modes.REFERENCE
         if self.link is not None and not remote:
             raise ConfigError(
-                "run.link emulates the link to a server, and the plan 'local' has none: choose another plan"
+                "run.link emulates the link to a server, and this run has none (the plan 'local', or run.privacy = "
+                "reference)"
             )
-        self.threads = self._split_threads(remote)
-        self.endpoints = self._servers(stack) if remote else []
+        if remote:
+            self._servers = stack.enter_context(
+                contextlib.closing(Servers(config, self.folder, self.link, self._notify, self._wrap))
+            )
+        self.threads: Threads = self._servers.threads if self._servers else split_threads(config, self._notify)
         machine.keep_freed_memory()
         # The server loads its weights meanwhile.
         torch.set_num_threads(self.threads.runner)
         self.spec: ModelSpec = read_spec(self.folder)
-        if remote:
-            endpoints.ranges(self.endpoints, self.spec.layers)  # before the model's bytes are read for its digest
+        if self._servers is not None:
+            self._servers.check_layers(self.spec.layers)  # before the model's bytes are read for its digest
         self._store = stack.enter_context(WeightStore(self.folder, self.spec))
         self.digest = self._store.digest()
         self.tokenizer = Tokenizer(self.folder)
         self._weights = TeeWeights(self._store, self.spec)
         self._preload()
         self._rotary = RotaryTable(read_config(self.folder))
-        if remote:
-            self._connect(stack)
+        if offloads and (modes.shielded(config) or modes.verified(config)):
+            self._shield = stack.enter_context(
+                contextlib.closing(
+                    Shield(
+                        config,
+                        self._store,
+                        self.spec,
+                        self.digest,
+                        weights=self._weights,
+                        recorder=self.recorder,
+                        notify=self._notify,
+                    )
+                )
+            )
+        if self._servers is not None:
+            self._connect(self._servers)
         self.session = self._session()
 
     def _preload(self) -> None:
         for plan in {self.prefill_plan, self.decode_plan}:
             self._weights.preload(plan)
 
-    def _split_threads(self, remote: bool) -> Threads:
-        cores = machine.available_cores()
-        embedded = remote and not self.config.run.endpoint
-        runner, server = machine.thread_split(embedded, cores)
-        runner = self.config.run.threads or runner
-        server = self.config.server.threads or server
-        threads = Threads(runner, server if embedded else None, cores)
-        if threads.oversubscribed:
-            self._notify(
-                f"runner ({runner}) and server ({server}) have more threads than this machine's {cores} cores: expect "
-                "both to be slow (run.threads, server.threads)"
-            )
-        return threads
+    def _connect(self, servers: Servers) -> None:
+        config, shield = self.config, self._shield
+        decoder = WireDecoder(wire_limits(config))
 
-    def _servers(self, stack: contextlib.ExitStack) -> list[Endpoint]:
-        """Where the servers are: as configured, or at the address of an embedded one."""
-        config = self.config
-        if config.run.endpoints:
-            found = endpoints.parse_all(config.run.endpoints)
-            for endpoint in found:
-                client_options(config, endpoint)  # keys that can't be used are told of before anything is loaded
-            return found
-        server_threads = self.threads.server or 1
-        self._notify(
-            f"no endpoint given: embedded GPU server (threads: runner {self.threads.runner}, server {server_threads})"
-        )
-        self.embedded = stack.enter_context(EmbeddedServer(self.folder, config, threads=server_threads))
-        return [Endpoint(self.embedded.endpoint)]
+        def greeter(share: int) -> Greets:
+            return shield.greeter(decoder, share) if shield else Greeter(decoder, self.spec, self.digest)
 
-    def _connect(self, stack: contextlib.ExitStack) -> None:
-        config = self.config
-        if self.embedded is not None:
-            self.embedded.wait()
-        else:
-            self._tell_what_is_open()
-        self._fleet = fleet = Fleet(
-            self.endpoints,
-            self.spec.layers,
-            connect=self._connector(stack),
-            greeter=Greeter(WireDecoder(wire_limits(config)), self.spec, self.digest),
-            policy=RetryPolicy(
-                budget_seconds=config.link.retry_budget_seconds,
-                backoff_seconds=config.link.retry_backoff_seconds,
-                connect_timeout_seconds=config.link.connect_timeout_seconds,
-                hello_timeout_seconds=config.link.hello_timeout_seconds,
-            ),
-            recorder=self.recorder,
-            spread=config.run.spread,
-            layer_of=self.spec.layer_of,
-            gone=self._embedded_end,
-        )
-        stack.callback(fleet.close)
-        fleet.open()
-        self.welcome = fleet.welcome
+        servers.connect(self.spec, self.recorder, greeter)
+        self.welcome = servers.welcome
         if AUTO in (config.run.prefill_plan, config.run.decode_plan):
-            self._choose(fleet)
+            self._choose(servers)
         if not (self.prefill_plan.remote or self.decode_plan.remote):
-            fleet.close()
+            servers.close()
             self.welcome = None
             return
-        self._gpu = self._client(fleet, self._wire_dtype(fleet), self.recorder)
-        for member in fleet.members:
-            if member.client is None:
-                self._notify(f"going on without the server at {member.address}: {member.error or 'no answer yet'}")
-            elif member.welcome is not None:
-                self._check_threads(member.address, member.welcome)
+        ids = itertools.count(1)
+        wire = self._wire_dtype(servers)
+        self._gpus = [self._client(fleet, wire, self.recorder, ids) for fleet in servers.fleets]
+        servers.tell_who_answered()
 
-    def _wire_dtype(self, fleet: Fleet) -> str:
-        return wire_dtype(self.config, (member.welcome.dtype for member in fleet.members if member.welcome))
+    def _wire_dtype(self, servers: Servers) -> str:
+        return modes.WIRE_DTYPE if modes.shielded(self.config) else wire_dtype(self.config, servers.dtypes)
 
-    def _client(self, fleet: Fleet, wire: str, recorder: Recorder) -> GpuClient:
+    def _client(self, fleet: Fleet, wire: str, recorder: Recorder, ids: Iterator[int] | None = None) -> GpuClient:
         config = self.config
-        return GpuClient(
+        kind = GpuClient if self._shield is None else NamingClient
+        return kind(
             fleet,
             self.spec,
             wire_dtype=wire,
             recorder=recorder,
             limits=wire_limits(config),
             check_finite=config.run.check_finite,
+            ids=ids,
         )
 
-    def _choose(self, fleet: Fleet) -> None:
-        """Decides what the plan ``auto`` stands for: by the stored profile of these servers, or by a short probe."""
+    def _choose(self, servers: Servers) -> None:
+        """Decides what the plan ``auto`` stands for: by the stored profile of these servers, or by a short probe. With
+        privacy there is no probe, which would be in the clear."""
         run = self.config.run
-        servers = len(fleet.groups)
+        fleet = servers.fleets[0]
+        count = len(fleet.groups)
         if run.spread == "round-robin":
-            servers *= max(len(group.members) for group in fleet.groups)
+            count *= max(len(group.members) for group in fleet.groups)
         tokens = self._prompt_tokens(self.tokenizer) if self._prompt_tokens is not None else 0
         question = auto.Question(
             run.prefill_plan,
             run.decode_plan,
             Settings(
                 run.prefill_plan,
-                self._wire_dtype(fleet),
+                modes.priced_as(self.config, self._wire_dtype(servers)),
                 run.transport,
                 run.chunk_tokens,
-                servers=servers,
+                servers=count,
                 rows=1 + run.speculate,
                 compressed_bytes=self.config.compression.min_bytes,
+                product_cost=modes.product_cost(self.config),
             ),
             run.chunk_tokens,
             tokens,
-            embedded=self.embedded is not None,
+            embedded=bool(servers.embedded),
             local_fits=auto.local_fits(self.spec),
+            plans=modes.allowed(self.config),
         )
         self.choice = auto.Chooser(
             self.spec,
             self.digest,
-            auto.Place(run.endpoints, str(self.link or ""), self.threads.runner, self._shared_cores(), fleet.borders),
+            auto.Place(
+                run.endpoints, str(self.link or ""), self.threads.runner, self._shared_cores(servers), servers.borders
+            ),
             self.welcome,
-        ).choose(question, self._calibration(fleet), self._notify)
+        ).choose(question, None if modes.shielded(self.config) else self._calibration(fleet), self._notify)
+        if self.choice is None:
+            self._notify(
+                "auto: the plan attention in both phases, as no profile of these servers is stored ('teegpu tune' "
+                "makes one) and a probe would send values in the clear"
+            )
+            return
         self.prefill_plan = plans.get(self.choice.prefill_plan)
         self.decode_plan = plans.get(self.choice.decode_plan)
         self._preload()
@@ -278,68 +251,30 @@ class Runner:
 
         return Calibration(self.spec, self._weights, self._rotary, open_client, layers=auto.PROBE_LAYERS)
 
-    def _shared_cores(self) -> int:
+    def _shared_cores(self, servers: Servers) -> int:
         """The cores that runner and server share, or 0."""
-        beside = self.embedded is not None or (
-            bool(self.endpoints) and all(_same_machine(endpoint.address) for endpoint in self.endpoints)
-        )
         on_cpu = self.welcome is not None and self.welcome.device == "cpu"
-        return self.threads.cores if beside and on_cpu else 0
-
-    def _connector(self, stack: contextlib.ExitStack) -> Callable[[Endpoint], Client]:
-        """Makes clients of endpoints; where a link is emulated, each endpoint is behind one of its own."""
-        config = self.config
-        reached = {endpoint.address: endpoint.address for endpoint in self.endpoints}
-        if self.link is not None:
-            for address in reached:
-                reached[address] = stack.enter_context(EmulatedLink(self.link, address)).endpoint
-
-        def connect(endpoint: Endpoint) -> Client:
-            options = client_options(config, endpoint)
-            return self._wrap(endpoint, transports.connect(config.run.transport, reached[endpoint.address], options))
-
-        return connect
-
-    def _tell_what_is_open(self) -> None:
-        """Say where prompts could be read, or answers changed, on the way."""
-        for endpoint in self.endpoints:
-            if not (endpoint.key or self.config.link.server_key or _same_machine(endpoint.address)):
-                self._notify(
-                    f"the link to {endpoint.address} has no keys: who is on the way can read the activations and "
-                    "answer in the server's place (run --server-key)"
-                )
-
-    def _embedded_end(self) -> TeegpuError | None:
-        """Why nobody will answer any more: an embedded server is ours, and nobody starts it again."""
-        return self.embedded.failure() if self.embedded is not None and self.embedded.gone else None
-
-    def _check_threads(self, address: str, welcome: Welcome) -> None:
-        beside = self.threads.server is None and welcome.device == "cpu" and _same_machine(address)
-        if beside and machine.oversubscribed(self.threads.runner, welcome.threads, self.threads.cores):
-            self._notify(
-                f"the server at {address} computes on this machine with {welcome.threads} threads, the runner "
-                f"with {self.threads.runner}, and there are {self.threads.cores} cores: expect both to be slow "
-                "(serve --threads, run --threads)"
-            )
+        return self.threads.cores if servers.on_this_machine and on_cpu else 0
 
     def _session(self) -> Session:
         config = self.config
-        gpu = self._gpu
+        gpus = self._gpus
         local = LocalProducts(self._weights, self.recorder)
+        remote = self._offloaded()
 
         def decoder(plan: plans.Plan) -> Decoder:
-            products: Products = gpu if plan.remote and gpu is not None else local
-            borders = self._fleet.borders if plan.remote and self._fleet is not None else ()
+            products: Products = remote if plan.remote and remote is not None else local
+            borders = self._servers.borders if plan.remote and self._servers is not None else ()
             return Decoder(self.spec, self._weights, self._rotary, plan, products, self.recorder, borders)
 
         prefill = decoder(self.prefill_plan)
         decode = prefill if self.decode_plan is self.prefill_plan else decoder(self.decode_plan)
-        overlap = gpu is not None and gpu.can_overlap and self.prefill_plan.remote
+        overlap = bool(gpus) and all(gpu.can_overlap for gpu in gpus) and self.prefill_plan.remote
         chosen = self.choice.chunk_tokens if self.choice is not None else config.run.chunk_tokens
         self.chunk_tokens = chosen or default_chunk(overlaps=overlap)
 
         def set_overlapped(on: bool) -> None:
-            if gpu is not None:
+            for gpu in gpus:
                 gpu.overlapped = on
 
         return Session(
@@ -356,7 +291,27 @@ class Runner:
             prefix_bytes=config.run.prefix_cache_mib * MIB,
         )
 
+    def _offloaded(self) -> Products | None:
+        """What the plans that offload use; None where neither phase has such a plan."""
+        if not (self.prefill_plan.remote or self.decode_plan.remote):
+            return None
+        servers = self._servers
+        if self._shield is not None:
+            named = [gpu for gpu in self._gpus if isinstance(gpu, NamingClient)]
+            return self._shield.products(named, lambda: servers.dtypes if servers is not None else ())
+        return self._gpus[0]
+
     # Using it
+
+    @property
+    def endpoints(self) -> Sequence[Endpoint]:
+        """The servers of the run, in the order of the settings; empty where it has none."""
+        return self._servers.endpoints if self._servers is not None else ()
+
+    @property
+    def embedded(self) -> EmbeddedServer | None:
+        """The first server that the run has started for itself."""
+        return self._servers.embedded[0] if self._servers is not None and self._servers.embedded else None
 
     def sampler(self) -> Sampler:
         """A sampler with the configured settings. Its seed, also one from the operating system, is in the report."""
@@ -395,13 +350,13 @@ class Runner:
                 result=result,
             )
         except ConnectionLostError:
-            if self.embedded is not None and self.embedded.ended:
-                raise self.embedded.failure() from None
+            if self._servers is not None and (reason := self._servers.lost()) is not None:
+                raise reason from None
             raise
         except ServerRefusedError as error:
             # An embedded server's log is nobody's to read, so its last line goes with the refusal.
-            if self.embedded is not None and self.embedded.last_words:
-                raise ServerRefusedError(f"{error} ({self.embedded.last_words})") from None
+            if self._servers is not None and self._servers.last_words:
+                raise ServerRefusedError(f"{error} ({self._servers.last_words})") from None
             raise
 
     def log_to(self, log: EventWriter | None) -> None:
@@ -453,9 +408,7 @@ class Runner:
     @property
     def encrypted(self) -> bool:
         """Whether all that goes to servers elsewhere is encrypted, and they proved to be who they are."""
-        if self.embedded is not None or not self.endpoints:
-            return False
-        return all(endpoint.key or self.config.link.server_key for endpoint in self.endpoints)
+        return self._servers is not None and self._servers.encrypted
 
     def _settings(self) -> dict[str, Any]:
         run = self.config.run
@@ -468,8 +421,11 @@ class Runner:
             "decode_plan": self.decode_plan.name,
             "auto": self.choice.to_json() if self.choice is not None else None,
             "transport": run.transport,
-            "wire_dtype": self._gpu.wire_dtype if self._gpu is not None else run.wire_dtype,
+            "wire_dtype": self._gpus[0].wire_dtype if self._gpus else run.wire_dtype,
             "chunk_tokens": self.chunk_tokens,
+            "privacy": run.privacy,
+            "verify": self._shield is not None and self._shield.verified,
+            "checks": self.config.shield.checks,
             "endpoints": list(run.endpoints),
             "spread": run.spread,
             "encrypted": self.encrypted,
@@ -496,8 +452,10 @@ class Runner:
         }
 
 
-def _until_chosen(plan: str) -> str:
-    return "fused" if plan == AUTO else plan
+def _until_chosen(plan: str, config: Config) -> str:
+    if plan != AUTO:
+        return plan
+    return "attention" if modes.shielded(config) else "fused"
 
 
 def _figures(link: LinkSpec) -> dict[str, float | None]:
@@ -508,7 +466,3 @@ def _figures(link: LinkSpec) -> dict[str, float | None]:
         "bandwidth_up_bytes_per_second": up if math.isfinite(up) else None,
         "bandwidth_down_bytes_per_second": down if math.isfinite(down) else None,
     }
-
-
-def _same_machine(endpoint: str) -> bool:
-    return endpoint.startswith(("ipc://", "inprocess://", "tcp://127.", "tcp://localhost", "tcp://[::1]"))

@@ -86,7 +86,7 @@ class FactTable:
     """The facts of all products of a model, and the ``ring.digest`` of each weight in them by name."""
 
     def __init__(self, spec: ModelSpec, facts: Mapping[Product, Facts], digests: Mapping[str, bytes]) -> None:
-        self._spec = spec
+        self.spec = spec
         self._facts = dict(facts)
         self._digests = dict(digests)
 
@@ -97,7 +97,7 @@ class FactTable:
     def server_digest(self, layers: tuple[int, int]) -> str:
         """What a server that holds ``layers``, the first and the last one, must say of its int8 weights."""
         first, last = layers
-        spec = self._spec
+        spec = self.spec
         held = (name for name in spec.weights if name in self._digests and first <= spec.layer_of(name) <= last)
         return ring.combined((name, self._digests[name]) for name in held)
 
