@@ -21,6 +21,7 @@ import hashlib
 import hmac
 import json
 import os
+import shutil
 import stat
 import struct
 import tempfile
@@ -34,6 +35,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from teegpu.errors import ShieldError
+from teegpu.units import human_bytes
 from transports.security import unsafe
 
 KEY_BYTES: Final = 32
@@ -92,6 +94,16 @@ def explaining(path: Path) -> Iterator[None]:
                 "disk"
             ) from error
         raise ShieldError(f"{where}: {(error.strerror or str(error)).lower()}") from error
+
+
+def check_space(path: Path, need_bytes: float, what: str) -> None:
+    """Raises ``ShieldError`` where the disk with ``path`` has no room for ``need_bytes`` of ``what``."""
+    free = shutil.disk_usage(path.parent).free
+    if need_bytes > free:
+        raise ShieldError(
+            f"{what} take {human_bytes(need_bytes)}, and {path.parent} has {human_bytes(free)} free: set shield.dir "
+            "(TEEGPU_SHIELD_DIR) to a folder on another disk"
+        )
 
 
 def flush_folder(path: Path) -> None:

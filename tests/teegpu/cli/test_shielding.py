@@ -110,3 +110,18 @@ def test_checks_are_made_shown_and_removed(teegpu: Teegpu, model: str, monkeypat
     assert Path(before["files"]["exact"]["path"]).read_bytes() != content
     assert "2^-16" in teegpu("checks", "show", "--model", model).out
     assert "removed 2 files" in teegpu("checks", "rm", "--model", model).err
+
+
+def test_hints_are_made_shown_and_removed(teegpu: Teegpu, model: str) -> None:
+    assert "not made yet" in teegpu("hint", "show", "--model", model).out
+    done = teegpu("hint", "make", "--model", model)
+    assert (done.code, done.out) == (0, "")
+    assert "MiB, on the disk" in done.err
+    assert "made " in done.err
+    shown = json.loads(teegpu("hint", "show", "--model", model, "--json").out)
+    assert shown["there"]
+    assert (shown["dimension"], shown["sigma"]) == (1408, 6.4)
+    assert abs(Path(shown["path"]).stat().st_size - shown["size_bytes"]) < 20_000
+    assert "experimental" in teegpu("hint", "show", "--model", model).out
+    assert "removed" in teegpu("hint", "rm", "--model", model).err
+    assert "no hints" in teegpu("hint", "rm", "--model", model).err
