@@ -22,7 +22,7 @@ TRANSPORTS = ("zmq", "zmq+zstd", "pipelined", "pipelined+zstd", "inprocess")
 WIRE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 SERVER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 SPREADS = ("failover", "round-robin")
-PRIVACY = ("none", "two-server", "pads", "reference")
+PRIVACY = ("none", "two-server", "pads", "lwe", "reference")
 VERIFY = ("auto", "on", "off")
 WHEN_EXHAUSTED = ("fail", "wait")
 SHIELDS = ("auto", "on", "off")
@@ -211,8 +211,9 @@ class RunSettings:
         "none",
         "How values are hidden from the servers. none: not at all, they see the activations, from which text can be "
         "had; two-server: two servers of different operators get a share each, and neither sees anything by itself; "
-        "pads: one server, and pads that were made before ('teegpu pads make'); reference: no server, the same whole "
-        "numbers in the runner, to compare with.",
+        "pads: one server, and pads that were made before ('teegpu pads make'); lwe: one server, under an assumption "
+        "on lattices (experimental), with hints ('teegpu hint make'); reference: no server, the same whole numbers in "
+        "the runner, to compare with.",
         choices=PRIVACY,
     )
     verify: str = setting(

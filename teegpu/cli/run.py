@@ -103,7 +103,7 @@ def run(
     ] = None,
     privacy: Annotated[
         str | None,
-        typer.Option(help="Hide values from servers: none, two-server, pads or reference.", rich_help_panel=PLACE),
+        typer.Option(help="Hide values from servers: none, two-server, pads, lwe or reference.", rich_help_panel=PLACE),
     ] = None,
     verify: Annotated[
         bool | None,

@@ -92,7 +92,7 @@ class Shield:
         keys = self._keys() if self.verified else None
         if self.mode == modes.TWO_SERVER:
             return TwoServers(clients[0], clients[1], record, keys)
-        source = open_source(self.mode, self._config, self._store, self._spec, self._digest, notify=self._notify)
+        source = open_source(self.mode, self._config, self._spec, self._digest, notify=self._notify)
         self._closing.callback(source.close)
         return Masked(source, clients[0], record, keys)
 
