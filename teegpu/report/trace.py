@@ -1,13 +1,16 @@
 """A run's events as a Chrome trace (JSON), for Perfetto (ui.perfetto.dev) or chrome://tracing.
 
 Tracks hold slices that are nested or apart, never in partial overlap: what overlaps (requests in flight, and what is
-placed within them) is laid into as many lanes as it takes. The clocks of runner and server are not compared: a
-request's server time stands inside its span where ``metrics.summary.exposed`` assumes it.
+placed within them) is laid into as many lanes as it takes. Entries of a track come in the order of their times, and
+what holds others before them: a reader that sorts may drop a slice that comes after those that it holds. The clocks of
+runner and server are not compared: a request's server time stands inside its span where ``metrics.summary.exposed``
+assumes it.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -76,31 +79,34 @@ class _Writer:
     def __init__(self) -> None:
         self._origin_ns: int | None = None
         self._last_ns = 0
-        self._phase: tuple[str, int, int] | None = None
+        self._phase: tuple[str, int] | None = None
+        self._moments: list[tuple[int, int, Slice]] = []
+        self._numbers = itertools.count()
         self._rpcs: list[ev.Rpc] = []
 
     def take(self, event: ev.Event) -> Iterator[Slice]:
         if isinstance(event, ev.Lap):
             yield from self._lap(event)
         elif isinstance(event, ev.Rpc):
-            self._origin(event.sent_ns)
-            if event.received_ns >= event.sent_ns:
+            if event.received_ns >= event.sent_ns >= self._origin(event.sent_ns):
                 self._rpcs.append(event)
         elif isinstance(event, ev.PhaseBegan):
             yield from self._end_phase(self._last_ns, 0, 0)
             self._origin(event.at_ns)
             self._last_ns = max(self._last_ns, event.at_ns)
-            self._phase = event.phase, self._last_ns, event.chunks
+            yield from self._moments_until(self._last_ns)
+            self._phase = event.phase, event.chunks
+            yield self._mark("B", self._last_ns, printable(event.phase), cat="phase")
         elif isinstance(event, ev.PhaseEnded):
             self._last_ns = max(self._last_ns, event.at_ns)
             yield from self._end_phase(self._last_ns, event.tokens, event.passes)
         elif isinstance(event, ev.TokensMade):
-            yield self._instant(event.at_ns, "token" if event.tokens == 1 else f"{event.tokens} tokens")
+            self._instant(event.at_ns, "token" if event.tokens == 1 else f"{event.tokens} tokens")
         elif isinstance(event, ev.Retried):
             args = {"request": event.request_id, "layer": event.layer, "endpoint": event.endpoint}
-            yield self._instant(event.at_ns, f"retry: {printable(event.reason)}", args)
+            self._instant(event.at_ns, f"retry: {printable(event.reason)}", args)
         elif isinstance(event, ev.Noted):
-            yield self._instant(event.at_ns, printable(event.text))
+            self._instant(event.at_ns, printable(event.text))
 
     def _origin(self, at_ns: int) -> int:
         if self._origin_ns is None:
@@ -110,9 +116,19 @@ class _Writer:
     def _microseconds(self, at_ns: int) -> float:
         return (at_ns - self._origin(at_ns)) / 1000
 
-    def _instant(self, at_ns: int, name: str, args: dict[str, Any] | None = None) -> Slice:
-        entry = {"ph": "i", "s": "t", "name": name, "pid": RUNNER, "tid": THREAD, "ts": self._microseconds(at_ns)}
-        return entry | ({"args": args} if args else {})
+    def _mark(self, kind: str, at_ns: int, name: str, **more: Any) -> Slice:
+        """An entry without a length on the runner's thread."""
+        return {"ph": kind, "name": name, "pid": RUNNER, "tid": THREAD, "ts": self._microseconds(at_ns), **more}
+
+    def _instant(self, at_ns: int, name: str, args: dict[str, Any] | None = None) -> None:
+        """A moment is told while the lap that it falls into goes on, and that begins before it."""
+        at_ns = max(at_ns, self._origin(at_ns))
+        entry = self._mark("i", at_ns, name, s="t") | ({"args": args} if args else {})
+        heapq.heappush(self._moments, (at_ns, next(self._numbers), entry))
+
+    def _moments_until(self, at_ns: int) -> Iterator[Slice]:
+        while self._moments and self._moments[0][0] < at_ns:
+            yield heapq.heappop(self._moments)[2]
 
     def _slice(self, pid: int, tid: int, name: str, start_ns: int, end_ns: int, category: str, **args: Any) -> Slice:
         return {
@@ -133,6 +149,7 @@ class _Writer:
         if end <= start:
             return
         self._last_ns = end
+        yield from self._moments_until(start)
         track = CODEC if lap.part == ev.SERIALIZATION else THREAD
         args: dict[str, Any] = {"chunk": lap.chunk}
         if lap.layer != ev.NO_LAYER:
@@ -143,15 +160,17 @@ class _Writer:
 
     def _end_phase(self, at_ns: int, tokens: int, passes: int) -> Iterator[Slice]:
         if self._phase is not None:
-            name, began_ns, chunks = self._phase
+            name, chunks = self._phase
             self._phase = None
+            yield from self._moments_until(at_ns)
             args = {"tokens": tokens, "passes": passes, "chunks": chunks}
-            yield self._slice(RUNNER, THREAD, name, began_ns, at_ns, "phase", **args)
+            yield self._mark("E", at_ns, printable(name), cat="phase", args=args)
 
     # Once all events are known
 
     def finish(self) -> Iterator[Slice]:
         yield from self._end_phase(self._last_ns, 0, 0)
+        yield from (entry for _, _, entry in sorted(self._moments))
         self._rpcs.sort(key=lambda rpc: (rpc.sent_ns, rpc.received_ns))
         slots = _Lanes()
         up: list[_Part] = []

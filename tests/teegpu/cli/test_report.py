@@ -18,6 +18,7 @@ from teegpu.metrics.store import RunStore, RunWriter
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import Outcome, ServerFor, Teegpu
 from tests.teegpu.report import samples
+from tests.teegpu.report.chrometrace import problems
 from tests.teegpu.report.test_page import read
 from tests.teegpu.report.test_trace import assert_nested
 
@@ -106,11 +107,14 @@ def test_a_real_run_as_csv(real: RunStore, teegpu: Teegpu) -> None:
 
 
 def test_a_real_run_as_a_trace(real: RunStore, teegpu: Teegpu) -> None:
-    loaded = json.loads(teegpu("report", "last", "--format", "trace").out)["traceEvents"]
+    text = teegpu("report", "last", "--format", "trace").out
+    assert problems(text) == []
+    loaded = json.loads(text)["traceEvents"]
     assert_nested(loaded)
     phases = real.all()[0].document()["phases"]
     requests = [entry for entry in loaded if entry.get("cat") == "request"]
     assert len(requests) == phases["prefill"]["rpc_calls"] + phases["decode"]["rpc_calls"]
+    assert len({entry["tid"] for entry in requests}) > 1, "its chunks overlap"
     laps = sum(entry["dur"] for entry in loaded if entry.get("cat") in ("tee", "serialization", "wait", "other"))
     assert laps / 1e6 == pytest.approx(phases["prefill"]["seconds"] + phases["decode"]["seconds"], rel=0.01)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from teegpu.metrics import events as ev
 from teegpu.report.trace import CODEC, LINK, RUNNER, SERVER, SLOTS, THREAD, trace, trace_events
+from tests.teegpu.report.chrometrace import problems
 from tests.teegpu.report.samples import HOSTILE, MS, document, events, lap, rpc
 
 Track = tuple[int, int]
@@ -20,10 +21,18 @@ EPSILON = 1e-6
 
 
 def slices(entries: list[dict[str, Any]]) -> dict[Track, list[dict[str, Any]]]:
+    """By track, in the order of their ends. A slice that is told by its begin and its end has a ``dur`` here too."""
     found: dict[Track, list[dict[str, Any]]] = defaultdict(list)
+    begun: dict[Track, list[dict[str, Any]]] = defaultdict(list)
     for entry in entries:
+        track = entry["pid"], entry["tid"]
         if entry["ph"] == "X":
-            found[entry["pid"], entry["tid"]].append(entry)
+            found[track].append(entry)
+        elif entry["ph"] == "B":
+            begun[track].append(entry)
+        elif entry["ph"] == "E":
+            begin = begun[track].pop()
+            found[track].append({**begin, "dur": entry["ts"] - begin["ts"], "args": entry["args"]})
     return found
 
 
@@ -58,6 +67,59 @@ def test_it_is_one_json_document() -> None:
 def test_without_events_it_is_still_a_trace() -> None:
     loaded = json.loads("".join(trace([], document())))
     assert {entry["ph"] for entry in loaded["traceEvents"]} == {"M"}
+
+
+def test_it_keeps_the_rules_of_the_format() -> None:
+    assert problems("".join(trace(events(), document()))) == []
+    assert problems("".join(trace([], document()))) == []
+
+
+NAMED = [
+    {"ph": "M", "pid": 1, "tid": 0, "name": "process_name", "args": {"name": "p"}},
+    {"ph": "M", "pid": 1, "tid": 1, "name": "thread_name", "args": {"name": "t"}},
+]
+
+
+def x(ts: float, dur: float, **more: Any) -> dict[str, Any]:
+    return {"ph": "X", "pid": 1, "tid": 1, "name": "x", "ts": ts, "dur": dur, **more}
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ([x(0, 10), x(0, 4), x(4, 6), x(10, 1)], ""),
+        ([x(0, 10), x(5, 5.001)], "overlaps another in part"),
+        ([x(0, 4), x(0, 10)], "overlaps another in part"),  # what holds the other comes first
+        ([x(5, 1), x(4, 1)], "goes back in time"),
+        ([x(0, -1)], "dur is no time"),
+        ([x(0, 0.0001)], "no whole number of nanoseconds"),
+        ([x(0, 1, tid="1")], "tid is no whole number"),
+        ([x(0, 1, tid=2)], "threads without a name"),
+        ([x(0, 1, pid=2)], "processes without a name"),
+        ([x(0, 1, name="")], "no name"),
+        ([x(0, 1, ph="Z")], "unknown ph"),
+        ([x(0, 9, ph="B"), x(0, 3), x(3, 0, ph="E")], ""),
+        ([x(0, 9, ph="B"), x(1, 3), x(3, 0, ph="E")], "cuts a slice"),
+        ([x(0, 9, ph="B")], "never ends"),
+        ([x(0, 9, ph="E")], "fits no begin"),
+        ([x(0, 9, ph="B"), x(3, 0, ph="E", name="y")], "the end of another slice"),
+        ([x(0, 0, ph="b", id=1), x(1, 0, ph="e", id=2)], "the end of what was not begun"),
+        ([x(0, 0, ph="b", id=1)], "asynchronous slice that never ends"),
+        ([x(0, 0, ph="b")], "no id"),
+        ([x(0, 0, ph="C", args={"n": "1"})], "no numbers"),
+        ([x(0, 0, ph="i", s="x")], "scope"),
+        ([NAMED[0]], "given twice"),
+    ],
+)
+def test_the_rules_are_checked(entries: list[dict[str, Any]], told: str) -> None:
+    found = problems(json.dumps({"traceEvents": NAMED + entries}))
+    assert (told in found[0]) if told else found == []
+
+
+def test_what_is_no_json_is_seen() -> None:
+    assert "no JSON" in problems('{"traceEvents": [NaN]}')[0]
+    assert "stands twice" in problems('{"traceEvents": [], "traceEvents": []}')[0]
+    assert problems("[]") == ["no object with a list traceEvents"]
 
 
 def test_every_track_is_nested_and_named() -> None:
@@ -130,7 +192,7 @@ def test_counters() -> None:
 
 def test_moments() -> None:
     moments = [entry["name"] for entry in made() if entry["ph"] == "i"]
-    assert moments == ["retry: ConnectionLostError", "token", "token", "token", "the server was slow"]
+    assert moments == ["retry: ConnectionLostError", "token", "token", "the server was slow", "token"]
 
 
 def test_a_run_that_broke_off_has_its_phase() -> None:
@@ -152,6 +214,7 @@ def test_a_clock_that_went_backwards_and_a_gap_in_the_record() -> None:
         ev.PhaseBegan(70 * MS, ev.DECODE),
         lap(130, 140, ev.TEE, "SILU"),
     ]
+    assert problems("".join(trace(broken, document()))) == []
     found = slices(list(trace_events(broken)))[RUNNER, THREAD]
     assert [(entry["name"], entry["dur"]) for entry in found if entry["cat"] == "tee"] == [
         ("SILU", 20_000), ("ROTARY", 10_000), ("SILU", 10_000),
@@ -177,4 +240,4 @@ def test_any_requests_are_nested(requests: list[tuple[int, int, float, float, in
     for number, (sent, length, queue, compute, up) in enumerate(requests):
         made_up = rpc(number, sent / 10, (sent + length) / 10)
         given_events.append(made_up._replace(queue_seconds=queue, compute_seconds=compute, bytes_up=up))
-    assert_nested(list(trace_events(given_events)))
+    assert problems("".join(trace(given_events, document()))) == []
