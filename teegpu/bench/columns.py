@@ -170,6 +170,11 @@ _ZSTD = (
     Column("decompress GB/s", at("zstd", "decompress_bytes_per_second"), _giga),
     Column("pays below Mbit/s", at("zstd", "break_even_bytes_per_second"), lambda value: f"{value * 8 / 1e6:,.0f}"),
 )
+_REPLAY = (
+    Column("of the replay", at("label")),
+    Column("monitor's MiB", at("resident_bytes"), _mib),
+    Column("more than in the first part", at("grown_bytes"), lambda value: f"{value / 2**20:+,.1f}"),
+)
 _SOAK = (
     Column("client", at("label")),
     Column("programs", at("programs"), count),
@@ -263,6 +268,7 @@ TABLES: dict[str, Tables | Callable[[Entry], Tables]] = {
     "link": (("Round trip", _ROUND_TRIP), ("Bandwidth", _BANDWIDTH)),
     "transports": _transports,
     "codec": (("Wire dtypes", _entries_with("encode", _DTYPES)), ("zstd", _entries_with("zstd", _ZSTD))),
+    "replay": (("The monitor's memory", _REPLAY),),
     "recording": (("What a record costs", _RECORDING),),
     "watch": (("What watching costs", _WATCHING),),
     "accounting": (("Prefill", _accounts("prefill")), ("Decode", _accounts("decode"))),
@@ -428,6 +434,11 @@ SHEETS: dict[str, dict[str, Look]] = {
         "zstd_compress_bytes_per_second": at("zstd", "compress_bytes_per_second"),
         "zstd_decompress_bytes_per_second": at("zstd", "decompress_bytes_per_second"),
         "zstd_break_even_bytes_per_second": at("zstd", "break_even_bytes_per_second"),
+    },
+    "replay": {
+        "part": at("part"),
+        "resident_bytes": at("resident_bytes"),
+        "grown_bytes": at("grown_bytes"),
     },
     "soak": {
         "label": at("label"),

@@ -81,9 +81,9 @@ class WatchPair:
 
 
 class Watcher:
-    """``teegpu watch`` of ``run``, on a pseudo-terminal that somebody reads. Use it with ``with``."""
+    """``teegpu watch`` of ``run`` with ``options``, on a pseudo-terminal that somebody reads. Use it with ``with``."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, *options: str) -> None:
         self.drawn_bytes = 0
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", SIZE[1], SIZE[0], 0, 0))
@@ -91,7 +91,7 @@ class Watcher:
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "teegpu", "watch", run.id],
+                [sys.executable, "-m", "teegpu", "watch", run.id, *options],
                 stdin=theirs,
                 stdout=theirs,
                 stderr=theirs,
@@ -129,6 +129,17 @@ class Watcher:
         # What follows the name, which is in brackets and may hold anything: state is the third field, utime the 14th.
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def read_bytes(self) -> int:
+        """What it has read from files and elsewhere so far."""
+        for line in Path(f"/proc/{self._process.pid}/io").read_text().splitlines():
+            if line.startswith("rchar:"):
+                return int(line.split()[1])
+        return 0
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
 
     def resident_bytes(self) -> int:
         return machine.resident_bytes(pid=self._process.pid)

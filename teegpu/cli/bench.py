@@ -257,6 +257,35 @@ def watch(
 
 
 @app.command()
+def replay(
+    model: Model = None,
+    hours: Annotated[float, typer.Option(help="How long the run was.")] = 1.0,
+    tokens: Annotated[int, typer.Option(help="Tokens that it generated.")] = 36_000,
+    speed: Annotated[float, typer.Option(help="Replay so many times as quickly; 0: at once.")] = 30.0,
+    device: Device = None,
+    offline: Offline = None,
+    form: Format = "",
+    out: Out = None,
+    quiet: Quiet = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Show that the monitor's memory stays flat: it replays a long run, made from a short one's events.
+
+    Exits with 9 where its memory grew by more than 8 MiB after the first tenth.
+    """
+    settings = _settings(model, offline, {"server.device": device}, config_file)
+    output = _Output(form, out, quiet)
+    with sigterm_as_interrupt():
+        folder = _folder(settings, output)
+        from teegpu.bench.replay import ReplayBenchmark
+
+        bench = ReplayBenchmark(folder, settings, hours=hours, tokens=tokens, speed=speed)
+        _conduct(bench, output)
+    if bench.breaches:
+        raise ThresholdError("; ".join(bench.breaches))
+
+
+@app.command()
 def accounting(
     model: Model = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, from a built-in text.")] = 1024,

@@ -91,11 +91,16 @@ class EventWriter:
         if self.failure is not None:
             return
         waiting: Sequence[ev.Event | None] = events
-        if self._given - self._taken + len(events) > MAX_WAITING_EVENTS:
+        if self.waiting_events + len(events) > MAX_WAITING_EVENTS:
             self.truncated = True
             waiting = [event if isinstance(event, _COARSE) else None for event in events]
         self._given += len(events)
         self._batches.append((id(events), waiting))
+
+    @property
+    def waiting_events(self) -> int:
+        """How many were given and not taken to be written yet: over ``MAX_WAITING_EVENTS`` detail is left out."""
+        return self._given - self._taken
 
     def end(self) -> None:
         """Writes what was given, or fails in it, and takes no more: ``failure`` and ``truncated`` are final then."""
