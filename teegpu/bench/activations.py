@@ -53,8 +53,8 @@ NAMES: Final = tuple(dict.fromkeys(kind for registers in KINDS.values() for kind
 
 MOST_LAYERS: Final = 5
 
-Activations = dict[str, list[torch.Tensor]]
-"""By kind, contiguous fp32 tensors, each as one frame carries it."""
+Activations = dict[str, list[tuple[torch.Tensor, ...]]]
+"""By kind, contiguous fp32 tensors, those together that one message carries."""
 
 
 def sampled_layers(layers: int) -> list[int]:
@@ -87,10 +87,14 @@ class Tap:
     def _keep(self, call: Call, registers: Mapping[str, object]) -> None:
         if call.layer not in self._layers:
             return
+        together: dict[str, list[torch.Tensor]] = {}
         for register, tensor in registers.items():
             kind = self._kinds.get(register)
             if kind is not None and isinstance(tensor, torch.Tensor):
-                self.found.setdefault(kind, []).append(tensor.detach().clone(memory_format=torch.contiguous_format))
+                copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+                together.setdefault(kind, []).append(copy)
+        for kind, tensors in together.items():
+            self.found.setdefault(kind, []).append(tuple(tensors))
 
 
 def capture(

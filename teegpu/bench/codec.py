@@ -7,11 +7,12 @@ that has an embedded server beside it; zstd is on one thread, as in the transpor
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +29,7 @@ from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.settings import WIRE_DTYPES
 from teegpu.wire import dtypes
+from teegpu.wire.layout import FrameLayout, Row, layout_of
 from transports.framecodec import MAX_LEVEL, MIN_LEVEL, SHUFFLED_ITEMSIZES, FrameCodec
 
 LEVELS: Final = (1, 3)
@@ -36,32 +38,41 @@ _VALUE_BYTES: Final = 4
 
 @dataclass
 class _Dtype:
-    """One kind of activations in one wire dtype. Samples are seconds for all of its tensors."""
+    """One kind of activations in one wire dtype. Samples are seconds for all of its tensors.
+
+    ``pieces`` are frames as a message has them, with the tensors that share each."""
 
     kind: str
     name: str
-    tensors: Sequence[torch.Tensor]
+    groups: InitVar[Sequence[tuple[torch.Tensor, ...]]]
+    pieces: list[tuple[FrameLayout, tuple[torch.Tensor, ...]]] = field(default_factory=list)
     frames: list[memoryview] = field(default_factory=list)
     encodings: list[float] = field(default_factory=list)
     decodings: list[float] = field(default_factory=list)
     deviation: dict[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        # Received bytes can be written to, and lie elsewhere than the tensor.
-        self.frames = [memoryview(bytearray(dtypes.encode(tensor, self.name))) for tensor in self.tensors]
-        self.deviation = deviation(self.tensors, self._decoded())
+    def __post_init__(self, groups: Sequence[tuple[torch.Tensor, ...]]) -> None:
+        for tensors in groups:
+            layout = layout_of(tuple(Row(str(place), tuple(t.shape), self.name) for place, t in enumerate(tensors)))
+            rest = iter(tensors)
+            self.pieces += [(frame, tuple(itertools.islice(rest, len(frame.rows)))) for frame in layout.frames]
+        # Received bytes can be written to, and lie elsewhere than the tensors.
+        self.frames = [memoryview(bytearray(frame)) for frame in self._encoded()]
+        values = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for _, tensors in self.pieces]
+        self.deviation = deviation(values, self._decoded())
+
+    def _encoded(self) -> list[memoryview]:
+        return [dtypes.frame_of(layout.narrow(tensors)) for layout, tensors in self.pieces]
 
     def _decoded(self) -> list[torch.Tensor]:
-        """In fp32, as the runner takes it."""
+        """In fp32, as the runner takes it: (n,) of each frame."""
         return [
-            dtypes.decode(frame, tuple(tensor.shape), self.name).to(torch.float32)
-            for frame, tensor in zip(self.frames, self.tensors, strict=True)
+            layout.decode(frame).to(torch.float32) for (layout, _), frame in zip(self.pieces, self.frames, strict=True)
         ]
 
     def measure(self, keep: bool) -> None:
         started = time.perf_counter()
-        for tensor in self.tensors:
-            dtypes.encode(tensor, self.name)
+        self._encoded()
         encoded = time.perf_counter()
         self._decoded()
         if keep:
@@ -69,7 +80,7 @@ class _Dtype:
             self.decodings.append(time.perf_counter() - encoded)
 
     def entry(self) -> dict[str, Any]:
-        values = sum(tensor.numel() for tensor in self.tensors)
+        values = sum(sum(layout.sizes) for layout, _ in self.pieces)
         nbytes = sum(frame.nbytes for frame in self.frames)
         return {
             "label": f"{self.kind}, {self.name}",

@@ -134,7 +134,7 @@ def test_what_a_call_gave_is_kept_before_it_is_written_to() -> None:
         (outputs,) = drive(tap.run_all([Call(SCORES, {"q": queries, "k": queries}, layer)]))
         outputs["scores"].zero_()
         queries.zero_()
-    assert [float(tensor.sum()) for kind in ("queries", "scores") for tensor in tap.found[kind]] == [16.0, 4.0]
+    assert [float(tensor.sum()) for kind in ("queries", "scores") for (tensor,) in tap.found[kind]] == [16.0, 4.0]
 
 
 @pytest.mark.parametrize(

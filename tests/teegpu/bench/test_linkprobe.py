@@ -24,8 +24,9 @@ from teegpu.errors import BadReplyError, ServerRefusedError
 from teegpu.gpu import server as gpu
 from teegpu.model.reader import read_spec
 from teegpu.model.weights import WeightStore
+from teegpu.tee.greeting import hello
+from teegpu.wire.codec import Decoder
 from teegpu.wire.limits import MAX_HEADER_BYTES, Limits
-from teegpu.wire.messages import Welcome
 from tests.conftest import TinyModel
 from transports.base import Client, Incoming, Message, Reply
 from transports.linkspec import LinkSpec
@@ -85,7 +86,8 @@ def server(tiny_model: TinyModel) -> Iterator[gpu.GpuServer]:
 def over(server: gpu.GpuServer) -> Over:
     def make(text: str, **limits: int) -> tuple[LinkProbe, CalculatedLink]:
         client = CalculatedLink(server, LinkSpec.parse(text))
-        welcome: Welcome = server._welcome(0)
+        welcome = hello(client, Decoder(Limits()), 1.0)
+        client.now_ns = client.longest_up = client.longest_down = 0
         welcome = replace(welcome, limits=welcome.limits | limits)
         return LinkProbe(client, welcome, Limits()), client
 
