@@ -14,6 +14,7 @@ import msgpack
 
 from teegpu.audit.middle import Middle
 from teegpu.wire import dtypes, program
+from teegpu.wire.layout import Row, layout_of
 from transports.base import Buffer, Reply
 
 KINDS = {
@@ -99,12 +100,19 @@ class LyingServer(Middle):
         return [bytearray(frame) for frame in earlier]
 
     def _spoilt(self, table: bytes, frames: list[bytearray]) -> list[bytearray] | None:
-        rows = msgpack.unpackb(table)
-        place = self._random.randrange(len(frames))
-        _, shape, encoding = rows[place]
-        before = bytes(frames[place])
-        spoil(self.kind, frames[place], shape[0], dtypes.itemsize(encoding), self._random)
-        return frames if frames[place] != before else None
+        layout = layout_of(tuple(Row(name, tuple(shape), encoding) for name, shape, encoding in msgpack.unpackb(table)))
+        place = self._random.randrange(len(layout.frames))
+        shared = layout.frames[place]
+        number = self._random.randrange(len(shared.rows))
+        width = dtypes.itemsize(shared.encoding)
+        start = sum(shared.sizes[:number]) * width
+        part = slice(start, start + shared.sizes[number] * width)
+        values = frames[place][part]
+        spoil(self.kind, values, shared.shapes[number][0], width, self._random)
+        if values == frames[place][part]:
+            return None
+        frames[place][part] = values
+        return frames
 
 
 def spoil(kind: str, frame: bytearray, rows: int, itemsize: int, chance: random.Random) -> None:

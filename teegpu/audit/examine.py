@@ -17,21 +17,24 @@ from teegpu.audit.capture import Capture
 from teegpu.audit.cheating import KINDS, LyingServer
 from teegpu.audit.findings import Finding
 from teegpu.audit.inversion import layers_attacked, read_everything
+from teegpu.audit.kit import kit
 from teegpu.audit.known import AGAIN, CHANGED, PROMPT, TRAINING, Known, Truth
 from teegpu.audit.linking import changed_token, equal_rows, masks_used_twice, same_prompt
 from teegpu.audit.middle import Middle, Switch
 from teegpu.audit.randomness import correlation_with_plain, distribution, neighbours
-from teegpu.audit.reading import ServerView, View
+from teegpu.audit.reading import ServerView, Together, View
 from teegpu.audit.seen import Seen, seen
 from teegpu.config import Config
-from teegpu.errors import PromptError, TeegpuError
+from teegpu.errors import PromptError, TeegpuError, VerificationError
 from teegpu.model import texts
 from teegpu.model.folder import ModelFolder
+from teegpu.model.reader import read_spec
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.model.weights import WeightStore
 from teegpu.options import wire_limits
 from teegpu.tee.generate import Generation
 from teegpu.tee.runner import Runner
+from teegpu.tee.shield.modes import TWO_SERVER, verified
 
 SCHEMA = "teegpu.audit/1"
 
@@ -40,6 +43,7 @@ LEAST_PROMPT = 16
 _TRAINING_TEXTS = ("pride", "speeches")
 _LIE_PROMPT = 12
 _LIE_ANSWER = 2
+_SPARE = 64
 
 Notify = Callable[[str], None]
 Prompt = Callable[[Tokenizer], list[int]]
@@ -48,12 +52,13 @@ Prompt = Callable[[Tokenizer], list[int]]
 @dataclass(slots=True)
 class Cheat:
     """A lie, and what came of it. ``told`` names the weights whose product was changed, and is None where nothing could
-    be changed so. ``noticed`` is the error with which the run ended, empty where it went on; ``answer_changed`` says
-    whether the answer was then another one."""
+    be changed so. ``noticed`` is the error with which the run ended, empty where it went on, and ``verified`` says that
+    it was verification that found it; ``answer_changed`` that the run went on and gave another answer."""
 
     kind: str
     told: str | None = None
     noticed: str = ""
+    verified: bool = False
     answer_changed: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -62,6 +67,7 @@ class Cheat:
             "what": KINDS[self.kind],
             "told": self.told,
             "noticed": bool(self.noticed),
+            "by_verification": self.verified,
             "error": self.noticed or None,
             "answer_changed": self.answer_changed,
         }
@@ -145,14 +151,21 @@ class Audit:
         """Raises what a run does, and ``PromptError`` for a prompt that is too short to tell anything from chance."""
         with contextlib.ExitStack() as stack:
             switch = Switch()
-            runner = stack.enter_context(Runner(self._config, self._folder, notify=self._notify, wrap=switch))
+            tokenizer = Tokenizer(self._folder)
+            prompt = self._checked(self._prompt(tokenizer))
+            spec = read_spec(self._folder)
+            training = _training(tokenizer, min(self._training_tokens, spec.max_positions - 1))
+            config = stack.enter_context(
+                kit(self._config, self._folder, *self._needs(len(prompt), len(training)), self._notify)
+            )
+            runner = stack.enter_context(Runner(config, self._folder, notify=self._notify, wrap=switch))
             store = stack.enter_context(WeightStore(self._folder, runner.spec))
             self.text_of = runner.tokenizer.decode
             known = Known(store, runner.spec)
             capture = Capture(self._most_bytes)
             switch.middle = capture
             started_at = datetime.now(UTC).isoformat(timespec="seconds")
-            truth = self._scenes(runner, capture)
+            truth = self._scenes(runner, capture, prompt, training)
             report = self._report(runner, truth, started_at)
             if capture.left_out:
                 report.notes.append(
@@ -160,22 +173,32 @@ class Audit:
                     f"{self._most_bytes / 2**20:,.0f} MiB: what they would have told is not in here"
                 )
             self._attack(report, capture, known)
-            if self._lies and runner.endpoints:
+            if self._lies and capture.servers:
                 report.cheats = self._cheats(runner, switch, truth.prompt[:_LIE_PROMPT])
             return report
 
     # What is captured
 
-    def _scenes(self, runner: Runner, capture: Capture) -> Truth:
-        prompt = self._prompt(runner.tokenizer)
+    @staticmethod
+    def _checked(prompt: list[int]) -> list[int]:
         if len(prompt) < LEAST_PROMPT:
             raise PromptError(
                 f"an audit takes a prompt of {LEAST_PROMPT} tokens or more, this one has {len(prompt)}: "
                 "what is recovered of less could be chance"
             )
-        most = runner.spec.max_positions - 1
-        text = "\n".join(texts.evaluation_texts()[name] for name in _TRAINING_TEXTS)
-        training = texts.prompt_of(runner.tokenizer, min(self._training_tokens, most), text)
+        return prompt
+
+    def _needs(self, prompt: int, training: int) -> tuple[int, int]:
+        """For how many tokens there must be pads, and for the logits of how many; what a run that ends early leaves
+        unused included."""
+        answer = self._config.run.max_tokens
+        tokens, heads = 3 * prompt + answer + training, answer + 3
+        if self._lies:
+            runs = 1 + len(KINDS)
+            tokens, heads = tokens + runs * (_LIE_PROMPT + _LIE_ANSWER), heads + runs * _LIE_ANSWER
+        return tokens + _SPARE, heads + _SPARE
+
+    def _scenes(self, runner: Runner, capture: Capture, prompt: list[int], training: list[int]) -> Truth:
         place = len(prompt) // 2
         other = next((token for token in training if token != prompt[place]), prompt[place] ^ 1)
         changed = [*prompt[:place], other, *prompt[place + 1 :]]
@@ -194,6 +217,8 @@ class Audit:
         document = runner.report("complete")
         kept = ("prefill_plan", "decode_plan", "transport", "wire_dtype", "encrypted", "link")
         settings = {key: document["settings"][key] for key in kept}
+        settings["privacy"] = self._config.run.privacy
+        settings["verify"] = verified(self._config)
         settings["prompt_tokens"] = len(truth.prompt)
         settings["answer_tokens"] = len(truth.answer)
         settings["training_tokens"] = len(truth.training)
@@ -210,6 +235,11 @@ class Audit:
         for view in views:
             self._notify(f"attacking what {view.label} got")
             report.findings += self._findings(view, known, report.truth)
+        if self._config.run.privacy == TWO_SERVER and len(views) == 2:
+            # What must not happen, to show that the attacks would see it.
+            together = Together("both servers together", *views)
+            self._notify(f"attacking what {together.label} got")
+            report.findings += read_everything(together, known, report.truth)
 
     def _findings(self, view: View, known: Known, truth: Truth) -> list[Finding]:
         found = list(read_everything(view, known, truth))
@@ -232,12 +262,17 @@ class Audit:
             try:
                 cheat.answer_changed = _generate(runner, prompt, _LIE_ANSWER) != honest
             except TeegpuError as error:
-                cheat.noticed = str(error)
+                cheat.noticed, cheat.verified = str(error), isinstance(error, VerificationError)
             if liar.lie is not None:
                 cheat.told = ", ".join(liar.lie.weights)
             cheats.append(cheat)
         switch.middle = Middle()
         return cheats
+
+
+def _training(tokenizer: Tokenizer, tokens: int) -> list[int]:
+    """A text that is not the one that prompts are cut from."""
+    return texts.prompt_of(tokenizer, tokens, "\n".join(texts.evaluation_texts()[name] for name in _TRAINING_TEXTS))
 
 
 def _generate(runner: Runner, prompt: list[int], tokens: int) -> list[int]:

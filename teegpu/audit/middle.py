@@ -76,6 +76,11 @@ class Wrapped(Client):
 
         return looked
 
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply]:
+        sent = self._up(message)
+        wait = self._inner.begin(sent, timeout_seconds=timeout_seconds)
+        return lambda: self._down(sent, wait())
+
     def close(self) -> None:
         self._inner.close()
 

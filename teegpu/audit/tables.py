@@ -61,7 +61,8 @@ def _heading(document: Entry) -> str:
     settings = document["settings"]
     plans = dict.fromkeys((settings["prefill_plan"], settings["decode_plan"]))
     facts = ["teegpu audit", document["model"]["name"], f"plan {' then '.join(plans)}"]
-    facts += [settings["transport"], f"{settings['wire_dtype']} wire"]
+    facts += [settings["transport"], f"{settings['wire_dtype']} wire", f"privacy {settings['privacy']}"]
+    facts += ["verified" if settings["verify"] else "not verified"]
     lengths = (
         f"A prompt of {settings['prompt_tokens']:,} tokens and {settings['answer_tokens']:,} generated; "
         f"the attacker also knows {settings['training_tokens']:,} tokens of another text that was sent."
@@ -127,7 +128,7 @@ def _cheats(cheats: list[Entry]) -> str:
         if cheat["told"] is None:
             outcome = "could not be tried"
         elif cheat["noticed"]:
-            outcome = "ended the run"
+            outcome = "ended the run: not the product" if cheat["by_verification"] else "ended the run: no valid answer"
         else:
             outcome = "did not notice" + (", and answered something else" if cheat["answer_changed"] else "")
         rows.append([cheat["what"], outcome])

@@ -13,6 +13,7 @@ from teegpu.cli.common import ConfigFile, message_console, sigterm_as_interrupt
 from teegpu.cli.destination import Destination
 from teegpu.cli.prompts import Prompts
 from teegpu.errors import ThresholdError, UsageError
+from teegpu.settings import AUTO, PRIVACY
 
 if TYPE_CHECKING:
     from teegpu.audit.examine import Report
@@ -24,8 +25,8 @@ PLACE = "How the work is split"
 INPUT = "Prompt"
 OUTPUT = "Output"
 
-PLAN = "fused"
-"""What is audited where the settings leave the plan to the runner."""
+PLAN, SHIELDED_PLAN = "fused", "attention"
+"""What is audited where the settings leave the plan to the runner: in the clear, and masked."""
 
 PROMPT_TOKENS = 64
 """Of the built-in text, where no prompt is given."""
@@ -77,6 +78,14 @@ def audit(
     offline: Annotated[
         bool | None, typer.Option("--offline", help="Never use the network to find the model.", rich_help_panel=MODEL)
     ] = None,
+    privacy: Annotated[
+        str | None,
+        typer.Option(help=f"Hide values from servers: {', '.join(PRIVACY)}.", rich_help_panel=PLACE),
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Check the servers' products.", rich_help_panel=PLACE),
+    ] = None,
     plan: Annotated[
         str | None,
         typer.Option(
@@ -123,7 +132,6 @@ def audit(
     unless --show-text asks for it. Exits with 0 whatever is found, unless it is told what to expect.
     """
     from teegpu import config
-    from teegpu.settings import AUTO
 
     flags: dict[str, object] = {
         "model.name": model,
@@ -132,6 +140,8 @@ def audit(
         "link.server_key": server_key,
         "link.client_key": client_key,
         "server.device": device,
+        "run.privacy": privacy,
+        "run.verify": None if verify is None else "on" if verify else "off",
         "run.prefill_plan": plan,
         "run.decode_plan": plan,
         "run.transport": transport,
@@ -146,7 +156,7 @@ def audit(
     for key in ("run.prefill_plan", "run.decode_plan"):
         if settings.values()[key] == AUTO:
             # What is quickest may be to send nothing, and there would be nothing to look at.
-            flags[key] = PLAN
+            flags[key] = PLAN if settings.run.privacy == "none" else SHIELDED_PLAN
     settings = config.load(flags, config_file)
     if expect_verified and not lies:
         raise UsageError("--expect-verified needs lies to be told: leave out --no-lies")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from teegpu import config
 from teegpu.audit.examine import Audit, Report
 from teegpu.model.folder import ModelFolder
 from tests.conftest import TinyModel
-from tests.teegpu.cli.conftest import ServerFor
+from tests.teegpu.cli.conftest import LocalServer, ServerFor
 from tests.teegpu.cli.conftest import same_threads as same_threads
 from tests.teegpu.cli.conftest import server_for as server_for
 
@@ -26,15 +26,24 @@ def audit_model(tiny_model: TinyModel) -> ModelFolder:
     return tiny_model("llama", num_hidden_layers=4, hidden_size=64, num_attention_heads=8, max_position_embeddings=1024)
 
 
+@pytest.fixture(scope="session")
+def second_server(audit_model: ModelFolder) -> Iterator[LocalServer]:
+    """Another server of the model: a run with two shares takes two."""
+    server = LocalServer(audit_model)
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def audited(audit_model: ModelFolder, server_for: ServerFor) -> Audited:
-    """``audited(plan="fused", lies=False, most_bytes=…, **settings)`` → the report of an audit of ``PROMPT_IDS``.
+    """``audited(plan="fused", lies=False, second="", most_bytes=…, **settings)`` → the report of an audit of
+    ``PROMPT_IDS``. A setting ``run.x`` is written ``run__x``; ``second`` is the address of a second server."""
 
-    A setting ``run.x`` is written ``run__x``."""
-
-    def make(*, plan: str = "fused", lies: bool = False, most_bytes: int = 2**30, **settings: Any) -> Report:
+    def make(
+        *, plan: str = "fused", lies: bool = False, second: str = "", most_bytes: int = 2**30, **settings: Any
+    ) -> Report:
         values: dict[str, Any] = {
-            "run.endpoints": (server_for(audit_model).address,),
+            "run.endpoints": tuple(filter(None, (server_for(audit_model).address, second))),
             "run.prefill_plan": plan,
             "run.decode_plan": plan,
             "run.max_tokens": 12,

@@ -1,4 +1,4 @@
-"""What lying servers do to an answer."""
+"""What lying servers do to an answer, and that verification finds it every time in thousands of tries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import pytest
 import torch
 
 from teegpu.audit import cheating
+from teegpu.model.folder import ModelFolder
+from teegpu.model.reader import read_spec
+from teegpu.model.weights import WeightStore
+from teegpu.ring import RingMatrix
+from teegpu.tee.shield.facts import Product, products, quantised
+from teegpu.tee.shield.verify import Keys
+from tests.conftest import TinyModel
 from tests.teegpu.audit.made import uniform
 
 ROWS, COLUMNS = 6, 10
@@ -44,3 +51,54 @@ def test_one_row_can_not_be_swapped() -> None:
 def test_an_unknown_lie_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no lie 'fib'"):
         cheating.LyingServer("fib", layers=2)
+
+
+TRIES = 600
+"""Of each kind of lie."""
+
+
+class Verified:
+    """A tiny model's keys, and its products."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        spec = read_spec(folder)
+        with WeightStore(folder, spec) as store:
+            self.keys, _, _ = Keys.make(store, spec, 40)
+            self.products = [product for product in products(spec) if product != ("lm_head",)]
+            self.matrices = {each: RingMatrix(quantised(store, spec, each)[0]) for each in self.products}
+
+    def elsewhere(self, product: Product) -> Product:
+        """The same product of the other layer."""
+        layer = "layers.1" if product[0].startswith("layers.0") else "layers.0"
+        return tuple(layer + name[len(layer) :] for name in product)
+
+
+@pytest.fixture(scope="module")
+def verified(tiny_model: TinyModel) -> Verified:
+    return Verified(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("kind", cheating.KINDS)
+def test_every_lie_is_caught_and_no_truth_is(verified: Verified, kind: str) -> None:
+    numbers, chance = torch.Generator().manual_seed(8), random.Random(8)
+    earlier: dict[Product, torch.Tensor] = {}
+    told = 0
+    while told < TRIES:
+        product = chance.choice(verified.products)
+        matrix = verified.matrices[product]
+        sent = uniform(ROWS, matrix.shape[1], numbers)
+        honest = matrix.product(sent)
+        assert verified.keys.wrong_rows(product, sent, honest) == []
+        if kind == "other-layer":
+            answer = verified.matrices[verified.elsewhere(product)].product(sent)
+        elif kind == "replay":
+            answer = earlier.get(product, honest)
+            earlier[product] = honest
+        else:
+            frame = bytearray(honest.numpy().tobytes())
+            cheating.spoil(kind, frame, ROWS, 4, chance)
+            answer = torch.frombuffer(frame, dtype=torch.int32).view_as(honest)
+        wrong = (answer != honest).any(-1).nonzero().flatten().tolist()
+        if wrong:
+            told += 1
+            assert verified.keys.wrong_rows(product, sent, answer) == wrong

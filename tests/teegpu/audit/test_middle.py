@@ -67,6 +67,7 @@ def test_every_way_to_ask_goes_through_it(client: Client, switch: Switch) -> Non
     switch.middle = Turned()
     assert text(client.request(Message([b"one"]))) == b"GOT ONE!"
     assert text(client.post(Message([b"two"]))()) == b"GOT TWO!"
+    assert text(client.begin(Message([b"so"]))()) == b"GOT SO!"
     assert [text(reply) for reply in client.request_all([Message([b"a"]), Message([b"b"])])] == [b"GOT A!", b"GOT B!"]
 
     async def ask() -> Reply:
