@@ -63,15 +63,19 @@ _WORTH_TWO_STEPS = 4096
 def convert(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``x`` in ``dtype``; ``x`` itself where it has that already.
 
-    Between fp16 and bf16 it goes through fp32, which is exact on the way up: torch has vectorised loops for either
-    half, and a slow one (five times as slow) straight between the two."""
-    if x.dtype in _HALVES and dtype in _HALVES and x.dtype != dtype and x.numel() >= _WORTH_TWO_STEPS:
+    On a CPU it goes through fp32 between fp16 and bf16, which is exact on the way up: torch has vectorised loops for
+    either half, and a slow one (five times as slow) straight between the two."""
+    if _two_steps(x, dtype) and x.numel() >= _WORTH_TWO_STEPS:
         return x.to(torch.float32).to(dtype)
     return x.to(dtype)
 
 
 def copy_into(out: torch.Tensor, x: torch.Tensor) -> None:
     """Writes ``x`` into ``out``, of the same shape and of any dtype, as ``convert`` would bring it there."""
-    if x.dtype in _HALVES and out.dtype in _HALVES and x.dtype != out.dtype:
+    if _two_steps(x, out.dtype):
         x = x.to(torch.float32)
     out.copy_(x)
+
+
+def _two_steps(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    return x.dtype in _HALVES and dtype in _HALVES and x.dtype != dtype and x.device.type == "cpu"

@@ -11,10 +11,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, takewhile
 
 import torch
 
+from teegpu.gpu.cuda import Device, Mark
 from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.kernels import Matrix, convert
@@ -49,7 +51,7 @@ class Kernel:
     whole: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Compiled:
     """``sources`` names for each frame of the reply's ``layout`` the registers that it is made of."""
 
@@ -98,6 +100,7 @@ class Executor:
         most that one has needed so far. Before it is taken."""
         self._needed_bytes = 0
         self._loaded_bytes = weights.nbytes
+        self._device = Device(weights.device) if weights.device.type == "cuda" else None
         self._ring_bytes = 0
         """Of int8 weights that were made since."""
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
@@ -110,51 +113,44 @@ class Executor:
         start = self._clock()
         compiled = self._compile(program, inputs, encodings)
         self._check_inputs(program, inputs)
-        checked = self._clock()
-        run = self._run_cuda if self.weights.device.type == "cuda" else self._run_cpu
+        tensors = {name: _expanded(operand) for name, operand in inputs.items()}
+        prepared = self._clock()
         try:
-            done = run(compiled, inputs)
+            if self._device is None:
+                frames, seconds = self._run_cpu(compiled, tensors)
+            else:
+                key = (compiled, *(tensor.dtype for tensor in tensors.values()))
+                frames, seconds = self._device.run(key, tensors, partial(self._queue, compiled))
         except torch.OutOfMemoryError as error:
             raise ShapeError(
                 "out-of-memory",
                 "the device has no memory left for this program: send smaller chunks (run.chunk_tokens)",
             ) from error
-        done.bring_in_seconds += checked - start
-        return done
+        operations: dict[str, tuple[int, float]] = {}
+        for kernel, spent in zip(compiled.kernels, seconds[1:-1], strict=True):
+            count, total = operations.get(kernel.name, (0, 0.0))
+            operations[kernel.name] = (count + len(kernel.steps), total + spent)
+        brought_in = prepared - start + seconds[0]
+        return Execution(compiled.layout, frames, operations, brought_in, sum(seconds[1:-1]), seconds[-1])
 
-    def _run_cpu(self, compiled: Compiled, inputs: Mapping[str, Operand]) -> Execution:
-        clock = self._clock
-        times: dict[str, tuple[int, float]] = {}
-        start = clock()
-        registers = {name: self._convert(_expanded(operand)) for name, operand in inputs.items()}
-        brought_in = last = clock()
+    def _run_cpu(
+        self, compiled: Compiled, inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[float]]:
+        """The frames, and the seconds between the marks of ``_queue``: see ``Device.run``."""
+        times = [self._clock()]
+        frames = self._queue(compiled, inputs, lambda: times.append(self._clock()))
+        times.append(self._clock())
+        return frames, [second - first for first, second in pairwise(times)]
+
+    def _queue(self, compiled: Compiled, inputs: Mapping[str, torch.Tensor], mark: Mark) -> list[torch.Tensor]:
+        """Converts ``inputs``, runs the kernels and makes the frames, all on the device of the inputs. Calls ``mark``
+        after the first and after each kernel."""
+        registers = {name: self._convert(tensor) for name, tensor in inputs.items()}
+        mark()
         for kernel in compiled.kernels:
             self._execute(kernel, registers)
-            now = clock()
-            _count(times, kernel, now - last)
-            last = now
-        frames = _frames(compiled, registers)
-        return Execution(compiled.layout, frames, times, brought_in - start, last - brought_in, clock() - last)
-
-    def _run_cuda(self, compiled: Compiled, inputs: Mapping[str, Operand]) -> Execution:
-        """As on the CPU, timed by device events: kernels are queued without waiting, one synchronisation at the end."""
-        device = self.weights.device
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(compiled.kernels) + 3)]
-        with torch.cuda.device(device):
-            marks[0].record()
-            registers = {name: self._convert(_upload(_expanded(operand), device)) for name, operand in inputs.items()}
-            marks[1].record()
-            for index, kernel in enumerate(compiled.kernels):
-                self._execute(kernel, registers)
-                marks[index + 2].record()
-            frames = [_download(frame) for frame in _frames(compiled, registers)]
-            marks[-1].record()
-            marks[-1].synchronize()
-        elapsed = [first.elapsed_time(second) / 1e3 for first, second in pairwise(marks)]
-        times: dict[str, tuple[int, float]] = {}
-        for kernel, seconds in zip(compiled.kernels, elapsed[1:-1], strict=True):
-            _count(times, kernel, seconds)
-        return Execution(compiled.layout, frames, times, elapsed[0], sum(elapsed[1:-1]), elapsed[-1])
+            mark()
+        return _frames(compiled, registers)
 
     def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
         return convert(tensor, self.weights.dtype) if tensor.dtype.is_floating_point else tensor
@@ -338,11 +334,6 @@ def _expanded(operand: Operand) -> torch.Tensor:
     return operand.expand() if isinstance(operand, Seed) else operand
 
 
-def _count(times: dict[str, tuple[int, float]], kernel: Kernel, seconds: float) -> None:
-    count, total = times.get(kernel.name, (0, 0.0))
-    times[kernel.name] = (count + len(kernel.steps), total + seconds)
-
-
 def _grouped_matmul(a: torch.Tensor, b: torch.Tensor, transpose: bool) -> torch.Tensor:
     """(heads, rows, inner) x (kv_heads, inner, columns), or (kv_heads, columns, inner) to ``transpose``.
 
@@ -352,15 +343,3 @@ def _grouped_matmul(a: torch.Tensor, b: torch.Tensor, transpose: bool) -> torch.
     kv_heads = b.shape[0]
     stacked = a.reshape(kv_heads, heads // kv_heads * rows, inner)
     return torch.matmul(stacked, b.transpose(1, 2) if transpose else b).reshape(heads, rows, -1)
-
-
-def _upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device, through pinned memory: torch's host allocator keeps such blocks and hands them out again
-    once the device has read them."""
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _download(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory; complete after the next synchronisation."""
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
