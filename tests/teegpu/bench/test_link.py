@@ -8,6 +8,7 @@ import pytest
 
 from teegpu.bench.cases import from_values
 from teegpu.bench.link import LinkBenchmark
+from teegpu.bench.linkprobe import Crossing
 from teegpu.bench.measure import Progress
 from teegpu.bench.render import FORMATS, render
 from teegpu.errors import UsageError
@@ -63,6 +64,16 @@ def test_nothing_measured_is_an_empty_document(model: ModelFolder) -> None:
     document = LinkBenchmark(from_values({}), model, rounds=1, transfers=1, seconds=1).document("interrupted")
     assert document["results"] == []
     assert document["measured_link"] is None
+
+
+def test_what_was_measured_before_an_interrupt_is_told(model: ModelFolder) -> None:
+    benchmark = LinkBenchmark(from_values({}), model, rounds=9, transfers=1, seconds=1)
+    benchmark._samples.small += [Crossing(100, 100, seconds, 0.001) for seconds in (0.002, 0.004, 0.009)]
+    document = benchmark.document("interrupted")
+    (trip,) = document["results"]
+    assert trip["rtt_seconds"] == {"median": 0.004, "p95": pytest.approx(0.0085), "min": 0.002}
+    assert document["measured_link"] is None
+    assert "interrupted" in render(document, "table")
 
 
 @pytest.mark.parametrize(

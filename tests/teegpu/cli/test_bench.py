@@ -135,6 +135,9 @@ def test_flags_that_can_not_be(plans: Teegpu, options: list[str], told: str) -> 
         (["overhead", "--rounds", "0"], "--rounds 0 is below the least, 1"),
         (["overhead", "--transport", "zqm"], "did you mean 'zmq'?"),
         (["overhead", "--transport", "inprocess"], "use zmq or pipelined"),
+        (["codec", "--activations", "score"], "did you mean 'scores'?"),
+        (["codec", "--level", "0"], "--level 0 is not between 1 and 19"),
+        (["replay", "--tokens", "1"], "--tokens 1 is below the least, 80"),
     ],
 )
 def test_flags_of_the_others(teegpu: Teegpu, model: ModelFolder, options: list[str], told: str) -> None:
