@@ -380,7 +380,9 @@ class RecordSettings:
     keep_mib: int = setting(1024, "MiB of records kept.", minimum=1)
     keep_days: int = setting(90, "Days that a record is kept.", minimum=1)
     events_mib: int = setting(
-        256, "MiB of events of one run; after that only its sums go on. 16 KiB is about one generated token.", minimum=1
+        256,
+        "MiB of events of one run; after that only its sums go on. A generated token takes about 1 KiB for each layer.",
+        minimum=1,
     )
 
 
