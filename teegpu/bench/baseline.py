@@ -40,6 +40,8 @@ class Baseline:
     def __init__(self, folder: ModelFolder, *, dtype: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self._model = load(folder, dtype)
+        self.logits = torch.empty(0)
+        """Of the last run, (tokens made, vocab): what each token was chosen from."""
 
     def measure(self, prompt: Sequence[int], decode_tokens: int) -> Sample:
         """One run: the prompt and a first token, then ``decode_tokens`` more, the end token ignored."""
@@ -49,14 +51,17 @@ class Baseline:
             cache = new_cache(model)
             step = torch.tensor([list(prompt)])
             made: list[int] = []
+            seen: list[torch.Tensor] = []
             for _ in range(decode_tokens + 1):
                 # As in generate, the logits of the last position alone.
                 logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
                 made.append(int(logits[0, -1].argmax()))
+                seen.append(logits[0, -1:])
                 step = torch.tensor([[made[-1]]])
                 ticks.append(time.perf_counter())
         prefill = ticks[1] - ticks[0]
         decode = ticks[-1] - ticks[1]
+        self.logits = torch.cat(seen)
         return Sample(
             prefill=PhaseSample(len(prompt), 1, prefill, tee_seconds=prefill),
             decode=PhaseSample(decode_tokens, decode_tokens, decode, tee_seconds=decode),

@@ -39,6 +39,13 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 OPEN_SECTIONS = ("link.", "compression.")
 
+PACKED = "packed"
+NO_KV_CACHE = "no-kv-cache"
+NO_POSITION_CACHE = "no-position-cache"
+WAYS = (PACKED, NO_KV_CACHE, NO_POSITION_CACHE)
+"""How things were done before, in which the product has no part: see ``bench.packed``, and ``bench.uncached`` for the
+others."""
+
 _BASELINE_KEYS = ("plan", "dtype", "threads", "label")
 _LOCAL_KEYS = ("plan", "prefill", "decode", "speculate", "threads", "label")
 _SERVER_KEYS = ("dtype", "server-threads")
@@ -63,17 +70,24 @@ DEFAULT_SET = "default"
 class Case:
     """``given`` are the settings that the case names, by dotted key; all else is as in force.
 
-    ``transformers_dtype`` is empty but for the baseline.
+    ``transformers_dtype`` is empty but for the baseline. ``ways`` are what it does as it was done before, of ``WAYS``;
+    ``decode_tokens`` is how many it makes after the first, where that is not what the others make.
     """
 
     label: str
     given: Mapping[str, Value] = field(default_factory=dict)
     transformers_dtype: str = ""
+    ways: tuple[str, ...] = ()
+    decode_tokens: int | None = None
 
     @property
     def baseline(self) -> bool:
         """Whether transformers computes it, and teegpu has no part in it."""
         return bool(self.transformers_dtype)
+
+    def steps(self, decode_tokens: int) -> int:
+        """Tokens after the first, where the others make ``decode_tokens``."""
+        return decode_tokens if self.decode_tokens is None else self.decode_tokens
 
     def prefill_plan(self, base: Config) -> str:
         return self._plan("run.prefill_plan", base.run.prefill_plan)
@@ -95,8 +109,9 @@ class Case:
         """The settings of a run of this case.
 
         Every run begins with an empty KV cache, chooses greedily, and makes one token in prefill and ``decode_tokens``
-        in decode. The emulated link is for cases with a server.
+        in decode, if the case has no number of its own. The emulated link is for cases with a server.
         """
+        decode_tokens = self.steps(decode_tokens)
         values: dict[str, Value] = base.values() | dict(self.given)
         values |= {key: setting.default for key, setting in SETTINGS.items() if key.startswith("sampling.")}
         values |= {"run.prefix_cache_mib": 0, "run.max_tokens": decode_tokens + 1}

@@ -205,6 +205,62 @@ _WATCHING = tuple(
 )
 
 
+def _on(tracks: str, look: Look) -> Look:
+    """``look`` for rungs of the ladder on these tracks, with commas; nothing for others."""
+    wanted = tracks.split(",")
+    return lambda entry: look(entry) if entry.get("track") in wanted else None
+
+
+def _repeats(entry: Entry) -> str | None:
+    if "prefill" not in entry:
+        return None
+    return "warm-up" if entry.get("cold") else str(entry["repeats"])
+
+
+def _ladder(phase: str, tracks: str, *columns: Column) -> tuple[Column, ...]:
+    figures = (
+        *columns,
+        Column("repeats", _repeats),
+        Column("speed-up", at(phase, "speed_up"), times),
+        Column("over the one before", at(phase, "speed_up_over_before"), times),
+        Column("communication", at(phase, "communication_share"), percent),
+        Column("× limit", at(phase, "ratio_to_limit"), times),
+    )
+    return (Column("rung", at("label")), *(replace(column, value=_on(tracks, column.value)) for column in figures))
+
+
+_LADDER_PREFILL = _ladder(
+    "prefill",
+    "prefill,beside,baseline",
+    Column("RPC calls", at("prefill", "rpc_calls"), count),
+    Column("MiB up", at("prefill", "bytes_up"), _mib),
+    Column("MiB down", at("prefill", "bytes_down"), _mib),
+    Column("seconds", at("prefill", "seconds", "median"), fixed(3)),
+    Column("min–max", spread("prefill", "seconds"), _between(3)),
+    Column("expected", at("expected_seconds"), fixed(0)),
+)
+_PER_TOKEN = (
+    Column("steps", at("decode", "steps"), count),
+    Column("RPC calls a step", at("decode", "rpc_calls_per_step"), count),
+    Column("KiB up", at("decode", "bytes_up_per_step"), _kib),
+    Column("KiB down", at("decode", "bytes_down_per_step"), _kib),
+    Column("ms a token", at("decode", "seconds_per_token", "median"), lambda value: f"{value * 1e3:,.1f}"),
+    Column(
+        "min–max",
+        spread("decode", "seconds_per_token"),
+        lambda pair: f"{pair[0] * 1e3:,.1f}–{pair[1] * 1e3:,.1f}",
+    ),
+)
+_LADDER_OUTPUT = (
+    Column("rung", at("label")),
+    Column("greedy tokens as transformers fp32", _output),
+    Column("KL, nats", at("accuracy", "kl_nats"), _tiny),
+    Column("top-1", at("accuracy", "top1_agreement"), lambda value: f"{value:.3f}"),
+    Column("positions", at("accuracy", "positions"), count),
+    Column("runner's peak MiB", at("peak_memory_bytes"), _mib),
+)
+
+
 def _accounts(phase: str) -> tuple[Column, ...]:
     return (
         _CASE,
@@ -261,6 +317,12 @@ Tables = tuple[tuple[str, tuple[Column, ...]], ...]
 
 TABLES: dict[str, Tables | Callable[[Entry], Tables]] = {
     "plans": (("Prefill", _PREFILL), ("Decode, per step", _DECODE), ("Output", _OUTPUT)),
+    "ladder": (
+        ("Prefill", _LADDER_PREFILL),
+        ("Decode", _ladder("decode", "decode,baseline", *_PER_TOKEN)),
+        ("Decode on the rungs of the prefill", _ladder("decode", "prefill,beside", *_PER_TOKEN)),
+        ("Output", _LADDER_OUTPUT),
+    ),
     "accuracy": (("Against transformers in fp32", _ACCURACY),),
     "soak": (("Clients", _SOAK),),
     "overhead": (("One RPC of a decode step", _OVERHEAD),),
@@ -311,6 +373,64 @@ SHEETS: dict[str, dict[str, Look]] = {
         "output_tokens": at("output", "tokens"),
         "output_agreeing_tokens": at("output", "agreeing_tokens"),
         "output_identical": at("output", "identical"),
+        "peak_memory_bytes": at("peak_memory_bytes"),
+        "error": at("error"),
+    },
+    "ladder": {
+        "rung": at("rung"),
+        "label": at("label"),
+        "track": at("track"),
+        "before": at("before"),
+        "repeats": at("repeats"),
+        "cold": at("cold"),
+        **{
+            key: at("case", key)
+            for key in (
+                "prefill_plan",
+                "decode_plan",
+                "transport",
+                "wire_dtype",
+                "codec",
+                "speculate",
+                "kv_cache",
+                "position_cache",
+            )
+        },
+        "chunk_tokens": at("chunk_tokens"),
+        "server_dtype": at("server", "dtype"),
+        "runner_threads": at("threads", "runner"),
+        "server_threads": at("threads", "server"),
+        "prefill_rpc_calls": at("prefill", "rpc_calls"),
+        "prefill_bytes_up": at("prefill", "bytes_up"),
+        "prefill_bytes_down": at("prefill", "bytes_down"),
+        "prefill_seconds_median": at("prefill", "seconds", "median"),
+        "prefill_seconds_min": at("prefill", "seconds", "min"),
+        "prefill_seconds_max": at("prefill", "seconds", "max"),
+        "prefill_seconds_expected": at("expected_seconds"),
+        "decode_steps": at("decode", "steps"),
+        "decode_rpc_calls_per_step": at("decode", "rpc_calls_per_step"),
+        "decode_bytes_up_per_step": at("decode", "bytes_up_per_step"),
+        "decode_bytes_down_per_step": at("decode", "bytes_down_per_step"),
+        "decode_seconds_per_step_median": at("decode", "seconds_per_step", "median"),
+        "decode_seconds_per_token_median": at("decode", "seconds_per_token", "median"),
+        "decode_seconds_per_token_min": at("decode", "seconds_per_token", "min"),
+        "decode_seconds_per_token_max": at("decode", "seconds_per_token", "max"),
+        **{
+            f"{phase}_{key}": at(phase, key)
+            for phase in ("prefill", "decode")
+            for key in (
+                "speed_up",
+                "speed_up_over_before",
+                "communication_share",
+                "limit_seconds",
+                "ratio_to_limit",
+            )
+        },
+        "output_tokens": at("output", "tokens"),
+        "output_agreeing_tokens": at("output", "agreeing_tokens"),
+        "output_identical": at("output", "identical"),
+        "kl_nats": at("accuracy", "kl_nats"),
+        "top1_agreement": at("accuracy", "top1_agreement"),
         "peak_memory_bytes": at("peak_memory_bytes"),
         "error": at("error"),
     },

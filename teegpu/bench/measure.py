@@ -5,6 +5,7 @@ Pure but for the clock that it is given.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -60,14 +61,16 @@ class TimeLeft:
     """
 
     def __init__(self, cases: int, repeats: int) -> None:
-        self._repeats = repeats
         self._warm_up: list[float | None] = [None] * cases
         self._repeat: list[float | None] = [None] * cases
         self._left = [repeats] * cases
 
-    def warmed_up(self, index: int, seconds: float, run_seconds: float) -> None:
+    def warmed_up(self, index: int, seconds: float, run_seconds: float, repeats: int | None = None) -> None:
+        """``repeats``: how many are left after it; None: all."""
         self._warm_up[index] = seconds
         self._repeat[index] = run_seconds
+        if repeats is not None:
+            self._left[index] = repeats
 
     def repeated(self, index: int, seconds: float) -> None:
         self._repeat[index] = seconds
@@ -97,19 +100,25 @@ def measure(
     repeats: int,
     notify: Notify = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
+    max_seconds: float = math.inf,
 ) -> None:
     """Fills ``cases``: a warm-up of each in turn, then ``repeats`` samples of each in turn.
 
     A case that fails keeps its error and is left out from then on. Whatever interrupts this leaves in ``cases`` what
-    there was.
+    there was, and samples that are there already count: a case that has all of its own is not even loaded. A case whose
+    runs, the warm-up among them, have taken ``max_seconds`` takes no more repeats.
     """
-    left = TimeLeft(len(cases), repeats)
-    total = len(cases) * (repeats + 1)
+    wanted = [index for index, case in enumerate(cases) if case.to_do(repeats, max_seconds)]
+    left = TimeLeft(len(wanted), repeats)
+    total = sum(1 + repeats - len(cases[index].samples) for index in wanted)
     done = 0
     for turn in range(repeats + 1):
         stage = "warm-up" if turn == WARM_UP else f"repeat {turn} of {repeats}"
-        for index, case in enumerate(cases):
-            if case.error:
+        for place, index in enumerate(wanted):
+            case = cases[index]
+            if turn != WARM_UP and len(case.samples) >= turn:
+                continue  # it was there already
+            if turn != WARM_UP and not case.to_do(repeats, max_seconds):
                 done += 1
                 continue
             notify(Progress(done, total, case.label, stage, seconds_left=left.seconds()))
@@ -117,20 +126,28 @@ def measure(
             try:
                 if turn == WARM_UP:
                     ready = workers.load(index)
-                    case.facts, case.warm_up = ready.facts, ready.warm_up
                     sample = ready.warm_up
-                    left.warmed_up(index, clock() - started, sample.prefill.seconds + sample.decode.seconds)
+                    case.facts, case.warm_up = ready.facts, case.warm_up if case.samples else sample
+                    affordable = _affordable(case, sample.seconds, repeats, max_seconds)
+                    left.warmed_up(place, clock() - started, sample.seconds, affordable)
                 else:
                     sample = workers.sample(index)
                     case.samples.append(sample)
-                    left.repeated(index, clock() - started)
+                    left.repeated(place, clock() - started)
                 outcome = described(sample)
             except TeegpuError as error:
                 case.error = str(error)
-                left.given_up(index)
+                left.given_up(place)
                 outcome = f"failed: {error}"
             done += 1
             notify(Progress(done, total, case.label, stage, outcome, left.seconds()))
+
+
+def _affordable(case: Measured, run_seconds: float, repeats: int, max_seconds: float) -> int:
+    """How many repeats ``case`` will still take, where each takes ``run_seconds``."""
+    missing = repeats - len(case.samples)
+    room = max_seconds - case.spent_seconds()
+    return missing if math.isinf(room) or not run_seconds else max(0, min(missing, math.ceil(room / run_seconds)))
 
 
 def described(sample: Sample) -> str:

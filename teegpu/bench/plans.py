@@ -47,16 +47,9 @@ class PlanBenchmark:
         check: bool = True,
         open_pool: OpenPool = Pool,
     ) -> None:
-        _check_numbers(prompt_tokens, decode_tokens, repeats)
+        self._work = workload(folder, base, prompt_tokens, decode_tokens, repeats)
         self._link = LinkSpec.parse(base.run.link) if base.run.link else None
-        spec = read_spec(folder)
-        if prompt_tokens + decode_tokens > spec.max_positions:
-            raise PromptError(
-                f"--prompt-tokens {prompt_tokens} and --decode-tokens {decode_tokens} are more than the context of "
-                f"{spec.name}, which ends at {spec.max_positions}: give less"
-            )
         self._cases = list(cases)
-        self._work = Workload(folder, spec, base, prompt_tokens, decode_tokens)
         self._repeats = repeats
         self._check = check
         self._open_pool = open_pool
@@ -146,6 +139,19 @@ def _described(case: Case, base: Config) -> dict[str, Any]:
         "kind": TRANSFORMERS if case.baseline else "teegpu",
         "given": dict(case.given),
     }
+
+
+def workload(folder: ModelFolder, base: Config, prompt_tokens: int, decode_tokens: int, repeats: int) -> Workload:
+    """What each case does. Raises ``UsageError`` for numbers that can't be, ``PromptError`` for more tokens than the
+    model's context has, and what reading the model raises."""
+    _check_numbers(prompt_tokens, decode_tokens, repeats)
+    spec = read_spec(folder)
+    if prompt_tokens + decode_tokens > spec.max_positions:
+        raise PromptError(
+            f"--prompt-tokens {prompt_tokens} and --decode-tokens {decode_tokens} are more than the context of "
+            f"{spec.name}, which ends at {spec.max_positions}: give less"
+        )
+    return Workload(folder, spec, base, prompt_tokens, decode_tokens)
 
 
 def _check_numbers(prompt_tokens: int, decode_tokens: int, repeats: int) -> None:

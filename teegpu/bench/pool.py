@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from teegpu import machine
-from teegpu.bench import memory
-from teegpu.bench.cases import Case
+from teegpu.bench import memory, packedserver
+from teegpu.bench.cases import PACKED, Case
 from teegpu.bench.child import Child
 from teegpu.bench.samples import Sample
 from teegpu.config import Config
@@ -21,7 +22,7 @@ from teegpu.errors import ConnectionFailedError, TeegpuError
 from teegpu.model.folder import ModelFolder
 from teegpu.model.spec import ModelSpec
 from teegpu.settings import Value
-from teegpu.tee.embedded_server import EmbeddedServer
+from teegpu.tee.embedded_server import ENTRY, EmbeddedServer
 
 WORKER = "teegpu.bench.worker"
 
@@ -29,6 +30,9 @@ RESERVE_BYTES = 512 * memory.MIB
 """Memory that is left alone, for the system and for what the estimates miss."""
 
 ServerKey = tuple[tuple[str, Value], ...]
+
+StartServer = Callable[[ModelFolder, Config, int, Sequence[str]], "ServerProcess"]
+"""With its threads and what it is started with, see ``EmbeddedServer``."""
 
 
 class Process(Protocol):
@@ -56,13 +60,17 @@ class ServerProcess(Protocol):
 
 @dataclass(frozen=True)
 class Workload:
-    """What every case does: on ``folder``'s model, with ``base`` as the settings in force."""
+    """What every case does: on ``folder``'s model, with ``base`` as the settings in force.
+
+    ``reference``: where the logits of ``bench.logits`` are, that each case's first run is compared with; None: nowhere.
+    """
 
     folder: ModelFolder
     spec: ModelSpec
     base: Config
     prompt_tokens: int
     decode_tokens: int
+    reference: Path | None = None
 
 
 @dataclass
@@ -84,8 +92,8 @@ class Pool:
         workload: Workload,
         *,
         start_child: Callable[[str], Process] = lambda what: Child(WORKER, what),
-        start_server: Callable[[ModelFolder, Config, int], ServerProcess] = lambda folder, config, threads: (
-            EmbeddedServer(folder, config, threads=threads)
+        start_server: StartServer = lambda folder, config, threads, entry: EmbeddedServer(
+            folder, config, threads=threads, entry=entry
         ),
         available_bytes: Callable[[], int | None] = memory.available_bytes,
     ) -> None:
@@ -129,6 +137,11 @@ class Pool:
             loaded.process.close()
             raise
 
+    def save_logits(self, index: int, path: Path) -> None:
+        """Has the case ``index`` write the logits of its run to ``path``. Raises as ``load``."""
+        loaded = self.load(index)
+        self._asked(loaded.process, loaded.server, {"do": "save", "path": str(path)})
+
     def _load(self, index: int) -> Loaded:
         case = self._cases[index]
         self._make_room(index)
@@ -136,7 +149,8 @@ class Pool:
             "do": "load",
             "model": {"name": self._work.folder.name, "path": str(self._work.folder.path)},
             "prompt_tokens": self._work.prompt_tokens,
-            "decode_tokens": self._work.decode_tokens,
+            "decode_tokens": case.steps(self._work.decode_tokens),
+            "ways": list(case.ways),
         }
         key = None
         config = case.config(self._work.base, self._work.decode_tokens)
@@ -146,7 +160,7 @@ class Pool:
         else:
             values: dict[str, Value] = config.values()
             if case.remote(self._work.base) and not config.run.endpoint:
-                key, threads = self._server_of(config)
+                key, threads = self._server_of(case, config)
                 values |= {
                     "run.endpoints": (self._server(key, config, threads).endpoint,),
                     # It listens where nobody else can enter, and has no keys, whatever other servers have.
@@ -159,7 +173,11 @@ class Pool:
         process = self._start_child(case.label)
         try:
             facts: dict[str, Any] = self._asked(process, key, command)["facts"]
-            return Loaded(process, key, facts, self._measured(process, key))
+            warm_up = self._measured(process, key)
+            if self._work.reference is not None:
+                compare = {"do": "compare", "path": str(self._work.reference)}
+                facts["accuracy"] = self._asked(process, key, compare)["accuracy"]
+            return Loaded(process, key, facts, warm_up)
         except BaseException:
             process.close()
             raise
@@ -182,8 +200,8 @@ class Pool:
     # Servers
 
     @staticmethod
-    def _server_of(config: Config) -> tuple[ServerKey, int]:
-        """What tells the server that ``config`` needs from others, and its threads."""
+    def _server_of(case: Case, config: Config) -> tuple[ServerKey, int]:
+        """What tells the server that ``case`` needs, with ``config``, from others, and its threads."""
         threads = config.server.threads or machine.thread_split(embedded=True)[1]
         values = config.values() | {"server.threads": threads}
         shared = ("server.device", "server.dtype", "server.threads")
@@ -192,12 +210,13 @@ class Pool:
             for name, value in values.items()
             if name in shared or name.startswith(("compression.", "limits."))
         )
-        return key, threads
+        return (*key, (PACKED, PACKED in case.ways)), threads
 
     def _server(self, key: ServerKey, config: Config, threads: int) -> ServerProcess:
         server = self._servers.get(key)
         if server is None:
-            server = self._start_server(self._work.folder, config, threads)
+            entry = packedserver.ENTRY if dict(key)[PACKED] else ENTRY
+            server = self._start_server(self._work.folder, config, threads, entry)
             try:
                 server.wait()
             except BaseException:
@@ -215,7 +234,7 @@ class Pool:
         remote = case.remote(base)
         everything = case.baseline or "local" in (config.run.prefill_plan, config.run.decode_plan)
         need = memory.case_bytes(spec, all_weights=everything, dtype=case.transformers_dtype or "fp32") + RESERVE_BYTES
-        own = self._server_of(config)[0] if remote and not config.run.endpoint else None
+        own = self._server_of(case, config)[0] if remote and not config.run.endpoint else None
         if own is not None and own not in self._servers:
             need += memory.server_bytes(spec, config.server.dtype)
         while (available := self._available_bytes()) is not None and available < need and self._loaded:

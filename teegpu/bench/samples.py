@@ -13,7 +13,9 @@ class PhaseSample:
     """One phase of one run. Seconds are the runner's wall time and its exclusive parts.
 
     ``rounds`` are the round trips that can't be had at the same time: RPC calls in lock step, those of one chunk where
-    chunks overlap. ``overlapped`` says whether link, server and runner could work at once.
+    chunks overlap. ``overlapped`` says whether link, server and runner could work at once. ``raw_bytes`` are the bytes
+    of both ways before compression; ``limit_seconds`` is what the phase can't go below, as a run's report has it (see
+    ``metrics.predict``), None where the link is not known.
     """
 
     tokens: int
@@ -30,6 +32,8 @@ class PhaseSample:
     server_seconds: float = 0.0
     gpu_seconds: float = 0.0
     other_seconds: float = 0.0
+    raw_bytes: int = 0
+    limit_seconds: float | None = None
 
     @property
     def communication_share(self) -> float:
@@ -53,6 +57,10 @@ class Sample:
     peak_memory_bytes: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill.seconds + self.decode.seconds
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +106,15 @@ class Measured:
     warm_up: Sample | None = None
     samples: list[Sample] = field(default_factory=list)
     error: str = ""
+
+    def spent_seconds(self) -> float:
+        """What its runs took, the warm-up among them."""
+        runs = self.samples if self.warm_up is None else [self.warm_up, *self.samples]
+        return sum(run.seconds for run in runs)
+
+    def to_do(self, repeats: int, max_seconds: float) -> bool:
+        """Whether another of ``repeats`` is to be made, now that so much of ``max_seconds`` is spent."""
+        return not self.error and len(self.samples) < repeats and self.spent_seconds() < max_seconds
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:

@@ -37,17 +37,17 @@ def _result(
     samples = measured.samples
     if samples:
         baseline = plain.samples if plain is not None else None
-        entry["prefill"] = _prefill(samples, baseline, link if measured.case["remote"] else None)
+        entry["prefill"] = prefill_figures(samples, baseline, link if measured.case["remote"] else None)
         if samples[0].decode.tokens:
-            entry["decode"] = _decode(samples, baseline, link if measured.case["remote"] else None)
-        entry["output"] = _output(samples, reference)
+            entry["decode"] = decode_figures(samples, baseline, link if measured.case["remote"] else None)
+        entry["output"] = output_check(samples, reference)
         entry["peak_memory_bytes"] = max(sample.peak_memory_bytes for sample in samples)
     entry["warm_up"] = measured.warm_up.to_json() if measured.warm_up is not None else None
     entry["samples"] = [sample.to_json() for sample in samples]
     return entry
 
 
-def _prefill(samples: Sequence[Sample], plain: Sequence[Sample] | None, link: LinkSpec | None) -> dict[str, Any]:
+def prefill_figures(samples: Sequence[Sample], plain: Sequence[Sample] | None, link: LinkSpec | None) -> dict[str, Any]:
     phases = [sample.prefill for sample in samples]
     seconds = Spread.of(phase.seconds for phase in phases)
     return {
@@ -59,12 +59,12 @@ def _prefill(samples: Sequence[Sample], plain: Sequence[Sample] | None, link: Li
         "bytes_down": phases[0].bytes_down,
         "communication_share": statistics.median(phase.communication_share for phase in phases),
         "parts": _parts(phases),
-        "speed_up": _ratio(_median_seconds(plain, "prefill"), seconds.median),
+        "speed_up": ratio(_median_seconds(plain, "prefill"), seconds.median),
         **_limit(phases, seconds.median, link),
     }
 
 
-def _decode(samples: Sequence[Sample], plain: Sequence[Sample] | None, link: LinkSpec | None) -> dict[str, Any]:
+def decode_figures(samples: Sequence[Sample], plain: Sequence[Sample] | None, link: LinkSpec | None) -> dict[str, Any]:
     phases = [sample.decode for sample in samples]
     seconds = Spread.of(phase.seconds for phase in phases)
     passes = max(1, phases[0].passes)
@@ -80,7 +80,7 @@ def _decode(samples: Sequence[Sample], plain: Sequence[Sample] | None, link: Lin
         "bytes_down_per_step": phases[0].bytes_down / passes,
         "communication_share": statistics.median(phase.communication_share for phase in phases),
         "parts": _parts(phases),
-        "speed_up": _ratio(_median_seconds(plain, "decode"), seconds.median),
+        "speed_up": ratio(_median_seconds(plain, "decode"), seconds.median),
         **_limit(phases, seconds.median, link),
     }
 
@@ -106,7 +106,7 @@ def _median_seconds(samples: Sequence[Sample] | None, phase: Literal["prefill", 
     return statistics.median((sample.prefill if phase == "prefill" else sample.decode).seconds for sample in samples)
 
 
-def _ratio(above: float | None, below: float) -> float | None:
+def ratio(above: float | None, below: float) -> float | None:
     return above / below if above is not None and below else None
 
 
@@ -123,10 +123,10 @@ def _limit(phases: Sequence[PhaseSample], seconds: float, link: LinkSpec | None)
         )
         for phase in phases
     )
-    return {"rounds": phases[0].rounds, "link_floor_seconds": floor, "ratio_to_floor": _ratio(seconds, floor)}
+    return {"rounds": phases[0].rounds, "link_floor_seconds": floor, "ratio_to_floor": ratio(seconds, floor)}
 
 
-def _output(samples: Sequence[Sample], reference: Sequence[int] | None) -> dict[str, Any]:
+def output_check(samples: Sequence[Sample], reference: Sequence[int] | None) -> dict[str, Any]:
     """How the tokens compare with the reference's: the worst of the repeats."""
     made = len(samples[0].token_ids)
     if reference is None:

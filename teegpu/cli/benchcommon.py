@@ -16,7 +16,7 @@ from teegpu.errors import TeegpuError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from teegpu.bench.measure import Notify
+    from teegpu.bench.measure import Notify, Progress
     from teegpu.config import Config
     from teegpu.model.folder import ModelFolder
 
@@ -54,6 +54,14 @@ class Output:
         self.form = render.choose(form, out.name if out is not None else "")
         self.quiet = quiet
         self._destination = Destination(out, force=True, quiet=quiet)
+        self._quietly = Destination(out, force=True, quiet=True)
+
+    def keep(self, document: dict[str, Any]) -> None:
+        """Writes what there is so far, where the result is a JSON file: so much survives whatever ends the process."""
+        if self._quietly.path is not None and self.form == "json":
+            from teegpu.bench import render
+
+            self._quietly.write(render.render(document, self.form))
 
     def write(self, document: dict[str, Any]) -> None:
         from teegpu.bench import render
@@ -73,13 +81,13 @@ def find_folder(settings: Config, output: Output) -> ModelFolder:
     return find_model(settings, quiet=output.quiet)
 
 
-def conduct(benchmark: Benchmark, output: Output) -> None:
-    """Runs it and writes its result, however it ended, as long as there is one."""
+def conduct(benchmark: Benchmark, output: Output, *, keep: bool = False) -> None:
+    """Runs it and writes its result, however it ended, as long as there is one. ``keep``: also after each step."""
     from teegpu.cli.benchprogress import shown
 
     try:
         with shown(quiet=output.quiet) as notify:
-            benchmark.run(notify)
+            benchmark.run(_keeping(benchmark, output, notify) if keep else notify)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             interrupts.handled()
@@ -98,6 +106,17 @@ def conduct(benchmark: Benchmark, output: Output) -> None:
         raise TeegpuError(f"{len(failures)} of {cases} case{'s' * (cases != 1)} failed: {failures[0]}")
 
 
+def _keeping(benchmark: Benchmark, output: Output, notify: Notify) -> Notify:
+    """``notify``, with what there is so far written after each step that ended."""
+
+    def told(step: Progress) -> None:
+        notify(step)
+        if step.outcome and _measured(document := benchmark.document("interrupted")):
+            output.keep(document)
+
+    return told
+
+
 def _measured(document: dict[str, Any]) -> bool:
     """Whether there is any figure in it."""
-    return any(entry.get("samples", True) for entry in document["results"])
+    return any(entry.get("samples", True) or entry.get("cold") for entry in document["results"])

@@ -17,11 +17,15 @@ import sys
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from teegpu.config import Config, variable_name
 from teegpu.errors import EXIT_BUG, ConnectionFailedError, ModelError, TeegpuError, UsageError
 from teegpu.model.folder import ModelFolder
+
+ENTRY = ("teegpu", "serve")
+"""The module that is the server, and its first arguments."""
 
 _STOP_SECONDS = 3.0
 """How long the child may take to end once it is told to: its request in hand, and taking torch down."""
@@ -38,17 +42,18 @@ _KINDS: dict[int, type[TeegpuError]] = {1: TeegpuError, 2: UsageError, 3: ModelE
 class EmbeddedServer:
     """Starts ``teegpu serve`` for ``folder``; ``endpoint`` is its address at once, ``wait`` returns when it answers.
 
-    Use it with ``with``: leaving ends the child. Raises ``UsageError`` where no folder for its socket can be made.
+    Use it with ``with``: leaving ends the child. ``entry`` names another program that takes the same flags. Raises
+    ``UsageError`` where no folder for its socket can be made.
     """
 
-    def __init__(self, folder: ModelFolder, config: Config, *, threads: int) -> None:
+    def __init__(self, folder: ModelFolder, config: Config, *, threads: int, entry: Sequence[str] = ENTRY) -> None:
         self._folder = _private_folder()
         self.endpoint = f"ipc://{self._folder}/gpu"
         self._ready = False
         self._errors: deque[str] = deque(maxlen=20)
         server = config.server
         # Not from the current folder: neither modules (-P) nor settings, which all come from us.
-        command = [sys.executable, "-P", "-m", "teegpu", "serve", "--embedded", "--offline", "--config", os.devnull]
+        command = [sys.executable, "-P", "-m", *entry, "--embedded", "--offline", "--config", os.devnull]
         command += ["--model", str(folder.path), "--bind", self.endpoint]
         command += ["--device", server.device, "--dtype", server.dtype, "--threads", str(threads)]
         try:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +59,18 @@ from transports.link import LinkSpec
 Notify = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a runner is made of. ``bench.ladder`` puts in their place how it was done before, to show what each brings.
+    ``rotary`` takes a transformers config."""
+
+    rotary: Callable[[Any], RotaryTable] = RotaryTable
+    session: type[Session] = Session
+
+
+PARTS = Parts()
+
+
 class Runner:
     """A runner that is ready for prompts. Use it with ``with``: leaving closes the connection and ends what it started.
 
@@ -77,9 +90,11 @@ class Runner:
         start: Start | None = None,
         prompt_tokens: Callable[[Tokenizer], int] | None = None,
         wrap: Wrap = lambda _, client: client,
+        parts: Parts = PARTS,
     ) -> None:
         self.config = config
         self._wrap = wrap
+        self._parts = parts
         self.start = start or Start.now()
         self.summary = Summary()
         self.recorder = Recorder(lambda events: self.summary.add(events))
@@ -139,7 +154,7 @@ class Runner:
         self.tokenizer = Tokenizer(self.folder)
         self._weights = TeeWeights(self._store, self.spec)
         self._preload()
-        self._rotary = RotaryTable(read_config(self.folder))
+        self._rotary = self._parts.rotary(read_config(self.folder))
         if offloads and (modes.shielded(config) or modes.verified(config)):
             self._shield = stack.enter_context(
                 contextlib.closing(
@@ -277,7 +292,7 @@ class Runner:
             for gpu in gpus:
                 gpu.overlapped = on
 
-        return Session(
+        return self._parts.session(
             prefill,
             decode,
             cache=KVCache(self.spec),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ class House:
         self.children[what] = FakeChild(what, self.log)
         return self.children[what]
 
-    def _server(self, folder: ModelFolder, config: Config, threads: int) -> FakeServer:
+    def _server(self, folder: ModelFolder, config: Config, threads: int, entry: Sequence[str]) -> FakeServer:
         self.log.append(f"start server {config.server.dtype}")
         self.servers.append(
             FakeServer(f"ipc:///{len(self.servers)}", config, threads, self.log, broken=self.broken_servers)
