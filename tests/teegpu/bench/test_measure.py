@@ -110,6 +110,37 @@ def test_a_case_that_was_given_up_takes_no_more_time() -> None:
     assert left.seconds() == pytest.approx(8.0)
 
 
+def test_samples_that_are_there_already_count() -> None:
+    measured, workers = cases(), FakeWorkers()
+    measured[0].samples = [sample(0.5), sample(0.5)]
+    first = measured[0].warm_up = sample(9.0)
+    measured[1].samples, measured[1].warm_up = [sample(0.5)], first
+    steps: list[Progress] = []
+    measure(measured, workers, 2, steps.append)
+    # A is not loaded at all; B has a warm-up, for its process is another one, and its second repeat
+    assert workers.asked == ["B0", "C0", "C1", "B1", "C2"]
+    assert [len(case.samples) for case in measured] == [2, 2, 2]
+    assert measured[0].warm_up is measured[1].warm_up is first
+    assert (steps[0].done, steps[-1].done, steps[-1].total) == (0, 5, 5)
+
+
+def test_a_case_that_has_taken_its_time_takes_no_more_repeats() -> None:
+    measured, workers, steps = cases(), FakeWorkers(), list[Progress]()
+    # runs of A take 1 s, of B 2 s, of C 3 s, in both phases together
+    measure(measured, workers, 3, steps.append, max_seconds=3.0)
+    assert workers.asked == ["A0", "B0", "C0", "A1", "B1", "A2"]
+    assert [len(case.samples) for case in measured] == [2, 1, 0]
+    assert (steps[-1].total, steps[-1].seconds_left) == (12, 0.0)
+
+
+def test_the_time_left_knows_of_the_time_that_a_case_may_take() -> None:
+    steps: list[Progress] = []
+    workers = FakeWorkers()
+    measure(cases(2), workers, 9, steps.append, clock=lambda: workers.now, max_seconds=3.0)
+    # after both warm-ups A has 2 s left of its 3 s, so two runs of 1 s, and B 1 s, so one run of 2 s
+    assert steps[3].seconds_left == pytest.approx(2 * 1 + 1 * 2)
+
+
 def test_words_for_samples_and_durations() -> None:
     assert described(sample(0.5)) == "prefill 0.500 s, decode 8.0 tokens/s"
     assert described(Sample(PhaseSample(1, 1, 0.5), PhaseSample(0, 0, 0.0), 0.5, None, [1], 1)) == "prefill 0.500 s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,33 @@ def test_the_baseline_in_bf16(tiny_model: TinyModel) -> None:
     worker = Worker()
     worker.handle(command(tiny_model("qwen3"), transformers={"dtype": "bf16", "threads": 1}))
     assert len(measured(worker).token_ids) == 5
+
+
+def test_logits_are_held_against_the_reference_s(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    ours, theirs = Worker(), Worker()
+    theirs.handle(command(folder, transformers={"dtype": "fp32", "threads": 1}))
+    ways = ["no-kv-cache", "no-position-cache"]
+    ours.handle(command(folder, settings=local_settings(), ways=ways))
+    path = str(tmp_path / "reference.npy")
+    with pytest.raises(UsageError, match='can\'t do "save" now'):
+        theirs.handle({"do": "save", "path": path})
+    for worker in (ours, theirs, ours):
+        measured(worker)
+    theirs.handle({"do": "save", "path": path})
+    accuracy = ours.handle({"do": "compare", "path": path})["accuracy"]
+    assert accuracy["positions"] == 5  # of the first run alone
+    assert accuracy["top1_agreement"] == 1.0
+    assert 0 <= accuracy["kl_nats"] < 1e-9
+
+
+def test_a_run_has_a_limit_where_nothing_is_sent(tiny_model: TinyModel) -> None:
+    worker = Worker()
+    worker.handle(command(tiny_model("llama"), settings=local_settings()))
+    sample = measured(worker)
+    for phase in (sample.prefill, sample.decode):
+        assert phase.limit_seconds == pytest.approx(phase.tee_seconds)
+        assert phase.raw_bytes == 0
 
 
 def test_commands_that_can_not_be() -> None:
