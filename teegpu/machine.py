@@ -93,6 +93,20 @@ def oversubscribed(runner_threads: int, server_threads: int, cores: int) -> bool
     return runner_threads + server_threads > max(2, cores)
 
 
+def cpu_seconds(root: Path = ROOT) -> float:
+    """Processor time that this process and the processes that it started and has not ended have used, in seconds."""
+    total = _cpu_ticks(root / "proc/self/stat")
+    for task in sorted((root / "proc/self/task").glob("*/children")):
+        total += sum(_cpu_ticks(root / f"proc/{pid}/stat") for pid in _text(task).split())
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_ticks(path: Path) -> int:
+    # the name in brackets may hold anything: what counts comes after it
+    rest = _text(path).rpartition(")")[2].split()
+    return int(rest[11]) + int(rest[12]) if len(rest) > 12 else 0
+
+
 # Memory
 
 

@@ -49,6 +49,7 @@ COMMANDS: dict[str, Entry] = {
     "link": Entry("Emulate a link of given delay and bandwidth.", "link"),
     "watch": Entry("Watch a run as it goes on, or replay one that has ended.", "watch"),
     "audit": Entry("Attack what the GPU servers of a run got, and show what was recovered.", "audit"),
+    "tune": Entry("Measure a server and its link, and say which settings are best.", "tune"),
     "bench": Entry("Measure plans side by side, accuracy, and what a request costs.", "app"),
 }
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from teegpu.errors import ConfigError
 from teegpu.metrics.rates import Rates
 from teegpu.metrics.runfolder import read_json, write_json
 from teegpu.metrics.store import state_folder
+from teegpu.metrics.traffic import Shape
 
 SCHEMA: Final = "teegpu.profile/1"
 
@@ -43,6 +44,7 @@ class Profile:
     link: str
     model: str
     digest: str
+    shape: Shape
     machine: Mapping[str, Any]
     version: str
     runner_threads: int
@@ -60,7 +62,7 @@ class Profile:
             "schema": SCHEMA,
             "endpoints": list(self.endpoints),
             "link": self.link,
-            "model": {"name": self.model, "digest": self.digest},
+            "model": {"name": self.model, "digest": self.digest, "shape": asdict(self.shape)},
             "machine": dict(self.machine),
             "version": self.version,
             "threads": self.runner_threads,
@@ -81,6 +83,7 @@ class Profile:
                 str(value["link"]),
                 str(model["name"]),
                 str(model["digest"]),
+                _shape(model["shape"]),
                 dict(value["machine"]),
                 str(value["version"]),
                 int(value["threads"]),
@@ -106,9 +109,14 @@ class Profile:
             return f"the server computed in {then}, and does in {now} now"
         return ""
 
-    def over(self, link: str, rates: Rates) -> Profile:
-        """The same with the rates over another emulated link."""
-        return replace(self, link=link, rates=rates)
+
+def _shape(value: Mapping[str, Any]) -> Shape:
+    sizes = {name: int(value[name]) for name in _SIZES}
+    windows = tuple(None if window is None else int(window) for window in value["windows"])
+    return Shape(**sizes, windows=windows, cuts=tuple(map(int, value["cuts"])))
+
+
+_SIZES = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab")
 
 
 def fingerprint() -> dict[str, Any]:

@@ -217,6 +217,11 @@ class Chooser:
         self._place = place
         self._server = None if welcome is None else Server(welcome.device, welcome.dtype, welcome.threads)
 
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """The layers at which another group of servers begins."""
+        return self._place.borders
+
     def choose(
         self, question: Question, calibration: Calibration | None, notify: Callable[[str], None]
     ) -> Choice | None:

@@ -16,19 +16,22 @@ import torch
 
 from teegpu.metrics import demand, traffic
 from teegpu.metrics.demand import LOCAL
-from teegpu.metrics.events import DECODE, OTHER, SERIALIZATION, TEE, Event, Lap, Rpc
+from teegpu.metrics.events import DECODE, OTHER, PREFILL, SERIALIZATION, TEE, Event, Lap, Rpc
 from teegpu.metrics.leastsquares import Row, least_squares
 from teegpu.metrics.predict import Link
 from teegpu.metrics.rates import Units
 from teegpu.metrics.recorder import Recorder
+from teegpu.metrics.summary import PhaseTotal, Summary
 from teegpu.metrics.traffic import Request, Shape
 from teegpu.model.spec import ModelSpec
 from teegpu.tee import plans
 from teegpu.tee.decoder import Decoder, Pass
+from teegpu.tee.generate import Session
 from teegpu.tee.gpu_client import GpuClient
 from teegpu.tee.kv_cache import KVCache
-from teegpu.tee.products import LocalProducts, Products, drive
+from teegpu.tee.products import Call, LocalProducts, Products, drive
 from teegpu.tee.rotary import RotaryTable
+from teegpu.tee.sampling import Sampler, SamplingOptions
 from teegpu.tee.weights import TeeWeights
 
 OpenClient = Callable[[str, Recorder], GpuClient]
@@ -190,6 +193,41 @@ class Calibration:
             self._decoders[key] = decoder
         return decoder
 
+    def overlapped(self, prompt: Sequence[int], wire_dtype: str, chunk_tokens: int) -> PhaseTotal:
+        """The figures of a fused prefill of ``prompt`` through these layers with its chunks in flight together, and of
+        the final norm and lm_head after them."""
+        summary = Summary()
+        recorder = Recorder(lambda events: summary.add(events))
+        gpu = self._open_client(wire_dtype, recorder)
+        decoder = Decoder(self.spec, self._weights, self._rotary, plans.get("fused"), gpu, recorder)
+
+        def set_overlapped(on: bool) -> None:
+            gpu.overlapped = on
+
+        Session(
+            decoder,
+            decoder,
+            cache=KVCache(self.spec),
+            rotary=self._rotary,
+            recorder=recorder,
+            max_positions=self.spec.max_positions,
+            chunk_tokens=chunk_tokens,
+            overlap=gpu.can_overlap,
+            set_overlapped=set_overlapped,
+        ).generate(prompt, max_tokens=1, sampler=Sampler(SamplingOptions()))
+        recorder.flush()
+        return summary.phases[PREFILL]
+
+    def tensors(self, prompt: Sequence[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the fused plan sends up and gets down for ``prompt`` in the last of the layers but one, in fp32."""
+        kept = _Keeping(self._open_client("fp32", self._record), max(0, self.spec.layers - 2))
+        decoder = Decoder(self.spec, self._weights, self._rotary, plans.get("fused"), kept, self._record)
+        self._rotary.prepare(len(prompt))
+        ids = torch.tensor(list(prompt), dtype=torch.int64)
+        with torch.inference_mode():
+            drive(decoder.forward(Pass(ids, 0, KVCache(self.spec, len(prompt)), "none")))
+        return kept.up, kept.down
+
     # Reading the events of one pass
 
     def _take(self, step: Step) -> None:
@@ -242,6 +280,29 @@ class Calibration:
         server = rpc.queue_seconds + rpc.decode_seconds + rpc.compute_seconds + rpc.encode_seconds
         network = (rpc.received_ns - rpc.sent_ns) / 1e9 - server
         self.observed.network.append((rpc.bytes_up, rpc.bytes_down, max(0.0, network)))
+
+
+class _Keeping:
+    """Products of another that also keeps the tensors of one layer."""
+
+    narrow_range = False
+
+    def __init__(self, inner: GpuClient, layer: int) -> None:
+        self.up: list[torch.Tensor] = []
+        self.down: list[torch.Tensor] = []
+        self._inner = inner
+        self._layer = layer
+
+    async def run(self, call: Call) -> dict[str, torch.Tensor]:
+        outputs = await self._inner.run(call)
+        if call.layer == self._layer:
+            # Copies: the decoder writes to what it was given.
+            self.up += [tensor.clone() for tensor in call.inputs.values()]
+            self.down += [tensor.clone() for tensor in outputs.values()]
+        return outputs
+
+    async def run_all(self, calls: Sequence[Call]) -> list[dict[str, torch.Tensor]]:
+        return [await self.run(call) for call in calls]
 
 
 def _codec_laps(laps: Sequence[Lap]) -> list[tuple[float, float]]:

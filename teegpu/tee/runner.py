@@ -187,7 +187,7 @@ class Runner:
         servers.connect(self.spec, self.recorder, greeter)
         self.welcome = servers.welcome
         if AUTO in (config.run.prefill_plan, config.run.decode_plan):
-            self._choose(servers)
+            self._choose()
         if not (self.prefill_plan.remote or self.decode_plan.remote):
             servers.close()
             self.welcome = None
@@ -213,42 +213,22 @@ class Runner:
             ids=ids,
         )
 
-    def _choose(self, servers: Servers) -> None:
+    def _choose(self) -> None:
         """Decides what the plan ``auto`` stands for: by the stored profile of these servers, or by a short probe. With
         privacy there is no probe, which would be in the clear."""
-        run = self.config.run
-        fleet = servers.fleets[0]
-        count = len(fleet.groups)
-        if run.spread == "round-robin":
-            count *= max(len(group.members) for group in fleet.groups)
-        tokens = self._prompt_tokens(self.tokenizer) if self._prompt_tokens is not None else 0
+        run, servers = self.config.run, self._known_servers()
         question = auto.Question(
             run.prefill_plan,
             run.decode_plan,
-            Settings(
-                run.prefill_plan,
-                modes.priced_as(self.config, self._wire_dtype(servers)),
-                run.transport,
-                run.chunk_tokens,
-                servers=count,
-                rows=1 + run.speculate,
-                compressed_bytes=self.config.compression.min_bytes,
-                product_cost=modes.product_cost(self.config),
-            ),
+            self.settings_of(run.prefill_plan),
             run.chunk_tokens,
-            tokens,
+            self._prompt_tokens(self.tokenizer) if self._prompt_tokens is not None else 0,
             embedded=bool(servers.embedded),
             local_fits=auto.local_fits(self.spec),
             plans=modes.allowed(self.config),
         )
-        self.choice = auto.Chooser(
-            self.spec,
-            self.digest,
-            auto.Place(
-                run.endpoints, str(self.link or ""), self.threads.runner, self._shared_cores(servers), servers.borders
-            ),
-            self.welcome,
-        ).choose(question, None if modes.shielded(self.config) else self._calibration(fleet), self._notify)
+        calibration = None if modes.shielded(self.config) else self.calibration(auto.PROBE_LAYERS)
+        self.choice = self.chooser().choose(question, calibration, self._notify)
         if self.choice is None:
             self._notify(
                 "auto: the plan attention in both phases, as no profile of these servers is stored ('teegpu tune' "
@@ -260,16 +240,53 @@ class Runner:
         self._preload()
         self._notify(self.choice.line)
 
-    def _calibration(self, fleet: Fleet) -> Calibration:
+    # What predictions are made from: for ``auto`` and for ``teegpu tune``
+
+    def settings_of(self, plan: str) -> Settings:
+        """This run as the cost model takes it, with ``plan``."""
+        run, servers = self.config.run, self._known_servers()
+        groups = servers.fleets[0].groups
+        count = len(groups)
+        if run.spread == "round-robin":
+            count *= max(len(group.members) for group in groups)
+        return Settings(
+            plan,
+            modes.priced_as(self.config, self._wire_dtype(servers)),
+            run.transport,
+            run.chunk_tokens,
+            servers=count,
+            rows=1 + run.speculate,
+            compressed_bytes=self.config.compression.min_bytes,
+            product_cost=modes.product_cost(self.config),
+        )
+
+    def calibration(self, layers: int) -> Calibration:
+        """Measures passes over the first ``layers`` layers, in the clear, over the run's own connections. Not within a
+        prompt; what is measured is in no figure of the run."""
+        servers = self._known_servers()
+        fleet = servers.fleets[0]
+
         def open_client(wire: str, recorder: Recorder) -> GpuClient:
             return self._client(fleet, wire, recorder)
 
-        return Calibration(self.spec, self._weights, self._rotary, open_client, layers=auto.PROBE_LAYERS)
+        return Calibration(
+            self.spec, self._weights, self._rotary, open_client, layers=layers, borders=servers.borders
+        )
 
-    def _shared_cores(self, servers: Servers) -> int:
-        """The cores that runner and server share, or 0."""
-        on_cpu = self.welcome is not None and self.welcome.device == "cpu"
-        return self.threads.cores if servers.on_this_machine and on_cpu else 0
+    def chooser(self) -> auto.Chooser:
+        """Answers what to choose for this model with these servers."""
+        servers = self._known_servers()
+        on_cpu = servers.welcome is not None and servers.welcome.device == "cpu"
+        shared_cores = self.threads.cores if servers.on_this_machine and on_cpu else 0
+        place = auto.Place(
+            self.config.run.endpoints, str(self.link or ""), self.threads.runner, shared_cores, servers.borders
+        )
+        return auto.Chooser(self.spec, self.digest, place, servers.welcome)
+
+    def _known_servers(self) -> Servers:
+        if self._servers is None:
+            raise RuntimeError("a run without servers has nothing to measure")
+        return self._servers
 
     def _session(self) -> Session:
         config = self.config
