@@ -23,10 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Dense bf16 FLOP/s and bytes per second of its memory, as its maker states them."""
+    """Dense bf16 FLOP/s, bytes per second of its memory and how many it holds (0: not known), as its maker states
+    them."""
 
     flops: float
     memory: float
+    holds: float
     source: str
 
 
@@ -43,12 +45,12 @@ class Tee:
 
 
 GPUS: Final[Mapping[str, Gpu]] = {
-    "l4": Gpu(121e12, 300e9, "NVIDIA L4 data sheet, without sparsity"),
-    "l40s": Gpu(362e12, 864e9, "NVIDIA L40S data sheet, without sparsity"),
-    "a100": Gpu(312e12, 2.039e12, "NVIDIA A100 80GB SXM data sheet"),
-    "h100": Gpu(989e12, 3.35e12, "NVIDIA H100 SXM data sheet, without sparsity"),
-    "h200": Gpu(989e12, 4.8e12, "NVIDIA H200 SXM data sheet, without sparsity"),
-    "b200": Gpu(2.25e15, 7.7e12, "NVIDIA HGX B200 data sheet, without sparsity"),
+    "l4": Gpu(121e12, 300e9, 24e9, "NVIDIA L4 data sheet, without sparsity"),
+    "l40s": Gpu(362e12, 864e9, 48e9, "NVIDIA L40S data sheet, without sparsity"),
+    "a100": Gpu(312e12, 2.039e12, 80e9, "NVIDIA A100 80GB SXM data sheet"),
+    "h100": Gpu(989e12, 3.35e12, 80e9, "NVIDIA H100 SXM data sheet, without sparsity"),
+    "h200": Gpu(989e12, 4.8e12, 141e9, "NVIDIA H200 SXM data sheet, without sparsity"),
+    "b200": Gpu(2.25e15, 7.7e12, 180e9, "NVIDIA HGX B200 data sheet, without sparsity"),
 }
 
 TEES: Final[Mapping[str, Tee]] = {
@@ -157,7 +159,9 @@ def _gpu(name: str) -> Gpu:
     flops = _flops(name)
     if flops is None:
         return _named("gpu", name, GPUS)
-    return Gpu(flops, flops / _GPU_BALANCE, f"given; its memory is assumed to move a byte for {_GPU_BALANCE:.0f} FLOP")
+    return Gpu(
+        flops, flops / _GPU_BALANCE, 0.0, f"given; its memory is assumed to move a byte for {_GPU_BALANCE:.0f} FLOP"
+    )
 
 
 def _tee(name: str) -> Tee:
@@ -207,6 +211,28 @@ def rates(world: WhatIf) -> Rates:
         Link(spec.rtt_seconds, spec.up_bytes_per_second, spec.down_bytes_per_second, HANDOVER_SECONDS),
         overlap_seconds=REQUEST_SECONDS,
     )
+
+
+def parameters(shape: Shape) -> int:
+    """Of the layers, the embedding and lm_head; norms are left out."""
+    return shape.layers * shape.layer_values + 2 * shape.vocab * shape.hidden
+
+
+def memory_notes(world: WhatIf) -> list[str]:
+    """What the weights take on each side, and whether that is there."""
+    count = parameters(world.shape)
+    notes = [
+        f"{world.model}: weights of {2 * count / 1e9:,.0f} GB in bf16 on the server; all in the TEE takes "
+        f"{world.tee.value_bytes * count / 1e9:,.0f} GB there"
+    ]
+    holds = world.gpu.holds * world.servers
+    if holds and 2 * count > holds:
+        least = -(-2 * count // int(world.gpu.holds * 0.9))
+        notes.append(
+            f"{world.model} does not fit into {world.servers} × {world.gpu_name} ({holds / 1e9:,.0f} GB): it takes its "
+            f"layers over servers={least} or more"
+        )
+    return notes
 
 
 def listed(world: WhatIf) -> list[Assumption]:

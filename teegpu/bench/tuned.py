@@ -44,8 +44,56 @@ def of_world(world: WhatIf, wanted: Wanted) -> dict[str, Any]:
     made["settings"]["link"] = str(world.link)
     made["assumptions"] = [asdict(each) for each in assumptions.listed(world)]
     made["break_even"] = break_even(world, wanted)
-    made["notes"].insert(0, "all figures are predictions from the assumptions below; nothing of this was measured")
+    made["notes"].insert(0, "all figures are predictions from the assumptions above; nothing of this was measured")
+    made["notes"] += assumptions.memory_notes(world)
     return made
+
+
+def of_worlds(worlds: Sequence[tuple[WhatIf, Wanted]]) -> dict[str, Any]:
+    """Several worlds side by side, one entry of ``results`` for each: all in the TEE, the best that offloads, and the
+    least bandwidth from which that is as quick."""
+    results = []
+    known: dict[tuple[str, str], assumptions.Assumption] = {}
+    for world, wanted in worlds:
+        made = of_world(world, wanted)
+        for each in assumptions.listed(world):
+            known.setdefault((each.what, each.value), each)
+        results.append({
+            "model": world.model, "gpu": world.gpu_name, "tee": world.tee_name, "link": str(world.link),
+            "servers": world.servers,
+            "local": made["local"],
+            "offloaded": {phase: _offloaded(made[phase], wanted) for phase in ("prefill", "decode")},
+            "choice": {phase: made["choice"][phase]["plan"] for phase in ("prefill", "decode")},
+            "total_seconds": made["choice"]["total_seconds"],
+            "break_even": made["break_even"],
+        })  # fmt: skip
+    first = worlds[0][1]
+    return {
+        "schema": SCHEMA,
+        "kind": "worlds",
+        "made_at": doc.now(),
+        "versions": doc.versions(),
+        "model": {"name": "what if"},
+        "settings": {"prompt_tokens": first.prompt_tokens, "decode_tokens": first.decode_tokens},
+        "basis": "assumptions: every figure is a prediction",
+        "assumptions": [
+            asdict(each) for each in known.values() if each.what not in ("link", "model") and "servers" not in each.what
+        ],
+        "results": results,
+        "notes": [
+            "all figures are predictions from the assumptions above; nothing of this was measured",
+            *dict.fromkeys(note for world, _ in worlds for note in assumptions.memory_notes(world)),
+        ],
+    }
+
+
+def _offloaded(rows: Sequence[dict[str, Any]], wanted: Wanted) -> dict[str, Any]:
+    """The best row of a plan that may be chosen, has a server and loses nothing that was not asked for."""
+    return next(
+        row
+        for row in rows
+        if row["plan"] in wanted.plans and row["plan"] != LOCAL and (wanted.allow_lossy or not row["lossy"])
+    )
 
 
 def _document(kind: str, name: str, model: CostModel, wanted: Wanted, basis: str) -> dict[str, Any]:

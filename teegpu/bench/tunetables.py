@@ -44,7 +44,7 @@ def render(document: Document, form: str) -> str:
         return _csv(document)
     markdown = form == "md"
     blocks = [_heading(document)]
-    for title, rows in _against(document) if document["kind"] == "against" else _predictions(document):
+    for title, rows in _TABLES.get(document["kind"], _predictions)(document):
         if len(rows) > 1:
             drawn = formats.markdown(rows) if markdown else formats.aligned(rows)
             blocks.append(f"{title}\n\n{drawn}" if markdown else f"{title}\n{drawn}")
@@ -59,8 +59,9 @@ def _heading(document: Document) -> str:
     facts = [f"teegpu tune · {document['model']['name']}"]
     if "prompt_tokens" in settings:
         facts.append(f"{settings['prompt_tokens']:,} prompt tokens · {settings['decode_tokens']:,} after them")
+    if "link" in settings:
         facts.append(f"link {settings['link']}" if settings["link"] else "no emulated link")
-        facts += settings["endpoints"]
+    facts += settings.get("endpoints", ())
     return " · ".join(facts) + f"\npredictions from {document['basis']}"
 
 
@@ -73,8 +74,11 @@ def _predictions(document: Document) -> list[tuple[str, Rows]]:
 
 
 def _ranked(document: Document, phase: str) -> Rows:
-    """The quickest, and whatever was chosen."""
-    entries = list(document[phase])
+    """The quickest, of each plan, wire dtype and transport with its best chunk; and whatever was chosen."""
+    best: dict[tuple[Any, ...], Document] = {}
+    for entry in document[phase]:
+        best.setdefault((entry["plan"], entry["wire_dtype"], entry["transport"]), entry)
+    entries = list(best.values())
     chosen = document["choice"][phase]
     first = entries[:SHOWN]
     for wanted in (chosen, next((entry for entry in entries if entry["plan"] == "local"), None)):
@@ -104,6 +108,8 @@ def _assumptions(document: Document) -> Rows:
 
 
 def _remarks(document: Document) -> list[str]:
+    if document["kind"] == "worlds":
+        return []
     if document["kind"] == "against":
         return _judgement(document)
     choice = document["choice"]
@@ -137,6 +143,35 @@ def _bandwidth(rate: float | None) -> str:
         return "on any link with this round trip"
     bits = rate * 8
     return f"from {bits / 1e9:,.3g} Gbit/s on" if bits >= 1e9 else f"from {bits / 1e6:,.3g} Mbit/s on"
+
+
+# Worlds side by side
+
+
+def _worlds(document: Document) -> list[tuple[str, Rows]]:
+    rows = [["model", "link", "GPU", "TEE", "servers", "all in the TEE: first token", "each after",
+             "offloaded: first token", "bound by", "each after", "best: prefill", "decode", "prefill offloads from",
+             "decode from"]]  # fmt: skip
+    for each in document["results"]:
+        local, offloaded, least = each["local"], each["offloaded"], each["break_even"]
+        rows.append([
+            each["model"], each["link"], each["gpu"], each["tee"], str(each["servers"]),
+            human_seconds(local["prefill_seconds"]), human_seconds(local["decode_step_seconds"]),
+            human_seconds(offloaded["prefill"]["seconds"]), BOUNDS[offloaded["prefill"]["bound_by"]],
+            human_seconds(offloaded["decode"]["seconds"]), each["choice"]["prefill"], each["choice"]["decode"],
+            _rate(least["prefill_bytes_per_second"]), _rate(least["decode_bytes_per_second"]),
+        ])  # fmt: skip
+    return [("Predictions", rows), ("Assumptions", _assumptions(document))]
+
+
+def _rate(rate: float | None) -> str:
+    """A break-even bandwidth in few characters."""
+    if rate is None:
+        return "never"
+    if rate == 0.0:
+        return "any"
+    bits = rate * 8
+    return f"{bits / 1e9:,.3g} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:,.3g} Mbit/s"
 
 
 # Against measurements
@@ -177,8 +212,11 @@ def _judgement(document: Document) -> list[str]:
 
 
 def _csv(document: Document) -> str:
+    rows: Sequence[Mapping[str, Any]]
     if document["kind"] == "against":
-        rows: Sequence[Mapping[str, Any]] = document["results"]
+        rows = document["results"]
+    elif document["kind"] == "worlds":
+        rows = [_flat(each) for each in document["results"]]
     else:
         rows = [{"phase": phase, **entry} for phase in ("prefill", "decode") for entry in document[phase]]
     out = io.StringIO()
@@ -187,3 +225,24 @@ def _csv(document: Document) -> str:
         writer.writeheader()
         writer.writerows(rows)
     return out.getvalue()
+
+
+def _flat(world: Mapping[str, Any]) -> dict[str, Any]:
+    """A world's figures under one name each."""
+    offloaded = world["offloaded"]
+    return {
+        **{key: world[key] for key in ("model", "gpu", "tee", "link", "servers")},
+        "local_prefill_seconds": world["local"]["prefill_seconds"],
+        "local_decode_step_seconds": world["local"]["decode_step_seconds"],
+        "offloaded_prefill_seconds": offloaded["prefill"]["seconds"],
+        "offloaded_prefill_bound_by": offloaded["prefill"]["bound_by"],
+        "offloaded_decode_step_seconds": offloaded["decode"]["seconds"],
+        "prefill_plan": world["choice"]["prefill"],
+        "decode_plan": world["choice"]["decode"],
+        "total_seconds": world["total_seconds"],
+        "prefill_break_even_bytes_per_second": world["break_even"]["prefill_bytes_per_second"],
+        "decode_break_even_bytes_per_second": world["break_even"]["decode_bytes_per_second"],
+    }
+
+
+_TABLES = {"against": _against, "worlds": _worlds}

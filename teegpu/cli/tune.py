@@ -64,11 +64,11 @@ def tune(
         bool, typer.Option("--saved", help="Predict from the profile that is stored.", rich_help_panel=OTHER)
     ] = False,
     what_if: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="SPEC",
             help="Predict for another world: rtt=20ms,bandwidth=10gbit,model=llama-3-8b,gpu=h200,tee=32-core-amx,"
-            "servers=2.",
+            "servers=2; given several times, worlds side by side.",
             rich_help_panel=OTHER,
         ),
     ] = None,
@@ -110,14 +110,14 @@ def tune(
     _check(
         prompt_tokens,
         decode_tokens,
-        {"--what-if": what_if is not None, "--against": bool(against), "--saved": saved},
-        {**{f"--{key.partition('.')[2]}": value is not None for key, value in flags.items()}, "--apply": apply},
+        {"--what-if": bool(what_if), "--against": bool(against), "--saved": saved},
+        {"--endpoint": bool(endpoint), "--link": link is not None, "--device": device is not None, "--apply": apply},
     )
     settings = config.load(flags, config_file)
     form = tunetables.choose(form, out.name if out is not None else "")
     destination = Destination(out, force=True, quiet=quiet)
     with sigterm_as_interrupt():
-        if what_if is not None:
+        if what_if:
             document = _what_if(what_if, settings, prompt_tokens, decode_tokens, allow_lossy)
         elif against:
             document = _against(against)
@@ -222,18 +222,23 @@ def _stored(settings: Config, folder: Any) -> Profile:
     return found
 
 
-def _what_if(spec: str, settings: Config, prompt_tokens: int, decode_tokens: int, allow_lossy: bool) -> dict[str, Any]:
+def _what_if(
+    specs: list[str], settings: Config, prompt_tokens: int, decode_tokens: int, allow_lossy: bool
+) -> dict[str, Any]:
     from teegpu.bench import assumptions, tuned
     from teegpu.bench.predictions import Wanted
     from teegpu.metrics.cost_model import Settings
 
     name = settings.model.name
     defaults = {"model": name if name in assumptions.MODELS else "llama-3-8b", "gpu": "h100", "tee": "32-core-avx512"}
-    world = assumptions.parse(spec, defaults)
     # A GPU computes in bf16, so that bf16 on the link loses nothing more: what the wire dtype auto comes to there.
     wire = "bf16" if settings.run.wire_dtype == "auto" else settings.run.wire_dtype
-    base = Settings("fused", wire, "pipelined", 0, servers=world.servers, rows=1 + settings.run.speculate)
-    return tuned.of_world(world, Wanted(prompt_tokens, decode_tokens, base, wire, allow_lossy=allow_lossy))
+    worlds = []
+    for spec in specs:
+        world = assumptions.parse(spec, defaults)
+        base = Settings("fused", wire, "pipelined", 0, servers=world.servers, rows=1 + settings.run.speculate)
+        worlds.append((world, Wanted(prompt_tokens, decode_tokens, base, wire, allow_lossy=allow_lossy)))
+    return tuned.of_world(*worlds[0]) if len(worlds) == 1 else tuned.of_worlds(worlds)
 
 
 def _against(paths: list[Path]) -> dict[str, Any]:

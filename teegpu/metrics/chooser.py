@@ -13,6 +13,7 @@ from typing import Final
 
 from teegpu.metrics.cost_model import CostModel, Phase, Settings
 from teegpu.metrics.demand import LOCAL
+from teegpu.metrics.traffic import SCORES_ON_LINK
 
 AUTO_PLANS: Final = ("local", "fused", "attention")
 """What ``auto`` chooses among: with the others the server sees token ids and attention scores."""
@@ -75,7 +76,10 @@ def prefills(
     for plan in plans:
         if not model.knows(plan, base.wire_dtype):
             continue
-        sizes = chunk_sizes(chunk_tokens, tokens, overlaps=base.overlaps and plan != LOCAL)
+        overlaps = base.overlaps and plan != LOCAL
+        # Plans whose scores cross the link are only there to be compared with: the usual chunk is enough for that.
+        usual = chunk_tokens or default_chunk(overlaps=overlaps)
+        sizes = (usual,) if plan in SCORES_ON_LINK else chunk_sizes(chunk_tokens, tokens, overlaps=overlaps)
         for size in sizes:
             settings = replace(base, plan=plan, chunk_tokens=size)
             found.append(Candidate(settings, model.prefill(settings, tokens)))

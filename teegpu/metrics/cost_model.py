@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
@@ -86,7 +87,7 @@ class CostModel:
         chunk = max(1, settings.chunk_tokens)
         chunks = math.ceil(tokens / chunk)
         overlaps = settings.overlaps and chunks > 1 and settings.plan != LOCAL
-        asked = self._prompt(settings, tokens, chunk, start)
+        asked = prompt_demand(self.shape, settings.plan, settings.wire_dtype, tokens, chunk, start)
         if settings.plan == LOCAL:
             return self._alone(asked)
         sent = traffic.prefill(
@@ -113,22 +114,6 @@ class CostModel:
         return self.prefill(settings, tokens).seconds if self.knows(LOCAL, "fp32") else None
 
     # The parts
-
-    def _prompt(self, settings: Settings, tokens: int, chunk: int, start: int) -> Demand:
-        edges = [*range(start, start + tokens, chunk), start + tokens]
-        spans = list(pairwise(edges))
-        last = len(spans) - 1
-        every = max(1, math.ceil(last / CHUNKS_COUNTED)) if settings.plan in SCORES_ON_LINK else 1
-        parts: list[tuple[Demand, float]] = []
-        for index in range(0, last, every):
-            begin, end = spans[min(index + every // 2, last - 1)]
-            parts.append((self._pass(settings, end - begin, begin, "none"), min(every, last - index)))
-        begin, end = spans[last]
-        parts.append((self._pass(settings, end - begin, begin, "last"), 1))
-        return demand.added(parts)
-
-    def _pass(self, settings: Settings, tokens: int, start: int, want: traffic.Want) -> Demand:
-        return demand.forward(self.shape, settings.plan, settings.wire_dtype, tokens=tokens, start=start, want=want)
 
     def _alone(self, asked: Demand) -> Phase:
         seconds = sum(self.rates.seconds(place, amount) for place, amount in asked.items())
@@ -219,3 +204,22 @@ class CostModel:
             large = sum(size for size in frames if size >= settings.compressed_bytes)
             shares.append(large / max(1, sum(frames)))
         return shares[0], shares[1]
+
+
+@lru_cache(maxsize=512)
+def prompt_demand(shape: Shape, plan: str, wire_dtype: str, tokens: int, chunk: int, start: int) -> Demand:
+    """The demand of a prompt of ``tokens`` after ``start``, in chunks. Raises ``ValueError`` for unknown names."""
+    edges = [*range(start, start + tokens, chunk), start + tokens]
+    spans = list(pairwise(edges))
+    last = len(spans) - 1
+    # Where scores cross the link, no two chunks are alike; else they differ in attention alone.
+    every = max(1, math.ceil(last / CHUNKS_COUNTED)) if plan in SCORES_ON_LINK else 1
+
+    def one(begin: int, end: int, want: traffic.Want) -> Demand:
+        return demand.forward(shape, plan, wire_dtype, tokens=end - begin, start=begin, want=want)
+
+    parts: list[tuple[Demand, float]] = []
+    for index in range(0, last, every):
+        parts.append((one(*spans[min(index + every // 2, last - 1)], "none"), min(every, last - index)))
+    parts.append((one(*spans[last], "last"), 1))
+    return demand.added(parts)

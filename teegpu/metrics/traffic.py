@@ -121,7 +121,7 @@ def together(plan: str, layers: int) -> int:
     return per_layer * layers + (2 if plan in SCORES_ON_LINK else 1)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def prefill(
     shape: Shape, plan: str, wire_dtype: str, *, tokens: int, chunk_tokens: int, overlaps: bool, start: int = 0
 ) -> Traffic:
@@ -173,6 +173,12 @@ def forward(
 ) -> Traffic:
     """The traffic of one forward pass over ``tokens`` at positions ``start``…. Raises ``ValueError`` for an unknown
     plan or wire dtype."""
+    # Where no score crosses the link, a pass does not depend on its position.
+    return _forward(shape, plan, wire_dtype, tokens, start if plan in SCORES_ON_LINK else 0, want, overlaps)
+
+
+@lru_cache(maxsize=1024)
+def _forward(shape: Shape, plan: str, wire_dtype: str, tokens: int, start: int, want: Want, overlaps: bool) -> Traffic:
     total = Traffic()
     for up, down, at_once in messages(shape, plan, wire_dtype, tokens=tokens, start=start, want=want):
         total += Traffic(1, 0 if at_once and overlaps else 1, up, down)

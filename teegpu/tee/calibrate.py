@@ -115,7 +115,8 @@ def _fitted(rows: Mapping[Units, list[float]]) -> Units:
 
 
 class Calibration:
-    """Measures passes over the first ``layers`` layers of ``spec``.
+    """Measures passes over the first ``layers`` layers of ``spec``; ``borders`` are those at which another group of
+    servers begins.
 
     ``weights`` are the runner's own; of them the embedding and norms are used, and for the plan local the matrices of
     these layers. What it measures is in ``observed``.
@@ -129,10 +130,12 @@ class Calibration:
         open_client: OpenClient,
         *,
         layers: int,
+        borders: Sequence[int] = (),
     ) -> None:
         count = max(1, min(layers, spec.layers))
         self.spec = replace(spec, layers=count, layer_windows=spec.layer_windows[:count])
-        self.shape = shape_of(self.spec)
+        self._borders = tuple(border for border in borders if border < count)
+        self.shape = shape_of(self.spec, self._borders)
         self.observed = Observed()
         self._weights = weights
         self._rotary = rotary
@@ -189,7 +192,8 @@ class Calibration:
                 if plan.remote
                 else LocalProducts(self._weights, self._record)
             )
-            decoder = Decoder(self.spec, self._weights, self._rotary, plan, products, self._record)
+            borders = self._borders if plan.remote else ()
+            decoder = Decoder(self.spec, self._weights, self._rotary, plan, products, self._record, borders)
             self._decoders[key] = decoder
         return decoder
 
@@ -221,7 +225,7 @@ class Calibration:
     def tensors(self, prompt: Sequence[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the fused plan sends up and gets down for ``prompt`` in the last of the layers but one, in fp32."""
         kept = _Keeping(self._open_client("fp32", self._record), max(0, self.spec.layers - 2))
-        decoder = Decoder(self.spec, self._weights, self._rotary, plans.get("fused"), kept, self._record)
+        decoder = Decoder(self.spec, self._weights, self._rotary, plans.get("fused"), kept, self._record, self._borders)
         self._rotary.prepare(len(prompt))
         ids = torch.tensor(list(prompt), dtype=torch.int64)
         with torch.inference_mode():

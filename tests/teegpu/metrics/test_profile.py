@@ -1,0 +1,82 @@
+"""Profiles on disk: kept, found, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from teegpu.errors import ConfigError
+from teegpu.metrics import profile as profiles
+from teegpu.metrics.profile import Server
+from tests.teegpu.metrics.tuning import profile
+
+
+def test_a_profile_is_found_again_and_is_its_users_alone(isolated_user_files: Path) -> None:
+    made = profile()
+    place = profiles.write(made)
+    assert place == profiles.path_of(made.endpoints, "", made.digest)
+    assert place.is_relative_to(isolated_user_files / "state")
+    assert place.stat().st_mode & 0o777 == 0o600
+    assert profiles.read(place) == made
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+
+
+def test_each_link_and_model_has_its_own() -> None:
+    one = profiles.path_of(("a", "b"), "", "x")
+    assert one == profiles.path_of(("b", "a"), "", "x")
+    assert len({one, profiles.path_of((), "", "x"), profiles.path_of(("a", "b"), "rtt=5ms", "x"),
+                profiles.path_of(("a", "b"), "", "y")}) == 4  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "now", "reason"),
+    [
+        ({}, {}, ""),
+        ({"digest": "e" * 64}, {}, "another model"),
+        ({"machine": {"cpu": "Z80", "cores": 1}}, {}, r"another machine \(Z80, 1 cores\)"),
+        ({"version": "0.0.1"}, {}, "teegpu 0.0.1"),
+        ({}, {"runner_threads": 5}, "had 2 threads then, and has 5 now"),
+        ({}, {"server": Server("cpu", "fp32", 1)}, "bf16 on cuda with 8 threads, and does in fp32 on cpu"),
+    ],
+)
+def test_what_a_profile_does_not_hold_for(changes: dict, now: dict, reason: str) -> None:
+    import re
+
+    found = profile(**changes).misfit(digest="d" * 64, **now)
+    assert re.search(reason, found) if reason else found == ""
+
+
+def test_the_command_that_renews_it() -> None:
+    made = profile(link="rtt=5ms,bandwidth=1gbit")
+    assert made.command == (
+        "teegpu tune --model smollm2-135m --endpoint tcp://10.0.0.1:5555 --link rtt=5ms,bandwidth=1gbit"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "can't be used"),
+        ("[]", "can't be used"),
+        ('{"schema": "teegpu.profile/9"}', "schema 'teegpu.profile/9'"),
+        ('{"schema": "teegpu.profile/1"}', "damaged"),
+    ],
+)
+def test_a_broken_profile(tmp_path: Path, text: str, message: str) -> None:
+    place = tmp_path / "p.json"
+    place.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        profiles.read(place)
+
+
+def test_a_profile_with_a_wrong_figure(tmp_path: Path) -> None:
+    place = tmp_path / "p.json"
+    broken = profile().to_json()
+    broken["rates"]["slowdown"] = "fast"
+    place.write_text(json.dumps(broken))
+    with pytest.raises(ConfigError, match="not a set of rates"):
+        profiles.read(place)
+    with pytest.raises(ConfigError, match="can't be read"):
+        profiles.read(tmp_path / "none.json")
