@@ -23,7 +23,7 @@ LAYERS = (
     {"options"},
     {"keys"},
     {"wire", "model", "metrics", "transports"},
-    {"config", "settings", "endpoints", "errors", "formats", "kernels", "machine", "ring", "units"},
+    {"config", "configfile", "settings", "endpoints", "errors", "formats", "kernels", "machine", "ring", "units"},
 )
 """From the top of the house down. A part imports from below itself, never from beside or above."""
 

@@ -22,6 +22,7 @@ Accuracy is checked by ``teegpu tune --against``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -31,7 +32,7 @@ from teegpu.metrics import demand, predict, traffic
 from teegpu.metrics.demand import LOCAL, Demand
 from teegpu.metrics.predict import Link, Prediction, Work
 from teegpu.metrics.rates import CODEC_PLACES, Rates
-from teegpu.metrics.traffic import SCORES_ON_LINK, Shape, Traffic
+from teegpu.metrics.traffic import RESIDUAL, SCORES_ON_LINK, Shape, Tensor, Traffic
 
 CHUNKS_COUNTED: Final = 64
 """Of a prompt in more chunks than this, some are counted and stand for those between them."""
@@ -194,16 +195,33 @@ class CostModel:
 
     def _large(self, settings: Settings, rows: int) -> tuple[float, float]:
         """The share of the bytes, up and down, that are in frames which may be compressed."""
-        shares = []
         up: list[int] = []
         down: list[int] = []
         for inputs, outputs, _ in traffic.requests(self.shape, settings.plan, rows, 0, "last"):
-            for frames, tensors in ((up, inputs), (down, outputs)):
-                frames += [traffic.frame_bytes(name, dims, settings.wire_dtype) for name, dims in tensors]
-        for frames in (up, down):
-            large = sum(size for size in frames if size >= settings.compressed_bytes)
-            shares.append(large / max(1, sum(frames)))
+            up += frames(inputs, settings.wire_dtype)
+            down += frames(outputs, settings.wire_dtype)
+        shares = [
+            sum(size for size in sizes if size >= settings.compressed_bytes) / max(1, sum(sizes))
+            for sizes in (up, down)
+        ]
         return shares[0], shares[1]
+
+
+def frames(tensors: Sequence[Tensor], wire_dtype: str) -> list[int]:
+    """Bytes of the frames of one message: neighbours of one narrow wire dtype share a frame, as in ``wire.layout``."""
+    sizes: list[int] = []
+    before = ""
+    for register, dims in tensors:
+        narrow = "" if register == "ids" or wire_dtype == "fp32" else wire_dtype
+        if wire_dtype == "int8" and register in RESIDUAL:
+            narrow = "fp16"
+        size = traffic.frame_bytes(register, dims, wire_dtype)
+        if narrow and narrow == before:
+            sizes[-1] += size
+        else:
+            sizes.append(size)
+        before = narrow
+    return sizes
 
 
 @lru_cache(maxsize=512)

@@ -301,7 +301,7 @@ class _Keeping:
         outputs = await self._inner.run(call)
         if call.layer == self._layer:
             # Copies: the decoder writes to what it was given.
-            self.up += [tensor.clone() for tensor in call.inputs.values()]
+            self.up += [tensor.clone() for tensor in call.inputs.values() if isinstance(tensor, torch.Tensor)]
             self.down += [tensor.clone() for tensor in outputs.values()]
         return outputs
 

@@ -269,9 +269,7 @@ class Runner:
         def open_client(wire: str, recorder: Recorder) -> GpuClient:
             return self._client(fleet, wire, recorder)
 
-        return Calibration(
-            self.spec, self._weights, self._rotary, open_client, layers=layers, borders=servers.borders
-        )
+        return Calibration(self.spec, self._weights, self._rotary, open_client, layers=layers, borders=servers.borders)
 
     def chooser(self) -> auto.Chooser:
         """Answers what to choose for this model with these servers."""

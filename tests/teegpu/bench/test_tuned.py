@@ -110,7 +110,7 @@ def test_worlds_side_by_side() -> None:
     parsed = [assumptions.parse(spec, DEFAULTS) for spec in ("rtt=0.1ms,model=tinyllama-1.1b", "rtt=50ms,servers=2")]
     made = tuned.of_worlds([(each, wanted(own_wire="bf16")) for each in parsed])
     assert [each["servers"] for each in made["results"]] == [1, 2]
-    assert made["results"][1]["choice"] == {"prefill": "local", "decode": "local"}
+    assert made["results"][1]["choice"] == {"prefill": "fused", "decode": "local"}
     text = tunetables.render(made, "md")
     assert text.count("| tinyllama-1.1b |") == 1
     assert "never" in text

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from teegpu.metrics import demand, traffic
-from teegpu.metrics.cost_model import CostModel, Settings
+from teegpu.metrics.cost_model import CostModel, Settings, frames
 from teegpu.metrics.predict import Link
 from teegpu.metrics.rates import Rates
 from teegpu.metrics.traffic import Shape
@@ -98,6 +98,13 @@ def test_zstd_is_reckoned_with_where_it_pays() -> None:
     assert compressed.seconds < plain.seconds
     small = slow.prefill(replace(CHUNKED, transport="pipelined+zstd"), 1024)
     assert small.seconds == slow.prefill(CHUNKED, 1024).seconds  # no frame of a chunk has a MiB
+
+
+def test_neighbours_of_a_narrow_dtype_share_a_frame() -> None:
+    outputs = [("z", (4, 64)), ("gate", (4, 128)), ("up", (4, 128))]
+    assert frames(outputs, "fp32") == [1024, 2048, 2048]
+    assert frames(outputs, "fp16") == [512 + 1024 + 1024]
+    assert frames(outputs, "int8") == [512, 2 * (4 * 128 + 2 * 4 * 2)]
 
 
 def test_int8_leaves_the_residual_in_fp16() -> None:
