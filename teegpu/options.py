@@ -92,4 +92,8 @@ def frame_kinds(kinds: tuple[tuple[str, int], ...]) -> tuple[FrameKind, ...]:
 
 @lru_cache(maxsize=REMEMBERED)
 def _frame_kinds(kinds: tuple[tuple[str, int], ...]) -> tuple[FrameKind, ...]:
-    return tuple(FrameKind(label, itemsize) for label, itemsize in kinds)
+    return tuple(FrameKind(label, itemsize, random=label.endswith(_RANDOM)) for label, itemsize in kinds)
+
+
+_RANDOM = ("/int32", "/seed")
+"""Values modulo 2**32 are masked, and so as good as random. (Token ids are int32 too, and far too few to compress.)"""

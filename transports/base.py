@@ -25,11 +25,13 @@ class FrameKind:
     """What the sender says of a frame, so that a compression policy can tell like from unlike.
 
     ``label`` groups frames that compress alike (``"hidden/fp16"``); ``itemsize`` is the width in bytes of one value,
-    which is the stride of the byte-shuffle (1: no shuffle).
+    which is the stride of the byte-shuffle (1: no shuffle). ``random``: its bytes are as good as random, as those of an
+    encrypted message are, so that no codec can make it smaller.
     """
 
     label: str
     itemsize: int = 1
+    random: bool = False
 
 
 @dataclass(frozen=True, slots=True)

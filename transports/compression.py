@@ -11,6 +11,8 @@ the link is. It compresses when
 
     bytes saved / link bandwidth  >  seconds to shuffle and compress here + seconds to undo both at the peer
 
+A frame of which the sender says that it is random is not even sampled.
+
 While the bandwidth is unknown, frames go raw: the first large message is itself the measurement, so a slow link loses
 one message's saving, once, while the opposite rule would make every run over a fast link pay for a guess. Where even a
 codec that saved everything could not keep up with the link, new samples are taken only from a budget of
@@ -273,6 +275,9 @@ class Compressor:
         state.frames += 1
         state.bytes += data.size
         state.frames_since_sample += 1
+        if kind.random and self._policy == "auto":
+            state.decision, state.reason = CODEC_NAMES[RAW], "its bytes are random"
+            return frame, RAW
         if not self._pays(data, kind.itemsize, state, done):
             state.decision = CODEC_NAMES[RAW]
             return frame, RAW

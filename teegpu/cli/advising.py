@@ -1,4 +1,5 @@
-"""Advice for a run, with what the store knows of others: a run in the TEE alone tells what offloading is worth."""
+"""Advice for a run, with what the store knows of others: a run in the TEE alone tells what offloading is worth, one in
+the clear what privacy costs."""
 
 from __future__ import annotations
 
@@ -10,33 +11,37 @@ from teegpu.errors import RecordError
 if TYPE_CHECKING:
     from teegpu.metrics.store import RunStore
 
-LOCAL = "local"
-
 
 def advised(document: dict[str, Any], store: RunStore | None) -> dict[str, Any]:
-    """``document`` with its advice; ``store`` is searched for a run to compare it with."""
+    """``document`` with its advice, and where values were hidden with what it can be compared with; ``store`` is
+    searched for runs that tell."""
+    from teegpu.report import beside
     from teegpu.report.advice import advise, find_reference
 
-    others = _local_runs(store, str(document.get("id"))) if store is not None else ()
-    return document | {"advice": advise(document, find_reference(document, others))}
+    def others(*kinds: str) -> Iterator[Mapping[str, Any]]:
+        return _runs(store, str(document.get("id")), kinds) if store is not None else iter(())
+
+    if beside.wanted(document):
+        document = document | {"beside": beside.beside(document, others(*beside.KINDS))}
+    return document | {"advice": advise(document, find_reference(document, others(beside.LOCAL)))}
 
 
-def _local_runs(store: RunStore, but: str) -> Iterator[Mapping[str, Any]]:
-    """Complete runs of the plan ``local``, newest first. Their documents are read only where their settings fit."""
+def _runs(store: RunStore, but: str, kinds: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
+    """Complete runs of these ``kinds`` (see ``beside.kind_of``), newest first. Their documents are read only where
+    their settings fit."""
+    from teegpu.report.beside import kind_of
+
     try:
         runs = store.all()
     except RecordError:
         return
     for run in runs:
         try:
-            if run.id == but or not _is_local(run.meta()):
+            meta = run.meta()
+            settings = meta.get("settings")
+            fits = isinstance(settings, dict) and kind_of(settings) in kinds and meta.get("status") == "complete"
+            if run.id == but or not fits:
                 continue
             yield run.document()
         except RecordError:
             continue
-
-
-def _is_local(meta: Mapping[str, Any]) -> bool:
-    settings = meta.get("settings")
-    plans = [settings.get(f"{phase}_plan") for phase in ("prefill", "decode")] if isinstance(settings, dict) else []
-    return plans == [LOCAL, LOCAL] and meta.get("status") == "complete"

@@ -139,7 +139,7 @@ def limit(
         if total.rpc_calls and link is None:
             known = False
         elif link is not None:
-            carrying = link.carrying_seconds(total.bytes_up, total.bytes_down)
+            carrying = link.carrying_seconds(total.bytes_up, total.bytes_down / _links(settings))
             waiting = rounds(name, total, settings, model) * link.rtt_seconds
         carried += max(carrying, waiting) if overlaps else carrying
         waited += 0.0 if overlaps else waiting
@@ -167,11 +167,18 @@ def overlapping(chunks: int, settings: Mapping[str, Any]) -> bool:
 def rounds(name: str, total: PhaseTotal, settings: Mapping[str, Any], model: Mapping[str, Any]) -> int:
     """The round trips of a phase that could not be had at the same time: its RPC calls in lock step, those of one chunk
     where chunks or projections were under way together."""
+    calls = total.rpc_calls // _links(settings)
     if not str(settings.get("transport", "")).startswith("pipelined"):
-        return total.rpc_calls
+        return calls
     layers = model.get("layers")
     at_once = together(str(settings.get(f"{name}_plan", "")), layers) if isinstance(layers, int) else 0
-    return min(total.rpc_calls, max(1, total.passes) * at_once) if at_once else total.rpc_calls
+    return min(calls, max(1, total.passes) * at_once) if at_once else calls
+
+
+def _links(settings: Mapping[str, Any]) -> int:
+    """Over how many links each product is asked for at the same time. What goes up goes over one of them, but for
+    seeds."""
+    return 2 if settings.get("privacy") == "two-server" else 1
 
 
 def phase(total: PhaseTotal) -> dict[str, Any]:

@@ -25,6 +25,8 @@ def facts_of(meta: Mapping[str, Any]) -> Facts:
         decode_plan=str(settings.get("decode_plan", "")),
         transport=str(settings.get("transport", "")),
         wire_dtype=str(settings.get("wire_dtype", "")),
+        privacy=str(settings.get("privacy") or "none"),
+        verified=settings.get("verify") is True,
         link=str(settings.get("link", "")),
         endpoints=tuple(str(one) for one in endpoints) if isinstance(endpoints, (list, tuple)) else (),
         keys=_keys(settings, server),

@@ -149,6 +149,8 @@ class Facts:
     decode_plan: str = ""
     transport: str = ""
     wire_dtype: str = ""
+    privacy: str = "none"
+    verified: bool = False
     link: str = ""
     endpoints: tuple[str, ...] = ()
     keys: bool | None = None

@@ -70,12 +70,21 @@ def legend(parts: Parts, look: Look, *, other: bool = True, short: bool = False)
 
 def how(facts: Facts) -> list[str]:
     """How the work is split, in a few words."""
-    words = [facts.model, facts.plan]
+    words = [facts.model, facts.plan, privacy(facts)]
     if facts.plan != "local":
         words += [facts.transport, facts.wire_dtype]
     if facts.link:
         words.append(f"link {facts.link}")
     return [word for word in words if word]
+
+
+def privacy(facts: Facts) -> str:
+    """How values are hidden from the servers, and whether products are checked; empty where neither is."""
+    if facts.privacy == "none":
+        return "verified" if facts.verified else ""
+    if facts.privacy == "reference":
+        return facts.privacy
+    return f"{facts.privacy}, {'verified' if facts.verified else 'not verified'}"
 
 
 def tee(facts: Facts) -> str:

@@ -159,12 +159,16 @@ def offloading(run: Reading, reference: Mapping[str, Any] | None) -> Iterator[Ad
     if not run.remote or not worth(run, run.seconds - total):
         return
     text = (
-        f"Offloading does not pay here: all in the TEE would take about {human_seconds(total)} (from {basis}), this "
-        f"run took {human_seconds(run.seconds)}{_memory(run)}."
+        f"Offloading does not pay here: all in the TEE would take about {human_seconds(total)} (from {basis}), "
+        f"{_hidden(run)}this run took {human_seconds(run.seconds)}{_memory(run)}."
     )
     settings = {f"run.{phase.name}_plan": LOCAL for phase in run.phases if phase.plan != LOCAL}
     evidence = {"local_seconds": total, "seconds": run.seconds}
     yield Advice("offloading-does-not-pay", text, settings, run.seconds - total, evidence)
+
+
+def _hidden(run: Reading) -> str:
+    return "" if run.privacy == "none" else "and servers would get nothing at all to see; "
 
 
 def _memory(run: Reading) -> str:

@@ -9,6 +9,15 @@ from typing import Any, Final
 from teegpu.metrics.events import DECODE
 from teegpu.report.advice_reading import LOCAL, Phase, Reading
 
+NONE: Final = "none"
+TWO_SERVER: Final = "two-server"
+RING_COST: Final = 2.2
+"""The least that a product in the ring cost against one in fp32, over SmolLM2's matrices and 1 to 1,024 rows, on one
+core with AVX2: so the TEE alone is rather said to be slower than it is."""
+
+SHIELD_OPS: Final = ("FIXED_POINT", "MASK", "PADS", "HINT", "UNMASK", "VERIFY")
+"""The TEE's operations that there are for privacy and verification alone."""
+
 ALIKE: Final = 4.0
 """A stored run tells of a prompt that is at most so many times longer or shorter than its own."""
 
@@ -47,7 +56,9 @@ def _from_reference(reading: Reading, phase: Phase, reference: Mapping[str, Any]
 
 
 def _from_server(reading: Reading, phase: Phase) -> LocalEstimate | None:
-    """The server's products would take the TEE as long, on the same processor and in the same dtype. The TEE computes
+    """The server's products would take the TEE as long, on the same processor and in the same dtype, less what products
+    in the ring cost more, and each of two servers computed the same. What is masked and verified would not be. The TEE
+    computes
     in fp32: for decode, which is bound by reading the weights, that costs at most twice the time; for prefill, which is
     bound by arithmetic, a processor may be quicker in bf16 by any factor, so nothing is said."""
     if not (reading.same_machine and reading.server_on_cpu and phase.remote):
@@ -59,8 +70,11 @@ def _from_server(reading: Reading, phase: Phase) -> LocalEstimate | None:
         slower = NARROW_DECODE
     else:
         return None
+    if reading.privacy != NONE:
+        slower /= RING_COST * (2 if reading.privacy == TWO_SERVER else 1)
     fewer = reading.server_threads / reading.cores if reading.cores else 1.0
-    seconds = phase.tee_seconds + phase.other_seconds + phase.busy_gpu_seconds * slower * max(1.0, fewer)
+    tee = phase.tee_seconds - phase.op_seconds(*SHIELD_OPS)
+    seconds = tee + phase.other_seconds + phase.busy_gpu_seconds * slower * max(1.0, fewer)
     return LocalEstimate(seconds, "the server's own times on the same processor")
 
 

@@ -90,6 +90,7 @@ class Reading:
         self.link = Link.of(LinkFigures.from_json(_mapping(document, "link")))
         self.transport = str(self.settings.get("transport", ""))
         self.wire = str(self.settings.get("wire_dtype", ""))
+        self.privacy = str(self.settings.get("privacy") or "none")
         self.prefill = self._phase(PREFILL)
         self.decode = self._phase(DECODE)
 

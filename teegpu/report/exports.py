@@ -11,7 +11,8 @@ from rich.terminal_theme import TerminalTheme
 
 from teegpu import formats
 from teegpu.report import facts, look
-from teegpu.report.sections import HEADING, TOTAL, Grid, Strip, sections
+from teegpu.report.grid import HEADING, TOTAL, Grid
+from teegpu.report.sections import Strip, sections
 from teegpu.report.tables import strip_lines
 
 PLAIN_WIDTH = 100

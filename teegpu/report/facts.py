@@ -31,10 +31,20 @@ def plans(document: look.Document) -> str:
     return prefill if decode in ("", prefill) else f"{prefill} / {decode}"
 
 
+def privacy(document: look.Document) -> str:
+    """``two-server, verified``: how values were hidden from the servers, and whether products were checked; empty where
+    neither was."""
+    mode = look.text(document, "settings", "privacy")
+    checked = look.at(document, "settings", "verify") is True
+    if mode in ("", "none"):
+        return "verified" if checked else ""
+    return mode if mode == "reference" else f"{mode}, {'verified' if checked else 'not verified'}"
+
+
 def setup(document: look.Document) -> list[str]:
-    """Model, plans, and where there is a server how it is reached."""
+    """Model, plans, privacy, and where there is a server how it is reached."""
     settings = look.mapping(document, "settings")
-    facts = [model(document), plans(document)]
+    facts = [model(document), plans(document), privacy(document)]
     if look.mapping(document, "server"):
         facts += [look.text(settings, "transport"), look.text(settings, "wire_dtype")]
     if link := look.text(settings, "link"):

@@ -63,6 +63,7 @@ def entry(line: Line) -> dict[str, Any]:
         "model": look.text(document, "model", "name") or None,
         "prefill_plan": look.text(settings, "prefill_plan") or None,
         "decode_plan": look.text(settings, "decode_plan") or None,
+        "privacy": look.text(settings, "privacy") or None,
         "transport": look.text(link, "transport") or None,
         "wire_dtype": look.text(link, "wire_dtype") or None,
         "prompt_tokens": look.number(document, "phases", "prefill", "tokens"),
@@ -106,7 +107,7 @@ def listing(runs: Sequence[Line], now: datetime, width: int | None = None) -> li
     found = []
     for line in runs:
         age = line.age_seconds(now)
-        shown = {"age": NOTHING if age is None else human_age(age), "plan": facts.plans(line.document)}
+        shown = {"age": NOTHING if age is None else human_age(age), "plan": _plan(line.document)}
         found.append(entry(line) | shown)
     rows = [[*(heading for heading, _ in _FIRST + _SECOND), "note"]]
     rows += [[*(write(run) for _, write in _FIRST + _SECOND), _remark(run)] for run in found]
@@ -115,6 +116,12 @@ def listing(runs: Sequence[Line], now: datetime, width: int | None = None) -> li
     if width is None or max(cell_len(line) for line in full) <= width:
         return [Text(line, style="dim" if place == 0 else "") for place, line in enumerate(full)]
     return _narrow(rows)
+
+
+def _plan(document: look.Document) -> str:
+    """The plans, and how values were hidden where they were."""
+    mode = look.text(document, "settings", "privacy")
+    return facts.plans(document) + (f" ({mode})" if mode not in ("", "none") else "")
 
 
 def _remark(run: Mapping[str, Any]) -> str:

@@ -8,8 +8,10 @@ from html import escape
 from teegpu.metrics.events import Event
 from teegpu.report import facts, look
 from teegpu.report.charts import layer_chart, legend, share_chart, shares, timeline_chart
+from teegpu.report.grid import HEADING, TOTAL, Grid
 from teegpu.report.parts import PARTS, took_place
-from teegpu.report.sections import HEADING, TOTAL, Grid, endpoint_grid, limit_grid, link_grid, phase_grid, strip
+from teegpu.report.privacy import privacy_grid
+from teegpu.report.sections import endpoint_grid, limit_grid, link_grid, phase_grid, strip
 from teegpu.report.style import STYLE
 from teegpu.report.timeline import Timeline, timelines
 from teegpu.units import human_seconds, times
@@ -21,7 +23,8 @@ def page(document: look.Document, events: Iterable[Event] = ()) -> str:
     title = f"teegpu run {look.text(document, 'id') or '(without an id)'}"
     body = [_header(document), _cards(document), _advice(document)]
     body += [_phase(name, document, lines.get(name)) for name in facts.PHASES]
-    body += [_grid(grid) for grid in (link_grid(document), limit_grid(document), endpoint_grid(document)) if grid]
+    grids = (privacy_grid(document), link_grid(document), limit_grid(document), endpoint_grid(document))
+    body += [_grid(grid) for grid in grids if grid]
     body.append(_footer(document))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

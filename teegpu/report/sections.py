@@ -9,27 +9,10 @@ from typing import Any
 
 from teegpu.formats import NOTHING
 from teegpu.report import facts, look
+from teegpu.report.grid import HEADING, PLAIN, TOTAL, Grid, Row
 from teegpu.report.parts import NAMES, PARTS, Breakdown, Item, breakdown, took_place
+from teegpu.report.privacy import privacy_grid
 from teegpu.units import count, human_bytes, human_seconds, times
-
-HEADING, TOTAL, PLAIN = "heading", "total", ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """``kind``: ``HEADING`` (column titles of the rows below it), ``TOTAL`` or ``PLAIN``."""
-
-    cells: tuple[str, ...]
-    kind: str = PLAIN
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The first cell of a row is a label, the others are figures. ``notes`` stand below the rows."""
-
-    title: str
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,7 @@ def sections(document: look.Document) -> list[Section]:
             found.append(phase_grid(name, phase))
             if (layers := strip(name, phase)) is not None:
                 found.append(layers)
-    optional = (link_grid(document), limit_grid(document), endpoint_grid(document))
+    optional = (privacy_grid(document), link_grid(document), limit_grid(document), endpoint_grid(document))
     return [*found, *(grid for grid in optional if grid is not None)]
 
 

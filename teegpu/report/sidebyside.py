@@ -16,8 +16,8 @@ from teegpu.formats import NOTHING
 from teegpu.report import look
 from teegpu.report.comparison import signed_percent
 from teegpu.report.exports import cell, escape
+from teegpu.report.grid import HEADING, Grid, Row
 from teegpu.report.measures import Measure
-from teegpu.report.sections import HEADING, Grid, Row
 from teegpu.report.tables import grid_table
 
 Comparison = Mapping[str, Any]

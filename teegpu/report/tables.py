@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from teegpu.report import facts, look
-from teegpu.report.sections import HEADING, TOTAL, Grid, Row, Section, Strip, sections
+from teegpu.report.grid import HEADING, TOTAL, Grid, Row
+from teegpu.report.sections import Section, Strip, sections
 
 SHADES = " ▁▂▃▄▅▆▇█"
 ASCII_SHADES = " .:-=+*#%@"

@@ -230,10 +230,11 @@ class Runner:
         calibration = None if modes.shielded(self.config) else self.calibration(auto.PROBE_LAYERS)
         self.choice = self.chooser().choose(question, calibration, self._notify)
         if self.choice is None:
-            self._notify(
-                "auto: the plan attention in both phases, as no profile of these servers is stored ('teegpu tune' "
-                "makes one) and a probe would send values in the clear"
-            )
+            if not servers.embedded:
+                self._notify(
+                    "auto: the plan attention in both phases, as no profile of these servers is stored ('teegpu tune' "
+                    "makes one) and a probe would send values in the clear"
+                )
             return
         self.prefill_plan = plans.get(self.choice.prefill_plan)
         self.decode_plan = plans.get(self.choice.decode_plan)

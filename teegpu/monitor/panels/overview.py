@@ -183,6 +183,8 @@ def both_sides(state: Snapshot, width: int, height: int, look: Look) -> list[Lin
     rows.append(("TEE", [(words.tee(facts), "warn" if facts.tee_kind == "none" else "good")]))
     if facts.plan != "local":
         rows.append(("keys", words.keys(facts)))
+    if hidden := words.privacy(facts):
+        rows.append(("privacy", hidden))
     if facts.note:
         rows.append(("note", printable(facts.note)))
     return pairs(rows, width)

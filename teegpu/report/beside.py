@@ -1,0 +1,62 @@
+"""What privacy costs, held against earlier runs without it: the same model on the same machine, in the clear over the
+same link, and all in the TEE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from teegpu.report import facts, look
+from teegpu.report.advice_local import ALIKE, alike
+
+NONE: Final = "none"
+LOCAL: Final = "local"
+KINDS: Final = (NONE, LOCAL)
+"""``none``: offloaded, nothing hidden. ``local``: all in the TEE."""
+
+
+def wanted(document: look.Document) -> bool:
+    """Whether there is something to compare: a run that hid values from servers."""
+    return look.text(document, "settings", "privacy") not in ("", NONE)
+
+
+def kind_of(settings: Mapping[str, Any]) -> str:
+    """What a run with ``settings`` can be compared as, one of ``KINDS``; empty where it can't."""
+    if settings.get("privacy", NONE) != NONE:
+        return ""
+    plans = {settings.get(f"{phase}_plan") for phase in facts.PHASES}
+    if plans == {LOCAL}:
+        return LOCAL
+    return "" if LOCAL in plans else NONE
+
+
+def beside(document: look.Document, others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """For each of ``KINDS`` the first of ``others`` (newest first) that ``document`` can be compared with: its id, how
+    it was set up, and the seconds that it would have taken for as many tokens, phase by phase."""
+    found: dict[str, Any] = {}
+    for other in others:
+        kind = kind_of(look.mapping(other, "settings"))
+        if kind and kind not in found and _fits(document, other, kind):
+            found[kind] = {"id": look.text(other, "id"), "setup": " · ".join(facts.setup(other)[1:])}
+            for phase in facts.PHASES:
+                found[kind][f"{phase}_seconds"] = _scaled(document, other, phase)
+        if len(found) == len(KINDS):
+            break
+    return found
+
+
+def _fits(document: look.Document, other: look.Document, kind: str) -> bool:
+    if look.text(other, "status") != "complete" or not alike(document, other):
+        return False
+    if kind == NONE and look.text(document, "settings", "link") != look.text(other, "settings", "link"):
+        return False
+    ours, theirs = (look.amount(each, "phases", "prefill", "tokens") for each in (document, other))
+    return bool(theirs) and 1 / ALIKE <= ours / theirs <= ALIKE
+
+
+def _scaled(document: look.Document, other: look.Document, phase: str) -> float | None:
+    """By the token: what attention adds for a longer context is left out."""
+    tokens = look.amount(document, "phases", phase, "tokens")
+    known = look.amount(other, "phases", phase, "tokens")
+    seconds = look.amount(other, "phases", phase, "seconds")
+    return seconds / known * tokens if tokens and known and seconds else None
