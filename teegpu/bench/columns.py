@@ -170,6 +170,14 @@ _ZSTD = (
     Column("decompress GB/s", at("zstd", "decompress_bytes_per_second"), _giga),
     Column("pays below Mbit/s", at("zstd", "break_even_bytes_per_second"), lambda value: f"{value * 8 / 1e6:,.0f}"),
 )
+_SHIELD = (
+    Column("milliseconds a token", at("label")),
+    Column("in a chunk", at("chunk_seconds_per_token", "median"), _milliseconds),
+    Column("min–max", spread("chunk_seconds_per_token"), lambda pair: f"{pair[0] * 1e3:.3f}–{pair[1] * 1e3:.3f}"),
+    Column("in a step", at("step_seconds_per_token", "median"), _milliseconds),
+    Column("min–max", spread("step_seconds_per_token"), lambda pair: f"{pair[0] * 1e3:.3f}–{pair[1] * 1e3:.3f}"),
+    Column("once, s", at("seconds_once"), fixed(1)),
+)
 _REPLAY = (
     Column("of the replay", at("label")),
     Column("monitor's MiB", at("resident_bytes"), _mib),
@@ -330,6 +338,7 @@ TABLES: dict[str, Tables | Callable[[Entry], Tables]] = {
     "link": (("Round trip", _ROUND_TRIP), ("Bandwidth", _BANDWIDTH)),
     "transports": _transports,
     "codec": (("Wire dtypes", _entries_with("encode", _DTYPES)), ("zstd", _entries_with("zstd", _ZSTD))),
+    "shield": (("What the runner does beyond a plain run", _SHIELD),),
     "replay": (("The monitor's memory", _REPLAY),),
     "recording": (("What a record costs", _RECORDING),),
     "watch": (("What watching costs", _WATCHING),),
@@ -536,6 +545,16 @@ SHEETS: dict[str, dict[str, Look]] = {
         "link_share": at("link_share"),
         "round_trip_ratio_to_bare": at("to_bare", "round_trip_ratio"),
         "throughput_ratio_to_bare": at("to_bare", "throughput_ratio"),
+    },
+    "shield": {
+        "mode": at("mode"),
+        "operation": at("operation"),
+        **{
+            f"{phase}_seconds_per_token_{figure}": at(f"{phase}_seconds_per_token", figure)
+            for phase in ("chunk", "step")
+            for figure in ("median", "min", "max")
+        },
+        "seconds_once": at("seconds_once"),
     },
     "codec": {
         "activations": at("activations"),

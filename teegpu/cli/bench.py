@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from teegpu.cli import benchladder, benchlink
+from teegpu.cli import benchladder, benchlink, benchshield
 from teegpu.cli.benchcommon import Device, Format, Model, Offline, Out, Quiet
 from teegpu.cli.benchcommon import Output as _Output
 from teegpu.cli.benchcommon import conduct as _conduct
@@ -334,3 +334,4 @@ app.command()(benchlink.curve)
 app.command()(benchladder.ladder)
 app.command()(benchladder.show)
 app.command()(benchladder.plot)
+app.command()(benchshield.shield)
