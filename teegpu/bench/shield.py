@@ -38,6 +38,7 @@ from teegpu.tee.shield.pads import PadSource
 from teegpu.tee.shield.padsegment import LEAF_TOKENS
 from teegpu.tee.shield.samplers import SIGMA
 from teegpu.tee.shield.verify import Keys
+from teegpu.tee.shield.wrapping import multiply
 
 MODES: Final = ("two-server", "pads", "lwe")
 LOCAL: Final = "local"
@@ -188,7 +189,7 @@ class ShieldBenchmark:
             started = time.perf_counter()
             weight, _ = quantised(store, spec, product)
             matrix = lwe.public_matrix(self._digest, weight.shape[1])
-            hints[product] = lwe.multiply(weight.to(torch.int32), matrix)
+            hints[product] = multiply(weight.to(torch.int32), matrix)
             began[product == padstore.HEAD] += time.perf_counter() - started
         self._timed[mode, OFFLINE] = _Timed(mode, OFFLINE, once=began[False] * self._scale + began[True])
         self._bytes["hint_bytes"] = lwe.hint_bytes(self._whole)

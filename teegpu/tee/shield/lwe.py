@@ -16,7 +16,6 @@ small model, give 158 bits. Hybrid and dual attacks on small secrets were not es
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from teegpu.model.weights import WeightStore
 from teegpu.tee.shield import sealed
 from teegpu.tee.shield.facts import Product, products, quantised
 from teegpu.tee.shield.samplers import SIGMA, Stream, gaussian, ternary
+from teegpu.tee.shield.wrapping import multiply
 
 DIMENSION: Final = 1408
 
@@ -47,36 +47,6 @@ def public_matrix(digest: str, columns: int) -> torch.Tensor:
     """``A`` for all products of the model with ``digest`` that have so many columns: int32 (columns, dimension)."""
     text = f"teegpu lwe matrix {_VERSION}\0{digest}\0{columns}\0{DIMENSION}"
     return ring.expand(hashlib.sha256(text.encode()).digest(), columns, DIMENSION)
-
-
-def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` modulo 2**32, int32 matrices."""
-    if _wraps():
-        return left @ right
-    # Three limbs of 11 bits: each sum stays below 2**53 for up to 2,047 values.
-    result = torch.zeros((left.shape[0], right.shape[1]), dtype=torch.int32)
-    for start in range(0, left.shape[1], 2048):
-        part = left[:, start : start + 2048]
-        factor = right[start : start + 2048].to(torch.float64)
-        for shift in (0, 11, 22):
-            limb = (part >> shift) & 0x7FF if shift < 22 else part >> shift
-            result += ring.wrap(limb.to(torch.float64) @ factor) << shift
-    return result
-
-
-@functools.cache
-def _wraps() -> bool:
-    """Whether torch's products of int32 are right modulo 2**32 here, whatever their shapes: it promises nothing."""
-    for rows in (1, 3, 64):
-        left = ring.expand(bytes(31) + b"1", rows, 131)
-        right = ring.expand(bytes(31) + b"2", 131, 70)
-        low, high = left & 0xFFFF, left >> 16
-        wide = [(half.to(torch.float64) @ right.to(torch.float64)).to(torch.int64) for half in (low, high)]
-        if not torch.equal(left @ right, (wide[0] + (wide[1] << 16)).to(torch.int32)):
-            return False
-        if not torch.equal(left @ right, left @ right.t().contiguous().t()):
-            return False
-    return True
 
 
 class LweMask:

@@ -10,9 +10,7 @@ nothing of them by passing. A wrong one that passes tells it less than it had to
 the vectors are then thrown away (``Keys.discard``). So over all runs, a wrong answer is accepted with a probability of
 2**-k for each time that somebody tried. For the same reason one ``S`` serves all products, as far as each needs it.
 
-**Exactness.** A float64 sums whole numbers exactly up to 2**53. ``S·y`` is at most ``rows · 2**31``: exact up to four
-million rows. ``S·W`` are true whole numbers, at most 127 times the rows in size. Where the sum of their sizes over a
-row, times 2**31, is below 2**53, ``u`` is multiplied as it is; else its two halves of 16 bits, each bounded by 2**16.
+All of it is arithmetic modulo 2**32, so nothing is ever rounded.
 """
 
 from __future__ import annotations
@@ -29,43 +27,19 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from teegpu import ring
-from teegpu.errors import ShieldError
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
 from teegpu.tee.shield import sealed
 from teegpu.tee.shield.facts import Product, products, quantised
+from teegpu.tee.shield.wrapping import multiply
 
 _KIND: Final = "verification keys"
 _VERSION: Final = 1
-_EXACT: Final = 2**53
-_MOST_ROWS: Final = 2**22
-"""Rows of a product whose sum with 0/1 weights float64 holds, whatever the int32 values."""
 _EXACT_FLOAT_ROWS: Final = 2**24 // ring.WEIGHT_MOST
 """Rows of int8 whose sums float32 holds."""
-_BLOCK_BYTES: Final = 1 << 20
-"""Of values in float64 at once: what the second-level cache of a core holds, so that they are converted for nothing."""
 
 Progress = Callable[[float], None]
 """Told the share that is done, 0 to 1."""
-
-
-class _Folded:
-    """``S·W`` of one product, as ``(columns, checks)`` in float64, and in how many parts an operand has to be cut."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-        bound = float(values.abs().sum(0).max()) if values.numel() else 0.0
-        self.halves = bound * 2.0**31 >= _EXACT
-        if bound * 2.0**16 >= _EXACT:
-            raise ValueError(f"a product of {values.shape[0]} columns is too large for an exact check")
-
-    def product(self, operand: torch.Tensor) -> torch.Tensor:
-        """int32 (rows, columns) → int64 (rows, checks), right modulo 2**32."""
-        if not self.halves:
-            return (operand.to(torch.float64) @ self.values).to(torch.int64)
-        high = ((operand >> 16).to(torch.float64) @ self.values).to(torch.int64)
-        low = ((operand & 0xFFFF).to(torch.float64) @ self.values).to(torch.int64)
-        return (high << 16).add_(low)
 
 
 class Keys:
@@ -79,30 +53,21 @@ class Keys:
     ) -> None:
         self.checks = checks
         self.path = path
-        self._vectors = vectors(seed, rows, checks).to(torch.float64)
-        self._folded = {product: _Folded(values.to(torch.float64)) for product, values in folded.items()}
+        self._vectors = vectors(seed, rows, checks).t().to(torch.int32, memory_format=torch.contiguous_format)
+        # Negated, so that for what is right both sides add up to nothing.
+        self._folded = {product: values.t().neg().contiguous() for product, values in folded.items()}
 
     def wrong_rows(self, product: Product, sent: torch.Tensor, received: torch.Tensor) -> list[int]:
         """The rows in which ``received``, int32 (rows, out), is not the product of ``sent``, int32 (rows, in), with the
         int8 matrix: empty where all is right. Raises ``KeyError`` for what is no product of the model."""
-        folded = self._folded[product]
-        rows, out = received.shape
-        chosen = self._vectors[:out]
-        step = max(16, _BLOCK_BYTES // (8 * max(out, sent.shape[1])))
-        wrong: list[int] = []
-        for start in range(0, rows, step):
-            block = slice(start, start + step)
-            given = (received[block].to(torch.float64) @ chosen).to(torch.int64)
-            # Their difference modulo 2**32: what is left of it in 32 bits.
-            differs = given.sub_(folded.product(sent[block])).to(torch.int32)
-            if differs.any():
-                wrong += (start + row for row in differs.any(-1).nonzero().flatten().tolist())
-        return wrong
+        chosen = self._vectors[:, : received.shape[1]]
+        difference = multiply(received, chosen.t()).add_(multiply(sent, self._folded[product].t()))
+        return difference.any(-1).nonzero().flatten().tolist()
 
     @property
     def nbytes(self) -> int:
         """Memory that they take."""
-        return self._vectors.nbytes + sum(folded.values.nbytes for folded in self._folded.values())
+        return self._vectors.nbytes + sum(folded.nbytes for folded in self._folded.values())
 
     def discard(self) -> None:
         """Removes the file that they came from: the next run draws others. It is no error where it is gone already."""
@@ -119,8 +84,6 @@ class Keys:
         todo = products(spec)
         sizes = {product: sum(spec.weights[name][0] for name in product) for product in todo}
         most = max(sizes.values())
-        if most >= _MOST_ROWS:
-            raise ShieldError(f"the model has a product with {most} rows, and at most {_MOST_ROWS} can be verified")
         seed = secrets.token_bytes(ring.SEED_BYTES)
         chosen = vectors(seed, most, checks).to(torch.float32)
         folded: dict[Product, torch.Tensor] = {}
