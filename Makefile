@@ -14,12 +14,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup test test-all chaos fuzz lint format clean distclean
+.PHONY: help run setup test test-all bench chaos fuzz lint format clean distclean
 
 help:
 	@echo "make run [PROMPT=\"...\"]   set up, fetch the default model once, and answer the prompt"
 	@echo "make test [ARGS=\"...\"]    set up and run the tests"
 	@echo "make test-all             these, and more of the same kind that take longer"
+	@echo "make bench [MODEL=... LINKS=... REPEATS=5 MAX_SECONDS=120 OUT=bench-results]"
+	@echo "                          the ladder over four links: JSON, tables and pictures; goes on where it was interrupted"
 	@echo "make chaos                30 runs whose servers and links are killed, stopped and cut at any moment"
 	@echo "make fuzz [FUZZ_SECONDS=600]  broken and false messages for the codec, the transports, the server, the runner"
 	@echo "make setup                install everything into $(VENV), development tools included"
@@ -41,6 +43,29 @@ test: $(VENV)/.dev
 
 test-all: test
 	$(BIN)/python -m pytest -m extra $(ARGS)
+
+# What docs/benchmarks.md has of the ladder. A rung that takes long makes fewer repeats, and its table says how many.
+bench: MODEL ?= smollm2-135m
+bench: LINKS ?= loopback rtt=0.2ms,bandwidth=10gbit rtt=5ms,bandwidth=1gbit rtt=20ms,bandwidth=200mbit
+bench: PROMPT_TOKENS ?= 1024
+bench: DECODE_TOKENS ?= 32
+bench: REPEATS ?= 5
+bench: MAX_SECONDS ?= 120
+bench: OUT ?= bench-results
+bench: $(VENV)/.runtime
+	@mkdir -p "$(OUT)" && set -- && for link in $(LINKS); do \
+	  file="$(OUT)/ladder-$$(echo "$$link" | sed 's/[a-z]*=//g; s/,/-/g')"; \
+	  flag="--link=$$link"; test "$$link" != loopback || flag=; \
+	  echo "link $$link: $$file.json" >&2; \
+	  $(BIN)/teegpu bench ladder --model "$(MODEL)" --prompt-tokens $(PROMPT_TOKENS) --decode-tokens $(DECODE_TOKENS) \
+	    --repeats $(REPEATS) --max-seconds $(MAX_SECONDS) --resume --out "$$file.json" $$flag $(ARGS) || exit; \
+	  $(BIN)/teegpu bench show "$$file.json" --out "$$file.md" || exit; \
+	  set -- "$$@" "$$file.json"; \
+	done && \
+	$(BIN)/teegpu bench plot "$$@" --out "$(OUT)/ladder-prefill.svg" && \
+	if test "$(DECODE_TOKENS)" != 0; then \
+	  $(BIN)/teegpu bench plot "$$@" --phase decode --out "$(OUT)/ladder-decode.svg"; \
+	fi
 
 chaos: export CHAOS_RUNS ?= 30
 chaos: export CHAOS_STOP_SECONDS ?= 3
