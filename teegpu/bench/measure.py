@@ -52,6 +52,9 @@ class Workers(Protocol):
 
     def sample(self, index: int) -> Sample: ...
 
+    def release(self, index: int) -> None:
+        """The case will not be asked for again."""
+
 
 class TimeLeft:
     """Estimates what is left from what each case took so far.
@@ -139,6 +142,8 @@ def measure(
                 case.error = str(error)
                 left.given_up(place)
                 outcome = f"failed: {error}"
+            if not case.to_do(repeats, max_seconds):
+                workers.release(index)
             done += 1
             notify(Progress(done, total, case.label, stage, outcome, left.seconds()))
 

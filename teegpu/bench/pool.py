@@ -137,6 +137,12 @@ class Pool:
             loaded.process.close()
             raise
 
+    def release(self, index: int) -> None:
+        """Ends the case's process, which is not needed any more. Its server stays as long as there is room for it."""
+        loaded = self._loaded.pop(index, None)
+        if loaded is not None:
+            loaded.process.close()
+
     def save_logits(self, index: int, path: Path) -> None:
         """Has the case ``index`` write the logits of its run to ``path``. Raises as ``load``."""
         loaded = self.load(index)
@@ -237,9 +243,20 @@ class Pool:
         own = self._server_of(case, config)[0] if remote and not config.run.endpoint else None
         if own is not None and own not in self._servers:
             need += memory.server_bytes(spec, config.server.dtype)
-        while (available := self._available_bytes()) is not None and available < need and self._loaded:
+
+        def short() -> bool:
+            available = self._available_bytes()
+            return available is not None and available < need
+
+        if short():
+            self._end_idle_servers(own)
+        while short() and self._loaded:
             last = max(self._loaded, key=lambda other: (other - index) % len(self._cases))
             self._loaded.pop(last).process.close()
-            used = {loaded.server for loaded in self._loaded.values()} | {own}
-            for key in [key for key in self._servers if key not in used]:
-                self._servers.pop(key).close()
+            self._end_idle_servers(own)
+
+    def _end_idle_servers(self, but: ServerKey | None) -> None:
+        """Ends the servers that no loaded case uses, ``but`` this one."""
+        used = {loaded.server for loaded in self._loaded.values()} | {but}
+        for key in [key for key in self._servers if key not in used]:
+            self._servers.pop(key).close()

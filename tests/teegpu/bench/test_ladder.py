@@ -60,6 +60,9 @@ class FakePool:
     def save_logits(self, index: int, path: Path) -> None:
         path.write_bytes(b"logits")
 
+    def release(self, index: int) -> None:
+        pass
+
     def load(self, index: int) -> Ready:
         return Ready({"notes": ["slow here"], "chunk_tokens": 8, "accuracy": {"kl_nats": 0.5}}, self.sample(index))
 

@@ -30,6 +30,10 @@ class FakeWorkers:
     asked: list[str] = field(default_factory=list)
     now: float = 0.0
     rounds: dict[int, int] = field(default_factory=dict)
+    released: list[str] = field(default_factory=list)
+
+    def release(self, index: int) -> None:
+        self.released.append("ABC"[index])
 
     def load(self, index: int) -> Ready:
         self.now += 10.0
@@ -130,6 +134,7 @@ def test_a_case_that_has_taken_its_time_takes_no_more_repeats() -> None:
     measure(measured, workers, 3, steps.append, max_seconds=3.0)
     assert workers.asked == ["A0", "B0", "C0", "A1", "B1", "A2"]
     assert [len(case.samples) for case in measured] == [2, 1, 0]
+    assert workers.released == ["C", "B", "A"]
     assert (steps[-1].total, steps[-1].seconds_left) == (12, 0.0)
 
 

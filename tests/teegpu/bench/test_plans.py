@@ -43,6 +43,9 @@ class FakePool:
     def __exit__(self, *_: object) -> None:
         self.log.append("close")
 
+    def release(self, index: int) -> None:
+        pass
+
     def load(self, index: int) -> Ready:
         label = self.cases[index].label
         return Ready({"notes": [f"{label} is slow"], "server": {"dtype": "fp32"}}, self.sample(index))

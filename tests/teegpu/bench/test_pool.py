@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ class FakeChild:
         self.log.append(f"{command['do']} {self.what}")
         if self.error is not None:
             raise self.error
-        return {"facts": {"who": self.what}} if command["do"] == "load" else {"sample": SAMPLE.to_json()}
+        answers = {"load": {"facts": {"who": self.what}}, "compare": {"accuracy": {"kl_nats": 0.5}}}
+        return answers.get(command["do"], {"sample": SAMPLE.to_json()})
 
     def close(self) -> None:
         self.log.append(f"close {self.what}")
@@ -48,6 +50,7 @@ class FakeServer:
     log: list[str]
     ended: bool = False
     broken: bool = False
+    entry: Sequence[str] = ()
 
     def wait(self) -> dict[str, object]:
         if self.broken:
@@ -85,7 +88,9 @@ class House:
     def _server(self, folder: ModelFolder, config: Config, threads: int, entry: Sequence[str]) -> FakeServer:
         self.log.append(f"start server {config.server.dtype}")
         self.servers.append(
-            FakeServer(f"ipc:///{len(self.servers)}", config, threads, self.log, broken=self.broken_servers)
+            FakeServer(
+                f"ipc:///{len(self.servers)}", config, threads, self.log, broken=self.broken_servers, entry=entry
+            )
         )
         return self.servers[-1]
 
@@ -239,3 +244,45 @@ def test_a_lost_connection_to_a_server_that_lives_stays_what_it_is(folder: Model
         house.children[house.cases[0].label].error = ConnectionFailedError("the connection was lost")
         with pytest.raises(ConnectionFailedError, match="the connection was lost"):
             pool.sample(0)
+
+
+def test_what_is_released_makes_room_before_a_case_has_to(folder: ModelFolder) -> None:
+    house = House(folder, "fused,dtype=fp32", "local,label=A", "local,label=B", room=3)
+    with house.pool as pool:
+        pool.load(0)
+        pool.load(1)
+        pool.release(0)
+        pool.release(0)
+        assert house.log[-1] == f"close {house.cases[0].label}"
+        pool.load(2)  # there is room for it
+        assert "close server fp32" not in house.log
+        house.room = 2
+        house.cases.append(parse_all(["local,label=C"], house.base)[0])
+        house.pool._loaded.pop(2).process.close()
+        pool.load(3)  # the server that nobody uses goes, and A stays
+    assert house.log[house.log.index("close B") : house.log.index("load C")] == ["close B", "close server fp32"]
+
+
+def test_a_case_with_the_packed_codec_has_a_server_of_its_own(folder: ModelFolder) -> None:
+    house = House(folder, "fused,dtype=fp32")
+    house.cases.append(replace(house.cases[0], label="packed", ways=("packed",), decode_tokens=2))
+    with house.pool as pool:
+        pool.load(0)
+        pool.load(1)
+    assert [server.entry for server in house.servers] == [("teegpu", "serve"), ("teegpu.bench.packedserver",)]
+    first, second = (house.children[case.label].commands[0] for case in house.cases)
+    assert (first["ways"], second["ways"]) == ([], ["packed"])
+    assert (first["decode_tokens"], second["decode_tokens"]) == (4, 2)
+    assert (first["settings"]["run.max_tokens"], second["settings"]["run.max_tokens"]) == (5, 3)
+
+
+def test_a_case_is_compared_with_the_reference_after_its_first_run(folder: ModelFolder) -> None:
+    house = House(folder, "local")
+    house.pool._work = replace(house.pool._work, reference=Path("/some/where.npy"))
+    with house.pool as pool:
+        assert pool.load(0).facts == {"who": "local", "accuracy": {"kl_nats": 0.5}}
+        pool.save_logits(0, Path("/else/where.npy"))
+    assert house.log[:4] == ["load local", "measure local", "compare local", "save local"]
+    assert [command.get("path") for command in house.children["local"].commands[2:]] == [
+        "/some/where.npy", "/else/where.npy",
+    ]  # fmt: skip

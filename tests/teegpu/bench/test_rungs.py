@@ -54,7 +54,15 @@ def test_what_the_original_document_expected() -> None:
 
 
 def test_settings_in_force_do_not_change_a_rung() -> None:
-    odd = from_values({"run.privacy": "pads", "run.transport": "zmq", "run.speculate": 3, "run.chunk_tokens": 5, "server.dtype": "bf16"})
+    odd = from_values(
+        {
+            "run.privacy": "pads",
+            "run.transport": "zmq",
+            "run.speculate": 3,
+            "run.chunk_tokens": 5,
+            "server.dtype": "bf16",
+        }
+    )
     for rung in RUNGS.values():
         ours, theirs = rung.case(odd, 64, 4).config(odd, 4), rung.case(BASE, 64, 4).config(BASE, 4)
         if rung.remote:
