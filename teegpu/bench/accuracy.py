@@ -1,4 +1,5 @@
-"""``teegpu bench accuracy``: what narrow wire and server dtypes cost, against the logits of transformers in fp32.
+"""``teegpu bench accuracy``: what narrow wire and server dtypes cost, and the whole numbers of private runs, against
+the logits of transformers in fp32.
 
 Every position of each text counts. All variants go through a text together, chunk by chunk, so that only one chunk's
 logits of two of them are held at a time.
@@ -18,7 +19,7 @@ import torch
 
 import transports
 from teegpu import machine
-from teegpu.bench import baseline
+from teegpu.bench import baseline, wholenumbers
 from teegpu.bench import document as doc
 from teegpu.bench.cases import from_values
 from teegpu.bench.measure import Notify, Progress
@@ -37,7 +38,7 @@ from teegpu.tee.decoder import Decoder, Pass
 from teegpu.tee.embedded_server import EmbeddedServer
 from teegpu.tee.gpu_client import GpuClient
 from teegpu.tee.kv_cache import KVCache
-from teegpu.tee.products import drive
+from teegpu.tee.products import Products, drive
 from teegpu.tee.rotary import RotaryTable
 from teegpu.tee.weights import TeeWeights
 from transports.base import Client
@@ -52,18 +53,21 @@ Logits = Callable[[int, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared: teegpu with a server and a wire dtype, or transformers (without a wire)."""
+    """What is compared: teegpu with a server and a wire dtype, or with the arithmetic of a privacy mode, or
+    transformers (without either)."""
 
     label: str
     server_dtype: str
     wire_dtype: str | None = None
+    privacy: str | None = None
 
 
 REFERENCE = Variant("transformers fp32 (reference)", "fp32")
 
 
-def variants(*, bf16: bool) -> list[Variant]:
-    """Each wire dtype with a server in fp32; with ``bf16`` also a server, and transformers, in that."""
+def variants(*, bf16: bool, shielded: bool) -> list[Variant]:
+    """Each wire dtype with a server in fp32; with ``bf16`` also a server, and transformers, in that; with ``shielded``
+    also what private runs compute."""
     chosen = [Variant(f"{wire} wire, fp32 server", "fp32", wire) for wire in WIRE_DTYPES]
     if bf16:
         chosen += [
@@ -71,6 +75,8 @@ def variants(*, bf16: bool) -> list[Variant]:
             Variant("bf16 wire, bf16 server", "bf16", "bf16"),
             Variant("transformers bf16", "bf16"),
         ]
+    if shielded:
+        chosen += [Variant(label, "int8", privacy=mode) for mode, label in wholenumbers.MODES.items()]
     return chosen
 
 
@@ -145,7 +151,14 @@ class AccuracyBenchmark:
     failures: tuple[str, ...] = ()
 
     def __init__(
-        self, folder: ModelFolder, base: Config, *, tokens: int, chosen: dict[str, str], bf16: bool = True
+        self,
+        folder: ModelFolder,
+        base: Config,
+        *,
+        tokens: int,
+        chosen: dict[str, str],
+        bf16: bool = True,
+        shielded: bool = True,
     ) -> None:
         self._folder = folder
         self._base = base
@@ -159,7 +172,7 @@ class AccuracyBenchmark:
             )
         self._tokens = tokens
         self._texts = chosen
-        self._variants = variants(bf16=bf16)
+        self._variants = variants(bf16=bf16, shielded=shielded)
         self._scores: dict[str, dict[str, Score]] = {}
         self._digest = ""
         self._started_at = doc.now()
@@ -222,7 +235,8 @@ class AccuracyBenchmark:
         return {
             "label": variant.label,
             "wire_dtype": variant.wire_dtype,
-            "server_dtype": variant.server_dtype if variant.wire_dtype else None,
+            "server_dtype": variant.server_dtype if variant.wire_dtype or variant.privacy else None,
+            "privacy": variant.privacy,
             **total.to_json(),
             "kl_nats_worst_text": max(figure["kl_nats"] or 0.0 for figure in figures.values()),
             "texts": figures,
@@ -267,7 +281,7 @@ class _Models:
             for dtype in dtypes
         }
         # The servers load their weights meanwhile.
-        whole = [REFERENCE, *(variant for variant in chosen if not variant.wire_dtype)]
+        whole = [REFERENCE, *(variant for variant in chosen if not (variant.wire_dtype or variant.privacy))]
         self._transformers = {variant.label: baseline.load(folder, variant.server_dtype) for variant in whole}
         self._spec = read_spec(folder)
         store = stack.enter_context(WeightStore(folder, self._spec))
@@ -275,6 +289,7 @@ class _Models:
         self.tokenizer = Tokenizer(folder)
         self._weights = TeeWeights(store, self._spec)
         self._rotary = RotaryTable(read_config(folder))
+        self._whole_numbers = wholenumbers.WholeNumbers(store, self._spec, self.digest, base.model.cache_path)
         self._connections: dict[str, Client] = {}
         for dtype, server in servers.items():
             server.wait()
@@ -292,23 +307,28 @@ class _Models:
         opened: dict[str, Logits] = {
             label: _transformers_logits(model, ids) for label, model in self._transformers.items()
         }
-        return opened | {
-            variant.label: self._logits(variant.server_dtype, variant.wire_dtype, ids)
-            for variant in self._variants
-            if variant.wire_dtype
-        }
+        for variant in self._variants:
+            if variant.wire_dtype:
+                gpu = self._remote(variant.server_dtype, variant.wire_dtype)
+                opened[variant.label] = self._logits(PLAN, gpu, ids)
+            elif variant.privacy:
+                products = self._whole_numbers.products(variant.privacy)
+                opened[variant.label] = self._logits(wholenumbers.PLAN, products, ids)
+        return opened
 
-    def _logits(self, server_dtype: str, wire_dtype: str, ids: torch.Tensor) -> Logits:
-        record = Recorder()
+    def _remote(self, server_dtype: str, wire_dtype: str) -> GpuClient:
         gpu = GpuClient(
             self._connections[server_dtype],
             self._spec,
             wire_dtype=wire_dtype,
-            recorder=record,
+            recorder=Recorder(),
             limits=wire_limits(self._base),
         )
         gpu.hello(self._base.link.hello_timeout_seconds, self.digest)
-        decoder = Decoder(self._spec, self._weights, self._rotary, plans.get(PLAN), gpu, record)
+        return gpu
+
+    def _logits(self, plan: str, products: Products, ids: torch.Tensor) -> Logits:
+        decoder = Decoder(self._spec, self._weights, self._rotary, plans.get(plan), products, Recorder())
         cache = KVCache(self._spec)
         cache.reserve(len(ids))
 

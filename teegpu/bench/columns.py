@@ -447,6 +447,7 @@ SHEETS: dict[str, dict[str, Look]] = {
         "label": at("label"),
         "wire_dtype": at("wire_dtype"),
         "server_dtype": at("server_dtype"),
+        "privacy": at("privacy"),
         "kl_nats": at("kl_nats"),
         "kl_nats_worst_text": at("kl_nats_worst_text"),
         "top1_agreement": at("top1_agreement"),

@@ -95,6 +95,9 @@ def accuracy(
     bf16: Annotated[
         bool, typer.Option("--bf16/--no-bf16", help="Also a server in bf16, and transformers in bf16.")
     ] = True,
+    shielded: Annotated[
+        bool, typer.Option("--shielded/--no-shielded", help="Also what runs with --privacy compute.")
+    ] = True,
     device: Device = None,
     offline: Offline = None,
     form: Format = "",
@@ -104,7 +107,8 @@ def accuracy(
 ) -> None:
     """Compare the logits of each wire dtype with those of transformers in fp32, on real text.
 
-    The plan is fused, the server a process of its own. KL divergence is in nats, the mean over all positions.
+    The plan is fused, the server a process of its own; for private runs the plan is attention, and their whole numbers
+    are computed here, to the same bits. KL divergence is in nats, the mean over all positions.
     """
     settings = _settings(model, offline, {"server.device": device}, config_file)
     output = _Output(form, out, quiet)
@@ -112,7 +116,10 @@ def accuracy(
         folder = _folder(settings, output)
         from teegpu.bench.accuracy import AccuracyBenchmark, chosen_texts
 
-        _conduct(AccuracyBenchmark(folder, settings, tokens=tokens, chosen=chosen_texts(text_names), bf16=bf16), output)
+        chosen = chosen_texts(text_names)
+        _conduct(
+            AccuracyBenchmark(folder, settings, tokens=tokens, chosen=chosen, bf16=bf16, shielded=shielded), output
+        )
 
 
 @app.command()
