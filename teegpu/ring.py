@@ -4,15 +4,14 @@ A mask over floats is no one-time pad: a small one leaks, a large one rounds the
 a product of whole numbers modulo 2**32. Weights are int8 with one scale per output row, made by a quantiser that gives
 the same bits everywhere; activations are int32 fixed point, masked by adding uniform int32 values; results are int32.
 
-**How it is computed on a CPU.** An int8 weight is at most 127 and an int32 operand at most 2**31 in size, so a sum over
-``in`` of their products stays below ``in · 127 · 2**31``, which a float64 holds exactly (2**53) up to ``in = 33,025``.
-One float64 product is therefore exact, at half of float32's speed and on any processor. Longer rows are cut.
+How products are computed is in ``ringkernels``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from teegpu import ringkernels
+
 SEED_BYTES: Final = 32
 """A key of AES-256."""
 
 WEIGHT_MOST: Final = 127
-_EXACT_COLUMNS: Final = 2**53 // (WEIGHT_MOST * 2**31)
-"""Columns whose products a float64 sums exactly, whatever the int32 operand."""
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,32 +81,50 @@ def wrap(values: torch.Tensor) -> torch.Tensor:
 
 
 class RingMatrix:
-    """An int8 weight (out, in), ready for products modulo 2**32 on the CPU."""
+    """An int8 weight (out, in), ready for products modulo 2**32 on its device.
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        if weight.dtype != torch.int8 or weight.dim() != 2:
+    ``roomy``: on a CPU it may take 4 bytes per value in place of 1, where products of few rows are quicker then.
+    """
+
+    def __init__(self, weight: torch.Tensor, *, roomy: bool = False) -> None:
+        if weight.dtype != torch.int8 or weight.dim() != 2 or not weight.numel():
             raise TypeError(f"a ring matrix is int8 (out, in), not {weight.dtype} {tuple(weight.shape)}")
-        self.weight = weight
         self.shape = (weight.shape[0], weight.shape[1])
+        self._narrow: torch.Tensor | None = ringkernels.padded(weight) if weight.is_cuda else weight
+        self._wide: torch.Tensor | None = None
+        if roomy and not weight.is_cuda:
+            ways = ringkernels.measured(weight.device).values()
+            self._wide = weight.to(torch.int32) if "int32" in ways else None
+            self._narrow = weight if "int8" in ways or self._wide is None else None
 
     def product(self, operand: torch.Tensor) -> torch.Tensor:
         """``operand @ weight.T`` modulo 2**32: int32 (rows, in) → int32 (rows, out)."""
-        result: torch.Tensor | None = None
-        for start in range(0, self.shape[1], _EXACT_COLUMNS):
-            columns = slice(start, start + _EXACT_COLUMNS)
-            part = wrap(operand[:, columns].to(torch.float64) @ self.weight[:, columns].to(torch.float64).t())
-            result = part if result is None else result.add_(part)
-        if result is None:
-            raise ValueError("a matrix without columns has no products")
-        return result
+        return self.products(operand, (self.shape[0],))[0]
+
+    def products(self, operand: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """As ``product``, each next ``sizes`` rows of the weight in a tensor of its own."""
+        outputs = [torch.empty((operand.shape[0], n), dtype=torch.int32, device=operand.device) for n in sizes]
+        way = ringkernels.quickest(operand.shape[0], operand.device)
+        first, second = (self._wide, self._narrow) if way == "int32" else (self._narrow, self._wide)
+        weight = second if first is None else first
+        if weight is not None:
+            ringkernels.WAYS[way](operand, weight, outputs)
+        return outputs
 
     def rows(self, start: int, stop: int) -> RingMatrix:
-        """Rows ``start`` to ``stop`` of the weight, as a matrix that shares their memory."""
-        return RingMatrix(self.weight[start:stop])
+        """Rows ``start`` to ``stop`` of the weight, as a matrix that shares their memory wherever it can."""
+        part = copy(self)
+        part.shape = (stop - start, self.shape[1])
+        part._wide = None if self._wide is None else self._wide[start:stop]
+        if self._narrow is not None:
+            narrow = self._narrow[start:stop]
+            part._narrow = ringkernels.padded(narrow) if narrow.is_cuda else narrow
+        return part
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes
+        """The memory that it takes."""
+        return sum(weight.nbytes for weight in (self._narrow, self._wide) if weight is not None)
 
 
 def digest(weight: torch.Tensor, scale: torch.Tensor) -> bytes:

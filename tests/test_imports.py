@@ -23,7 +23,10 @@ LAYERS = (
     {"options"},
     {"keys"},
     {"wire", "model", "metrics", "transports"},
-    {"config", "configfile", "settings", "endpoints", "errors", "formats", "kernels", "machine", "ring", "units"},
+    {
+        *("config", "configfile", "settings", "endpoints", "errors", "formats"),
+        *("kernels", "machine", "ring", "ringkernels", "units"),
+    },
 )
 """From the top of the house down. A part imports from below itself, never from beside or above."""
 

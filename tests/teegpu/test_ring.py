@@ -20,15 +20,30 @@ def test_products_are_exact(rows: int) -> None:
     assert torch.equal(ring.RingMatrix(weight).product(operand), exact(operand, weight))
 
 
-def test_a_row_of_extremes_does_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = ring._EXACT_COLUMNS + 3  # also cut into two
-    weight = torch.full((2, columns), 127, dtype=torch.int8)
-    weight[1] = -127
-    operand = torch.full((1, columns), -(2**31), dtype=torch.int32)
-    operand[0, 0] = 2**31 - 1
-    total = 127 * (2**31 - 1 - 2**31 * (columns - 1))
-    expected = [total % 2**32, -total % 2**32]
-    assert [int(v) % 2**32 for v in ring.RingMatrix(weight).product(operand)[0]] == expected
+@pytest.mark.parametrize("roomy", [False, True])
+@pytest.mark.parametrize("rows", [1, 17, 70])
+def test_parts_are_those_of_the_whole(rows: int, roomy: bool) -> None:
+    weight = torch.randint(-127, 128, (40, 33), dtype=torch.int8, generator=torch.Generator().manual_seed(5))
+    matrix = ring.RingMatrix(weight, roomy=roomy)
+    assert matrix.shape == (40, 33)
+    assert matrix.nbytes in ({weight.numel()} if not roomy else {n * weight.numel() for n in (1, 4, 5)})
+    operand = ring.expand(bytes(32), rows, 33)
+    whole = exact(operand, weight)
+    assert torch.equal(matrix.product(operand), whole)
+    parts = matrix.products(operand, (7, 1, 32))
+    assert all(part.is_contiguous() for part in parts)
+    assert torch.equal(torch.cat(parts, 1), whole)
+    part = matrix.rows(7, 9)
+    assert part.shape == (2, 33)
+    assert torch.equal(part.product(operand), whole[:, 7:9])
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(2, 2), torch.ones(2, dtype=torch.int8), torch.ones((0, 2), dtype=torch.int8)]
+)
+def test_only_int8_matrices_are_ring_matrices(weight: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match="int8"):
+        ring.RingMatrix(weight)
 
 
 def test_the_quantiser_keeps_half_a_step() -> None:

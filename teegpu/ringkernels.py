@@ -1,0 +1,212 @@
+"""Products of int32 operands with an int8 matrix, exact modulo 2**32: three ways, and which is quickest here.
+
+No processor has an instruction for these, so each way borrows one that is there. All are exact whatever the values.
+
+- ``float64``: a weight is at most 128 and an operand 2**31 in size, so a sum of ``in`` products stays below 2**51 for
+  ``in`` up to 8,192. The sum starts at 1.5 · 2**52, where float64 has a step of 1: its lowest 32 bits then are the
+  result modulo 2**32, and nothing needs to be converted. Half of float32's speed on any CPU.
+- ``int8``: an operand is four signed limbs of 8 bits, ``x = Σ limb[i] · 256**i``; their products with the matrix are
+  one product of four times the rows, with int32 sums. Quick where there are instructions for it: VNNI, AMX, CUDA.
+- ``int32``: torch's own product of int32, which wraps. For few rows, where reading the matrix is the work.
+
+Which is quickest depends on the processor, the number of rows and the threads, so it is measured once per process, in a
+fraction of a second. A way that is not exact there, or not to be had, is out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Final
+
+import torch
+
+_MAGIC: Final = 1.5 * 2.0**52
+EXACT_COLUMNS: Final = 2**51 // 2**38
+"""Columns whose products a float64 sums exactly above ``_MAGIC``, whatever the operand. More are cut."""
+
+INT8_COLUMNS: Final = 2**16
+"""Columns whose products of limbs an int32 sums, also where limbs are shifted to be unsigned, as oneDNN does."""
+
+BLOCK_ROWS: Final = 1024
+BLOCK_OUTPUTS: Final = 4096
+BLOCK_WEIGHTS: Final = 2**22
+"""Rows of the operand, rows of the matrix, and values of the matrix that are worked on at once at most, so that what is
+computed on the way stays bounded."""
+
+_BIAS: Final = -0x7F7F7F80  # 0x80808080 as int32
+"""Added, and taken away again bit by bit, it leaves the four signed limbs as bytes."""
+_LIMBS: Final = 4
+_CUDA_ROWS: Final = 32
+"""The fewest rows of a product of limbs on CUDA, which asks for more than 16."""
+MULTIPLE: Final = 16
+"""Columns and rows of an int8 matrix on CUDA are multiples of this, so that each of its rows is aligned."""
+
+Way = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], None]
+"""Takes an operand, int32 (rows, in), and a weight (out, in) of int8 or int32, and fills the outputs: int32 (rows, n),
+each for ``n`` further rows of the weight."""
+
+
+def float64(operand: torch.Tensor, weight: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+    for part in _steps(operand.shape[1], EXACT_COLUMNS):
+        for rows in _steps(operand.shape[0], BLOCK_ROWS):
+            wide = operand[rows, part].to(torch.float64)
+            for block in _blocks(weight):
+                factor = weight[block, part].to(torch.float64)
+                sums = torch.full((wide.shape[0], factor.shape[0]), _MAGIC, dtype=torch.float64, device=wide.device)
+                low = sums.addmm_(wide, factor.t()).view(torch.int32)[:, ::2]  # the first half: little-endian
+                for out, found in _places(outputs, rows, block):
+                    if part.start:
+                        out.add_(low[:, found])
+                    else:
+                        out.copy_(low[:, found])
+
+
+def int32(operand: torch.Tensor, weight: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+    for rows in _steps(operand.shape[0], BLOCK_ROWS):
+        for block in _blocks(weight):
+            product = operand[rows] @ weight[block].to(torch.int32).t()
+            for out, found in _places(outputs, rows, block):
+                out.copy_(product[:, found])
+
+
+def int8(operand: torch.Tensor, weight: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+    """On CUDA ``weight`` has zeros up to a ``MULTIPLE`` of rows and columns."""
+    for first in range(0, operand.shape[1], INT8_COLUMNS):
+        part = slice(first, first + INT8_COLUMNS)
+        for rows in _steps(operand.shape[0], BLOCK_ROWS):
+            limbs = _limbs(operand[rows, part], weight[:1, part].shape[1])
+            count = operand[rows].shape[0]
+            for block in _blocks(weight):
+                sums = torch._int_mm(limbs, weight[block, part].t())[: _LIMBS * count]
+                lowest, low, high, highest = sums.view(_LIMBS, count, -1).unbind()
+                rest = torch.add(low, torch.add(high, highest, alpha=256), alpha=256)
+                for out, found in _places(outputs, rows, block):
+                    if first:
+                        out.add_(torch.add(lowest[:, found], rest[:, found], alpha=256))
+                    else:
+                        torch.add(lowest[:, found], rest[:, found], alpha=256, out=out)
+
+
+def padded(weight: torch.Tensor) -> torch.Tensor:
+    """int8 ``weight`` with zeros up to a ``MULTIPLE`` of rows and columns; itself where it needs none."""
+    rows, columns = (-size % MULTIPLE for size in weight.shape)
+    return torch.nn.functional.pad(weight, (0, columns, 0, rows)) if rows or columns else weight
+
+
+WAYS: Final[dict[str, Way]] = {"float64": float64, "int8": int8, "int32": int32}
+
+
+def scratch_bytes(rows: int, columns: int, outputs: int) -> int:
+    """The memory that any way needs beside its operand and its outputs, at most, for a weight (outputs, columns)."""
+    at_once = min(rows, BLOCK_ROWS) * (12 * columns + 32 * min(outputs, BLOCK_OUTPUTS))
+    return at_once + 8 * min(columns * outputs, max(BLOCK_WEIGHTS, MULTIPLE * columns))
+
+
+def _steps(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _blocks(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows of ``weight`` to work on at once, a ``MULTIPLE`` of them but for the last."""
+    fitting = BLOCK_WEIGHTS // weight.shape[1] // MULTIPLE * MULTIPLE
+    return _steps(weight.shape[0], min(max(fitting, MULTIPLE), BLOCK_OUTPUTS))
+
+
+def _places(outputs: Sequence[torch.Tensor], rows: slice, block: slice) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Where the products of ``rows`` with a ``block`` of the weight belong: parts of outputs, and which of the products
+    go there."""
+    start = 0
+    for out in outputs:
+        left, right = max(block.start, start), min(block.stop, start + out.shape[1])
+        if left < right:
+            yield out[rows, left - start : right - start], slice(left - block.start, right - block.start)
+        start += out.shape[1]
+
+
+def _limbs(operand: torch.Tensor, columns: int) -> torch.Tensor:
+    """int32 (rows, in) → int8 (4 · rows or more, columns): the lowest limbs of all rows first, zeros where there is no
+    value."""
+    rows, used = operand.shape
+    signed = (operand + _BIAS) ^ _BIAS
+    if operand.is_cuda:
+        height = max(_CUDA_ROWS, _LIMBS * rows)
+        make = torch.empty if (height, columns) == (_LIMBS * rows, used) else torch.zeros
+        limbs = make((height, columns), dtype=torch.int8, device=operand.device)
+        four = signed.view(torch.int8).view(rows, used, _LIMBS).permute(2, 0, 1)
+        limbs[: _LIMBS * rows].view(_LIMBS, rows, columns)[:, :, :used].copy_(four)
+        return limbs
+    # On a CPU the same copy takes twice the time of four shifts.
+    limbs = torch.empty((_LIMBS * rows, used), dtype=torch.int8)
+    for index, part in enumerate(limbs.chunk(_LIMBS)):
+        part.copy_(signed >> (8 * index))
+    return limbs
+
+
+# Which is quickest
+
+_PROBED_ROWS: Final = (1, 8, 64)
+_MANY: Final = 64
+"""Rows from which on ``int32`` is not tried: it goes through the matrix without thought for the caches, and on a larger
+one than is tried here it takes ten times as long as ``float64``."""
+_PROBE: Final = (512, 512)
+_PROBE_TIMES: Final = 3
+_HOPELESS: Final = 4.0
+"""A way that takes this many times as long as another at its first call is not called again."""
+
+
+def quickest(rows: int, device: torch.device) -> str:
+    """The name in ``WAYS`` of the quickest for this many rows on ``device``."""
+    found = measured(device)
+    return found[max(probed for probed in _PROBED_ROWS if probed <= rows)]
+
+
+def measured(device: torch.device) -> dict[int, str]:
+    """The quickest way on ``device`` for each number of rows that was tried; up to the next one, it stands for all.
+    Measured at the first call, and again for another number of threads."""
+    return _measured(device, torch.get_num_threads())
+
+
+@cache
+def _measured(device: torch.device, threads: int) -> dict[int, str]:  # noqa: ARG001
+    out, columns = _PROBE
+    # Extremes, so that what overflows on the way shows.
+    weight = torch.full((out, columns), 127, dtype=torch.int8, device=device)
+    weight[::2] = -127
+    weight[::3, ::5] = 1
+    wide = weight.to(torch.int32)
+    best: dict[int, str] = {}
+    for rows in _PROBED_ROWS:
+        operand = torch.full((rows, columns), -(2**31), dtype=torch.int32, device=device)
+        operand[:, ::3] = 2**31 - 1
+        operand[:, ::7] = 0x7F80FF01
+        expected = torch.empty((rows, out), dtype=torch.int32, device=device)
+        seconds = {"float64": _seconds(float64, operand, weight, expected, math.inf)}
+        for name in ("int8", "int32") if rows < _MANY else ("int8",):
+            result = torch.zeros_like(expected)
+            taken = _seconds(WAYS[name], operand, wide if name == "int32" else weight, result, min(seconds.values()))
+            if torch.equal(result, expected):
+                seconds[name] = taken
+        best[rows] = min(seconds, key=seconds.__getitem__)
+    return best
+
+
+def _seconds(way: Way, operand: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, rival: float) -> float:
+    """The least seconds of some calls of ``way``; infinity where it can't be had here. ``rival``: those of another."""
+    taken = math.inf
+    for call in range(1 + _PROBE_TIMES):
+        started = time.perf_counter()
+        try:
+            way(operand, weight, (result,))
+            if operand.is_cuda:
+                torch.cuda.synchronize(operand.device)
+        except (RuntimeError, NotImplementedError):
+            return math.inf
+        spent = time.perf_counter() - started
+        if call:  # the first one also prepares what is kept
+            taken = min(taken, spent)
+        elif spent > _HOPELESS * max(rival, 1e-3):
+            return spent
+    return taken

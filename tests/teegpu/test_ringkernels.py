@@ -1,0 +1,146 @@
+"""Each way of multiplying in the ring against whole numbers of any size, and the choice among them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from teegpu import ringkernels
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+WAYS = [("float64", "cpu"), ("int8", "cpu"), ("int32", "cpu"), ("float64", CUDA), ("int8", CUDA)]
+EXTREMES = (-(2**31), 2**31 - 1, -1, 0, 1, 127, 128, -128, -129, 0x7F7F7F7F, 0x7F80FF01, -0x7F7F7F80, -0x80, 0x8000)
+"""Of an operand; among them every limb at both of its ends, and what carries from one limb to the next."""
+
+each_way = pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        pytest.param(name, device, marks=[] if device == "cpu" else [pytest.mark.gpu])
+        for name, device in (
+            *(("float64", "cpu"), ("int8", "cpu"), ("int32", "cpu")),
+            *(("float64", "cuda"), ("int8", "cuda")),
+        )
+    ],
+)
+
+
+def exact(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    wide = operand.numpy().astype(object) @ weight.numpy().astype(object).T
+    return torch.from_numpy((wide % 2**32).astype(np.uint32).view(np.int32))
+
+
+def product(name: str, device: str, operand: torch.Tensor, weight: torch.Tensor, *sizes: int) -> torch.Tensor:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
+    on_device = ringkernels.padded(weight.to(device)) if device == "cuda" and name == "int8" else weight.to(device)
+    outputs = [
+        torch.full((operand.shape[0], n), 7, dtype=torch.int32, device=device) for n in sizes or (weight.shape[0],)
+    ]
+    ringkernels.WAYS[name](operand.to(device), on_device, outputs)
+    return torch.cat(outputs, -1).cpu()
+
+
+def random(rows: int, columns: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    ends = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randint(ends.min, ends.max + 1, (rows, columns), generator=generator).to(dtype)
+
+
+@each_way
+@pytest.mark.parametrize("rows", [1, 5, 17, 256])
+@pytest.mark.parametrize("shape", [(16, 32), (17, 70), (1, 1)])
+def test_random_values(name: str, device: str, rows: int, shape: tuple[int, int]) -> None:
+    operand, weight = random(rows, shape[1]), random(*shape, torch.int8)
+    assert torch.equal(product(name, device, operand, weight), exact(operand, weight))
+
+
+@each_way
+def test_extremes_of_every_limb(name: str, device: str) -> None:
+    values = torch.tensor(EXTREMES, dtype=torch.int64).to(torch.int32)
+    weights = torch.tensor([[-128], [-127], [-1], [0], [1], [127]], dtype=torch.int8)
+    assert torch.equal(product(name, device, values[:, None], weights), exact(values[:, None], weights))
+    # and each summed over a row
+    operand, weight = values[:, None].repeat(1, 100), weights.repeat(1, 100)
+    assert torch.equal(product(name, device, operand, weight), exact(operand, weight))
+
+
+@each_way
+@pytest.mark.parametrize("columns", [8192, 8193, 65536 + 3])
+def test_rows_of_extremes_do_not_round(name: str, device: str, columns: int) -> None:
+    """The largest sums that there are, at the border from which on columns are cut, and beyond."""
+    weight = torch.full((4, columns), 127, dtype=torch.int8)
+    weight[1], weight[2] = -127, -128
+    weight[3, ::2] = -128
+    operand = torch.full((2, columns), -(2**31), dtype=torch.int32)
+    operand[0, 0] = operand[1, 1::2] = 2**31 - 1
+    found = product(name, device, operand, weight)
+    for row, column in np.ndindex(2, 4):
+        wide = operand[row].to(torch.int64) * weight[column].to(torch.int64)
+        assert int(found[row, column]) % 2**32 == int(wide.sum()) % 2**32  # below 2**63
+
+
+@each_way
+def test_blocks_of_all_kinds_fit_together(monkeypatch: pytest.MonkeyPatch, name: str, device: str) -> None:
+    for setting in ("BLOCK_ROWS", "EXACT_COLUMNS"):
+        monkeypatch.setattr(ringkernels, setting, 7)
+    for setting in ("BLOCK_OUTPUTS", "INT8_COLUMNS"):
+        monkeypatch.setattr(ringkernels, setting, 32)
+    monkeypatch.setattr(ringkernels, "BLOCK_WEIGHTS", 70 * 16)
+    operand, weight = random(20, 70), random(50, 70, torch.int8)
+    expected = exact(operand, weight)
+    for sizes in ((50,), (16, 34), (1, 1, 48), (15, 17, 18), (40, 10)):
+        assert torch.equal(product(name, device, operand, weight, *sizes), expected)
+
+
+def test_a_matrix_is_padded_with_zeros() -> None:
+    weight = random(17, 30, torch.int8)
+    found = ringkernels.padded(weight)
+    assert found.shape == (32, 32)
+    assert torch.equal(found[:17, :30], weight)
+    assert not found[17:].any()
+    assert not found[:, 30:].any()
+    whole = random(16, 48, torch.int8)
+    assert ringkernels.padded(whole) is whole
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_the_choice_is_exact_and_measured_once(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    found = ringkernels.measured(where)
+    assert set(found) == {1, 8, 64}
+    assert set(found.values()) <= set(ringkernels.WAYS)
+    assert found[64] != "int32"
+    monkeypatch.setattr(ringkernels, "_seconds", lambda *_: pytest.fail("measured again"))
+    assert [ringkernels.quickest(rows, where) for rows in (1, 7, 8, 63, 64, 5000)] == [
+        found[rows] for rows in (1, 1, 8, 8, 64, 64)
+    ]
+
+
+@pytest.mark.parametrize("fault", ["wrong", "missing"])
+def test_a_way_that_is_not_exact_or_not_there_is_out(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    calls = []
+
+    def quick(operand: torch.Tensor, weight: torch.Tensor, outputs: list[torch.Tensor]) -> None:
+        calls.append(operand.shape[0])
+        if fault == "missing":
+            raise RuntimeError("not implemented for 'Int'")
+        outputs[0].fill_(1)
+
+    monkeypatch.setattr(ringkernels, "_PROBE", (32, 32))
+    monkeypatch.setitem(ringkernels.WAYS, "int8", quick)
+    monkeypatch.setitem(ringkernels.WAYS, "int32", quick)
+    ringkernels._measured.cache_clear()
+    try:
+        assert set(ringkernels.measured(torch.device("cpu")).values()) == {"float64"}
+        assert set(calls) == {1, 8, 64}
+    finally:
+        ringkernels._measured.cache_clear()
+
+
+def test_what_is_needed_on_the_way_is_bounded() -> None:
+    few, many = ringkernels.scratch_bytes(1, 64, 64), ringkernels.scratch_bytes(1024, 64, 64)
+    assert few < many == ringkernels.scratch_bytes(10**6, 64, 64)
+    assert ringkernels.scratch_bytes(10**6, 8192, 10**6) < 2**28 + 2**25
