@@ -99,17 +99,20 @@ class RingMatrix:
 
     def product(self, operand: torch.Tensor) -> torch.Tensor:
         """``operand @ weight.T`` modulo 2**32: int32 (rows, in) → int32 (rows, out)."""
-        return self.products(operand, (self.shape[0],))[0]
+        return self.products(operand, (self.shape[0],)).view(operand.shape[0], -1)
 
-    def products(self, operand: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """As ``product``, each next ``sizes`` rows of the weight in a tensor of its own."""
-        outputs = [torch.empty((operand.shape[0], n), dtype=torch.int32, device=operand.device) for n in sizes]
-        way = ringkernels.quickest(operand.shape[0], operand.device)
+    def products(self, operand: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """As ``product``, cut after each of ``sizes`` rows of the weight: int32 (rows · out,) with (rows, size) of the
+        first part, then those of the next."""
+        rows = operand.shape[0]
+        flat = torch.empty(rows * sum(sizes), dtype=torch.int32, device=operand.device)
+        outputs = [part.view(rows, n) for part, n in zip(flat.split([rows * n for n in sizes]), sizes, strict=True)]
+        way = ringkernels.quickest(rows, operand.device)
         first, second = (self._wide, self._narrow) if way == "int32" else (self._narrow, self._wide)
         weight = second if first is None else first
         if weight is not None:
             ringkernels.WAYS[way](operand, weight, outputs)
-        return outputs
+        return flat
 
     def rows(self, start: int, stop: int) -> RingMatrix:
         """Rows ``start`` to ``stop`` of the weight, as a matrix that shares their memory wherever it can."""

@@ -238,6 +238,7 @@ def load_line(health: HealthReport) -> str:
         f"{flight} in hand, {health.waiting_requests:,} of them waiting ({human_bytes(health.waiting_bytes)})",
         f"{health.requests_served:,} served, {health.refused:,} refused",
         f"{human_bytes(health.rss_bytes)} of memory, weights {human_bytes(health.weight_bytes)}",
+        *([f"int8 weights {human_bytes(health.ring_bytes)}"] if health.ring_bytes else []),
     ]
     if health.draining:
         parts.insert(0, "it is being stopped")

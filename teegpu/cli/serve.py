@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from teegpu.config import Config
+    from teegpu.gpu.ringweights import RingWeights
     from teegpu.gpu.server import GpuServer, Identity
 
 log = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) ->
                 sys.stdout.write(json.dumps({"address": transport.address}) + "\n")
                 sys.stdout.flush()
             else:
-                _banner(settings, console, transport.address, identity)
+                _banner(settings, console, transport.address, identity, executor.ring)
             server.serve()
     if not embedded:
         count = server.requests_served
@@ -334,7 +335,7 @@ def _part(identity: Identity) -> list[str]:
     return [f"layers {first}-{last} of {every}"]
 
 
-def _banner(settings: Config, console: Console, address: str, identity: Identity) -> None:
+def _banner(settings: Config, console: Console, address: str, identity: Identity, ring: RingWeights | None) -> None:
     from teegpu.units import human_bytes
     from teegpu.wire.messages import PROTOCOL_VERSION
 
@@ -348,6 +349,8 @@ def _banner(settings: Config, console: Console, address: str, identity: Identity
             "dtype": identity.dtype,
             "layers": list(identity.layers or (0, identity.spec.layers - 1)),
             "weight_bytes": identity.memory_bytes,
+            "ring_bytes": 0 if ring is None else ring.nbytes,
+            "shield": settings.server.shield,
             "threads": identity.threads,
             "protocol": PROTOCOL_VERSION,
         }
@@ -359,6 +362,7 @@ def _banner(settings: Config, console: Console, address: str, identity: Identity
         f"device {identity.device}",
         identity.dtype,
         f"{human_bytes(identity.memory_bytes)} of weights",
+        *([f"{human_bytes(ring.nbytes)} of int8 weights"] if ring is not None and ring.made else []),
         f"{identity.threads} CPU thread{'s' * (identity.threads != 1)}",
         *_part(identity),
         f"protocol {PROTOCOL_VERSION}",

@@ -21,6 +21,7 @@ from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.kernels import Matrix, convert
 from teegpu.ring import Operand, RingMatrix, Seed
+from teegpu.ringkernels import scratch_bytes
 from teegpu.wire.dtypes import nbytes
 from teegpu.wire.layout import FrameLayout, Layout, Row, layout_of
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_BYTES, REMEMBERED_STEPS, Limits
@@ -30,9 +31,6 @@ _REPLY_HEADER_BYTES = 8 * 1024
 _PRODUCTS = frozenset({"linear", RING})
 
 _NOT_OFFERED = "this server does not compute shielded products: its server.shield is off"
-_RING_BYTES = 4 + 20
-"""Per value of a register in the ring: the value, and its copy in float64 and what is wrapped of it."""
-
 _QUANTISING_BYTES = 12
 """Per value at most, while an output is brought into int8: it is there in fp32, padded, and divided by its scales."""
 
@@ -41,7 +39,8 @@ _QUANTISING_BYTES = 12
 class Kernel:
     """One product or sum: ``steps`` is one step, or the neighbouring linear steps that run as one matrix product.
 
-    ``whole`` is the register in which that product is left as it is; empty: it is cut into the steps' own."""
+    ``whole`` is the register in which that product is left as it is; empty: it is cut into the steps' own. In the ring
+    it is (1, values): one step's after the other's."""
 
     steps: tuple[Step, ...]
     matrix: Matrix | RingMatrix | None
@@ -111,8 +110,9 @@ class Executor:
         Raises ``ShapeError``.
         """
         start = self._clock()
+        self._check_kinds(program, inputs)
         compiled = self._compile(program, inputs, encodings)
-        self._check_inputs(program, inputs)
+        self._check_ids(program, inputs)
         tensors = {name: _expanded(operand) for name, operand in inputs.items()}
         prepared = self._clock()
         try:
@@ -159,7 +159,15 @@ class Executor:
         step = kernel.steps[0]
         source = registers[step.inputs[0]]
         weight = kernel.weight
-        if kernel.matrix is not None:
+        if isinstance(kernel.matrix, RingMatrix):
+            flat = kernel.matrix.products(source, kernel.sizes)
+            if kernel.whole:
+                registers[kernel.whole] = flat.unsqueeze(0)
+            else:
+                parts = flat.split([source.shape[0] * n for n in kernel.sizes])
+                for each, part in zip(kernel.steps, parts, strict=True):
+                    registers[each.output] = part.view(source.shape[0], -1)
+        elif kernel.matrix is not None:
             product = kernel.matrix.product(source)
             if kernel.whole:
                 registers[kernel.whole] = product
@@ -180,7 +188,7 @@ class Executor:
         if self.ring is None:
             raise ShapeError("not-offered", _NOT_OFFERED)
         if not self.ring.made:
-            self._ring_bytes = self.ring.nbytes
+            self._ring_bytes = self.ring.most_bytes
             self._tell(0)
             self.ring.make()
         return self.ring
@@ -207,10 +215,12 @@ class Executor:
         given = {name: tuple(inputs[name].shape) for name in program.inputs}
         shapes = infer_shapes(program, given, self._weight_shape)
         reply = sum(nbytes(shapes[name], encodings[name]) for name in program.outputs)
-        itemsize = _RING_BYTES if program.in_ring else self.weights.dtype.itemsize
+        itemsize = torch.int32.itemsize if program.in_ring else self.weights.dtype.itemsize
         needed = sum(math.prod(shape) for shape in shapes.values()) * itemsize + reply
+        if program.in_ring:
+            needed += _ring_scratch_bytes(program, shapes)
         layout = layout_of(tuple(Row(name, shapes[name], encodings[name]) for name in program.outputs))
-        needed += max(self._narrowing_bytes(frame) for frame in layout.frames)
+        needed += max(self._narrowing_bytes(frame, itemsize) for frame in layout.frames)
         if needed > self.limits.working_bytes:
             raise ShapeError(
                 "too-large",
@@ -229,9 +239,10 @@ class Executor:
         kernels = tuple(self._kernels(program, shapes, layout))
         return Compiled(kernels, layout, tuple(_sources(frame, kernels) for frame in layout.frames))
 
-    def _narrowing_bytes(self, frame: FrameLayout) -> int:
-        """What is taken for a moment to bring outputs into ``frame``, beyond the frame itself."""
-        joined = sum(frame.sizes) * self.weights.dtype.itemsize if frame.seamless and len(frame.sizes) > 1 else 0
+    def _narrowing_bytes(self, frame: FrameLayout, itemsize: int) -> int:
+        """What is taken for a moment to bring outputs of ``itemsize`` bytes a value into ``frame``, beyond the frame
+        itself."""
+        joined = sum(frame.sizes) * itemsize if frame.seamless and len(frame.sizes) > 1 else 0
         if frame.encoding != "int8":
             return joined
         return joined + _QUANTISING_BYTES * (sum(frame.sizes) if frame.seamless else max(frame.sizes))
@@ -256,24 +267,24 @@ class Executor:
             )
         return shape
 
-    def _check_inputs(self, program: Program, inputs: Mapping[str, Operand]) -> None:
-        """What shapes do not tell. Done on the CPU, before anything is on the device."""
+    def _check_kinds(self, program: Program, inputs: Mapping[str, Operand]) -> None:
+        """That each input is of the kind that its program reads: first of all, since it costs nothing."""
         for name in program.inputs:
-            tensor = inputs[name]
+            operand = inputs[name]
             if program.in_ring:
-                if not isinstance(tensor, Seed) and tensor.dtype != torch.int32:
-                    raise ShapeError("bad-shape", f"register {name!r} is in the ring, but came as {tensor.dtype}")
-                continue
-            if isinstance(tensor, Seed):
+                if not isinstance(operand, Seed) and operand.dtype != torch.int32:
+                    raise ShapeError("bad-shape", f"register {name!r} is in the ring, but came as {operand.dtype}")
+            elif isinstance(operand, Seed):
                 raise ShapeError("bad-shape", f"register {name!r} came as a seed, which only programs in the ring take")
-            if name not in program.id_registers:
-                if not tensor.dtype.is_floating_point:
-                    raise ShapeError("bad-shape", f"register {name!r} is values, but came as {tensor.dtype}")
-                continue
-            if tensor.dtype.is_floating_point:
-                raise ShapeError("bad-shape", f"register {name!r} is token ids, but came as {tensor.dtype}")
+            elif operand.dtype.is_floating_point == (name in program.id_registers):
+                what = "token ids" if name in program.id_registers else "values"
+                raise ShapeError("bad-shape", f"register {name!r} is {what}, but came as {operand.dtype}")
+
+    def _check_ids(self, program: Program, inputs: Mapping[str, Operand]) -> None:
+        """What shapes do not tell. Done on the CPU, before anything is on the device."""
+        for name in program.id_registers:
             vocabulary = self.weights.tensor("embed_tokens").shape[0]
-            low, high = torch.aminmax(tensor)
+            low, high = torch.aminmax(_expanded(inputs[name]))
             if int(low) < 0 or int(high) >= vocabulary:
                 raise ShapeError("bad-shape", f"a token id is outside of the vocabulary of {vocabulary}")
 
@@ -293,7 +304,8 @@ class Executor:
             del steps[: len(run)]
             outputs = tuple(step.output for step in run)
             read = {name for step in steps for name in step.inputs}
-            whole = outputs[0] if len(run) == 1 or (read.isdisjoint(outputs) and _contiguous(outputs, layout)) else ""
+            alone = len(run) == 1 and not program.in_ring
+            whole = outputs[0] if alone or (read.isdisjoint(outputs) and _contiguous(outputs, layout)) else ""
             kernels.append(Kernel(tuple(run), matrix, weight, sizes, report_name(run[0]), whole))
         return kernels
 
@@ -301,14 +313,25 @@ class Executor:
         """The matrix of ``steps``, products of one kind, or None where they have none in common."""
         names = [step.weight for step in steps]
         if steps[0].op == RING:
-            return self.make_ring().matrix(*names)
+            known = self.ring is not None and all(map(self.ring.holds, names))
+            return self.make_ring().matrix(*names) if known else None
         return self.weights.matrix(*names)
+
+
+def _ring_scratch_bytes(program: Program, shapes: Mapping[str, Shape]) -> int:
+    """What a product of ``program``, which is in the ring, takes for a moment beside its registers, at most."""
+    most = 0
+    for source in {step.inputs[0] for step in program.steps}:
+        outputs = sum(shapes[step.output][1] for step in program.steps if step.inputs[0] == source)
+        rows, columns = shapes[source]
+        most = max(most, scratch_bytes(rows, columns, outputs))
+    return most
 
 
 def _contiguous(outputs: tuple[str, ...], layout: Layout) -> bool:
     """Whether ``outputs``, side by side as one product, are also one after the other in a frame of ``layout``."""
     return any(
-        frame.seamless and frame.registers[place : place + len(outputs)] == outputs
+        (frame.seamless or frame.encoding == "int32") and frame.registers[place : place + len(outputs)] == outputs
         for frame in layout.frames
         for place in range(len(frame.registers))
     )

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 import torch
 
-from teegpu import ring
+from teegpu import machine, ring
 from teegpu.gpu.weights import GROUPS
 from teegpu.model.spec import ModelSpec
 
@@ -23,6 +23,10 @@ log = logging.getLogger("teegpu.gpu")
 
 _BLOCK_VALUES: Final = 2**22
 """Values that are quantised at once: a whole lm_head in fp32 would take gigabytes."""
+
+
+_ROOMY_BYTES: Final = 5
+"""Per value of a ``ring.RingMatrix`` that may take room, at most."""
 
 
 class Store(Protocol):
@@ -34,7 +38,9 @@ class Store(Protocol):
 class RingWeights:
     """The matrices that are placed with ``layers`` (the first and the last one), on ``device``.
 
-    ``open_store`` opens the model's files, once, when the matrices are made.
+    ``open_store`` opens the model's files, once, when the matrices are made. On a CPU a matrix takes 4 bytes per value
+    where that makes products of few rows quicker and memory allows it (all together at most half of what is free),
+    else 1.
     """
 
     def __init__(
@@ -58,8 +64,14 @@ class RingWeights:
         ]
         if last == spec.layers - 1:
             self._groups.append(("lm_head",))
+        self._names = frozenset(name for group in self._groups for name in group)
+        self._values = sum(math.prod(spec.weights[name]) for name in self._names)
         self._matrices: dict[tuple[str, ...], ring.RingMatrix] = {}
         self._places: dict[str, tuple[ring.RingMatrix, int]] = {}
+
+    def holds(self, name: str) -> bool:
+        """Whether ``name`` is one of the matrices, made or not."""
+        return name in self._names
 
     @property
     def made(self) -> bool:
@@ -67,10 +79,18 @@ class RingWeights:
 
     @property
     def nbytes(self) -> int:
-        """The memory that the matrices take; while they are not made, that they will take."""
-        if self.made:
-            return sum(self._matrices[group].nbytes for group in self._groups)
-        return sum(math.prod(self._spec.weights[name]) for group in self._groups for name in group)
+        """The memory that the matrices take; 0 while they are not made."""
+        return sum(self._matrices[group].nbytes for group in self._groups) if self.made else 0
+
+    @property
+    def most_bytes(self) -> int:
+        """The most that they will take."""
+        return self._values * (_ROOMY_BYTES if self._roomy else 1)
+
+    @property
+    def _roomy(self) -> bool:
+        free = machine.available_bytes()
+        return self._device.type == "cpu" and free is not None and 2 * _ROOMY_BYTES * self._values <= free
 
     def make(self, progress: Callable[[float], None] = lambda _: None) -> None:
         """Reads and quantises all matrices, unless that is done. ``progress`` is called with the share, 0 to 1. Raises
@@ -78,17 +98,18 @@ class RingWeights:
         if self.made:
             return
         started = time.perf_counter()
+        roomy = self._roomy
         digests: dict[str, bytes] = {}
         with self._open_store() as store:
             for done, group in enumerate(self._groups, start=1):
-                self._make_group(store, group, digests)
+                self._make_group(store, group, roomy, digests)
                 progress(done / len(self._groups))
         self.digest = ring.combined((name, digests[name]) for name in self._spec.weights if name in digests)
         seconds = time.perf_counter() - started
         about = {"event": "ring-weights", "bytes": self.nbytes, "seconds": round(seconds, 3)}
         log.info("int8 weights for shielded products made in %.1f s: %d MiB", seconds, self.nbytes >> 20, extra=about)
 
-    def _make_group(self, store: Store, group: tuple[str, ...], digests: dict[str, bytes]) -> None:
+    def _make_group(self, store: Store, group: tuple[str, ...], roomy: bool, digests: dict[str, bytes]) -> None:
         shapes = [self._spec.weights[name] for name in group]
         whole = torch.empty((sum(shape[0] for shape in shapes), shapes[0][1]), dtype=torch.int8)
         start = 0
@@ -102,7 +123,7 @@ class RingWeights:
                 part[block], scale[block] = ring.quantise(values[block])
             digests[name] = ring.digest(part, scale)
             start += shape[0]
-        matrix = self._matrices[group] = ring.RingMatrix(whole.to(self._device))
+        matrix = self._matrices[group] = ring.RingMatrix(whole.to(self._device), roomy=roomy)
         start = 0
         for name, shape in zip(group, shapes, strict=True):
             self._places[name] = (matrix, start)

@@ -187,6 +187,7 @@ class GpuServer:
             busy_share=self._busy.share(now_ns),
             rss_bytes=machine.resident_bytes(),
             weight_bytes=me.memory_bytes,
+            ring_bytes=0 if self._executor.ring is None else self._executor.ring.nbytes,
             draining=self._stopping,
         )
 
@@ -287,14 +288,17 @@ def load(
     ``ConfigError`` for a device or dtype that can't be."""
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    weights = DeviceWeights(store, spec, device=where, dtype=kind, layers=layers, progress=progress)
+    told, part = progress or (lambda _: None), 0.5 if shield == "on" else 1.0
+    weights = DeviceWeights(
+        store, spec, device=where, dtype=kind, layers=layers, progress=lambda share: told(part * share)
+    )
     label = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
     identity = Identity(
         spec, store.digest(), label, dtype_name(kind), torch.get_num_threads(), weights.nbytes, weights.layers
     )
     ring = None if shield == "off" else RingWeights(store.reopen, spec, device=where, layers=weights.layers)
     if ring is not None and shield == "on":
-        ring.make()
+        ring.make(lambda share: told(part + part * share))
     return Executor(weights, limits, ring=ring), identity
 
 

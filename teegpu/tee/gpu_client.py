@@ -362,7 +362,7 @@ class GpuClient:
         outputs: dict[str, torch.Tensor] = {}
         for frame, received in zip(expected.frames, result.values, strict=True):
             if frame.encoding == "int32":  # in the ring, where every one is a value
-                outputs[frame.registers[0]] = received.view(frame.shapes[0])
+                outputs.update(zip(frame.registers, frame.split(received), strict=True))
                 continue
             values = received.to(torch.float32)
             # One pass: infinities and NaNs survive a sum. (int8 has none: its scales were checked when it was decoded.)

@@ -378,7 +378,7 @@ def _welcome(request_id: int, body: object) -> Welcome:
 _REPORT_TEXTS = ("software", "instance", "model", "digest", "device", "dtype")
 _REPORT_COUNTS = (
     *("clients", "connections", "requests_served", "refused", "in_flight"),
-    *("waiting_requests", "waiting_bytes", "rss_bytes", "weight_bytes"),
+    *("waiting_requests", "waiting_bytes", "rss_bytes", "weight_bytes", "ring_bytes"),
 )
 _REPORT_NUMBERS = ("uptime_seconds", "busy_share")
 

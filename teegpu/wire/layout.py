@@ -2,9 +2,9 @@
 
 Neighbouring rows of a tensor table that have one narrow wire dtype (fp16, bf16, int8) share a frame, one tensor after
 the other; in int8 all values come before all scales. They have to be converted in any case, so they are converted into
-one piece of memory, and the receiver converts and checks them at once. fp32 and int32 travel as they lie in memory, in
-a frame of their own. The rule needs the table alone, so nothing else says what a frame holds, and every byte of it
-belongs to one tensor.
+one piece of memory, and the receiver converts and checks them at once. So do those in int32, of which the server makes
+several in one piece of memory. fp32 travels as it lies in memory, and a seed as it is, in a frame of its own. The rule
+needs the table alone, so nothing else says what a frame holds, and every byte of it belongs to one tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from teegpu.wire import dtypes
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_TENSORS
 
-SHARED: Final = frozenset({"fp16", "bf16", "int8"})
+SHARED: Final = frozenset({"fp16", "bf16", "int8", "int32"})
 """Wire dtypes whose neighbours share a frame."""
 
 

@@ -74,7 +74,8 @@ class HealthReport:
     ``requests_served`` and ``refused`` count since the start. ``in_flight`` requests were taken and not answered yet;
     ``waiting_requests`` of them, with ``waiting_bytes``, wait for their turn. ``busy_share`` is the part of the last 10
     seconds, 0 to 1, in which it worked on requests. ``rss_bytes`` is its resident memory, ``weight_bytes`` that of the
-    weights. ``draining``: it ends, and takes no more requests.
+    weights, ``ring_bytes`` that of their int8 copies for products in the ring (0 while there are none). ``draining``:
+    it ends, and takes no more requests.
     """
 
     request_id: int
@@ -96,6 +97,7 @@ class HealthReport:
     busy_share: float
     rss_bytes: int
     weight_bytes: int
+    ring_bytes: int
     draining: bool
 
 

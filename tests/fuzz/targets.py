@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
+from itertools import count
 from typing import Any
 
 import msgpack
@@ -20,7 +21,7 @@ from teegpu.tee.products import Call, drive
 from teegpu.wire import codec, dtypes
 from teegpu.wire.layout import SHARED
 from teegpu.wire.messages import PROTOCOL_VERSION, Health, HealthReport, Hello, Refusal, Result, Welcome
-from teegpu.wire.program import OPS
+from teegpu.wire.program import OPS, RING
 from tests.fuzz.world import (
     LIMITS,
     WIRE_DTYPES,
@@ -90,7 +91,7 @@ class _Runner:
         if self.uses % 2000 == 0:
             self.renew()
         client = self.clients[wire_dtype]
-        client._next_id = 0  # each reply is to the first request
+        client._ids = count(1)  # each reply is to the first request
         try:
             return drive(client.run(call))
         finally:
@@ -118,7 +119,7 @@ def reply(data: bytes) -> str:
     assert tuple(outputs) == call.program.outputs
     shapes = {row.register: row.shape for row in runner.clients[0]._asked(call).layout.rows}
     for name, value in outputs.items():
-        assert value.dtype == torch.float32
+        assert value.dtype == (torch.int32 if call.program.in_ring else torch.float32)
         assert tuple(value.shape) == shapes[name]
         assert torch.isfinite(value).all()
     return "taken"
@@ -177,9 +178,10 @@ def program(data: bytes) -> str:
     rows: list[list[Any]] = []
     frames: list[bytes] = []
     ids = {step[2][0] for step in code[1] if step[0] == "embedding" and step[2]}
+    in_ring = any(step[0] == RING for step in code[1])
     for name in code[0]:
         shape = shapes.get(name, [1, 1])
-        encoding = "int32" if name in ids else source.pick(WIRE_DTYPES)
+        encoding = "int32" if name in ids else source.pick(("int32", "seed") if in_ring else WIRE_DTYPES)
         if source.seldom():
             encoding = source.pick(dtypes.NAMES)
         shares = bool(rows) and rows[-1][2] == encoding and encoding in SHARED and not source.seldom()
@@ -188,7 +190,7 @@ def program(data: bytes) -> str:
         pattern = source.take(8) if encoding != "int32" else b"\1\0\0\0"
         data = (pattern * (min(length, 2**18) // len(pattern) + 1))[:length]
         frames[len(frames) - shares :] = [frames[-1] + data] if shares else [data]
-    replies = [source.pick(WIRE_DTYPES) for _ in code[2]]
+    replies = [source.pick(("int32",) if in_ring and not source.seldom() else WIRE_DTYPES) for _ in code[2]]
     header = [PROTOCOL_VERSION, "execute", source.below(2**16), msgpack.packb(code), replies, msgpack.packb(rows)]
     return _answered([msgpack.packb(header), *frames])
 

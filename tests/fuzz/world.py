@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ from typing import Any, TypeVar
 import torch
 
 from teegpu.gpu.executor import Executor
+from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.server import GpuServer, Identity
 from teegpu.gpu.weights import DeviceWeights
+from teegpu.ring import SEED_BYTES, Seed
 from teegpu.tee.plans import CONTEXT, EMBED, LM_HEAD, PLANS, SCORES, programs
 from teegpu.tee.products import Call
 from teegpu.wire.limits import Limits
+from teegpu.wire.program import Program, ring_linear, single
 from tests.teegpu.gpu.conftest import SPEC, MemoryStore
 from transports.base import Client, Incoming, Message, Reply, ServerLoad
 
@@ -23,13 +27,19 @@ T = TypeVar("T")
 LIMITS = Limits(message_bytes=2**20, tensors=8, dimension=4096, program_steps=16, working_bytes=8 * 2**20)
 WIRE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 TOKENS = 3
+RING_QKV = Program(
+    ("n",), tuple(ring_linear(name, f"layers.0.{name}_proj", "n") for name in ("q", "k", "v")), ("q", "k", "v")
+)
 
 
 def make_server() -> GpuServer:
     weights = DeviceWeights(MemoryStore(SPEC), SPEC, device=torch.device("cpu"), dtype=torch.float32)
     identity = Identity(SPEC, "ab" * 32, "cpu", "fp32", 1, weights.nbytes)
     transport: Any = SimpleNamespace(user_bytes=0, load=ServerLoad())  # it is asked directly
-    return GpuServer(transport, Executor(weights, LIMITS), identity, LIMITS)
+    ring = RingWeights(
+        lambda: contextlib.nullcontext(MemoryStore(SPEC)), SPEC, device=weights.device, layers=weights.layers
+    )
+    return GpuServer(transport, Executor(weights, LIMITS, ring=ring), identity, LIMITS)
 
 
 def make_calls() -> list[Call]:
@@ -50,6 +60,9 @@ def make_calls() -> list[Call]:
         Call(EMBED, {"ids": torch.arange(TOKENS)}),
         Call(SCORES, {"q": attention[0], "k": attention[1]}, 0),
         Call(CONTEXT, {"p": torch.randn(SPEC.heads, TOKENS, TOKENS), "v": attention[1]}, 0),
+        Call(RING_QKV, {"n": torch.arange(TOKENS * hidden, dtype=torch.int32).view(TOKENS, hidden) - 7}, 0),
+        Call(RING_QKV, {"n": Seed(bytes(SEED_BYTES), (TOKENS, hidden))}, 0),
+        Call(single(["n"], ring_linear("logits", "lm_head", "n")), {"n": Seed(bytes(SEED_BYTES), (1, hidden))}),
     ]
 
 

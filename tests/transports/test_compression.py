@@ -241,6 +241,16 @@ def test_settings_that_cannot_be(wrong: dict) -> None:
         Compressor(**{"level": 1, "min_bytes": 0, **wrong})
 
 
+def test_what_is_random_goes_raw_and_is_not_sampled() -> None:
+    data = activations()
+    ours = compressor(MB)
+    frames, codecs, itemsizes, done = ours.compress([data], [FrameKind("x/int32", 4, random=True)])
+    assert frames[0] is data
+    assert (codecs, itemsizes, done.tried_bytes) == ([RAW], [1], 0)
+    kind = ours.stats.kinds["x/int32"]
+    assert (kind.frames, kind.frames_sampled, kind.reason) == (1, 0, "its bytes are random")
+
+
 def test_a_slow_link_compresses_and_a_fast_one_does_not() -> None:
     data = activations()
     # By the injected clock, 64 KiB take 0.2 ms both ways: 3 ms per MB. Saving 15 % pays below some 50 MB/s.

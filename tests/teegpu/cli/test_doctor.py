@@ -58,6 +58,7 @@ HEALTH = HealthReport(
     busy_share=0.125,
     rss_bytes=2**30,
     weight_bytes=2**28,
+    ring_bytes=0,
     draining=False,
 )
 ANSWER = health.Probe(WELCOME, HEALTH, 0.00123)

@@ -61,6 +61,7 @@ HEALTH = HealthReport(
     busy_share=0.75,
     rss_bytes=2**30,
     weight_bytes=2**29,
+    ring_bytes=2**27,
     draining=True,
 )
 TIMES = ServerTimes(0.25, 0.5, 1.0, 0.125, {"LINEAR": (3, 0.75), "LM_HEAD": (1, 0.25)})
