@@ -147,11 +147,13 @@ def _limbs(operand: torch.Tensor, columns: int) -> torch.Tensor:
 
 # Which is quickest
 
-_PROBED_ROWS: Final = (1, 8, 64)
+_PROBES: Final = {1: 1024, 8: 1024, 64: 512}
+"""Numbers of rows that are tried, and the rows and columns of the matrix: enough of them that the work counts and not
+the calls, and few enough that the slowest way is soon done."""
+_CUDA_PROBE: Final = 4096
 _MANY: Final = 64
 """Rows from which on ``int32`` is not tried: it goes through the matrix without thought for the caches, and on a larger
 one than is tried here it takes ten times as long as ``float64``."""
-_PROBE: Final = (512, 512)
 _PROBE_TIMES: Final = 3
 _HOPELESS: Final = 4.0
 """A way that takes this many times as long as another at its first call is not called again."""
@@ -160,7 +162,7 @@ _HOPELESS: Final = 4.0
 def quickest(rows: int, device: torch.device) -> str:
     """The name in ``WAYS`` of the quickest for this many rows on ``device``."""
     found = measured(device)
-    return found[max(probed for probed in _PROBED_ROWS if probed <= rows)]
+    return found[max(probed for probed in _PROBES if probed <= rows)]
 
 
 def measured(device: torch.device) -> dict[int, str]:
@@ -171,18 +173,18 @@ def measured(device: torch.device) -> dict[int, str]:
 
 @cache
 def _measured(device: torch.device, threads: int) -> dict[int, str]:  # noqa: ARG001
-    out, columns = _PROBE
-    # Extremes, so that what overflows on the way shows.
-    weight = torch.full((out, columns), 127, dtype=torch.int8, device=device)
-    weight[::2] = -127
-    weight[::3, ::5] = 1
-    wide = weight.to(torch.int32)
     best: dict[int, str] = {}
-    for rows in _PROBED_ROWS:
-        operand = torch.full((rows, columns), -(2**31), dtype=torch.int32, device=device)
+    for rows, probe in _PROBES.items():
+        size = _CUDA_PROBE if device.type == "cuda" else probe
+        # Extremes, so that what overflows on the way shows.
+        weight = torch.full((size, size), 127, dtype=torch.int8, device=device)
+        weight[::2] = -127
+        weight[::3, ::5] = 1
+        wide = weight.to(torch.int32)
+        operand = torch.full((rows, size), -(2**31), dtype=torch.int32, device=device)
         operand[:, ::3] = 2**31 - 1
         operand[:, ::7] = 0x7F80FF01
-        expected = torch.empty((rows, out), dtype=torch.int32, device=device)
+        expected = torch.empty((rows, size), dtype=torch.int32, device=device)
         seconds = {"float64": _seconds(float64, operand, weight, expected, math.inf)}
         for name in ("int8", "int32") if rows < _MANY else ("int8",):
             result = torch.zeros_like(expected)

@@ -129,7 +129,7 @@ def test_a_way_that_is_not_exact_or_not_there_is_out(monkeypatch: pytest.MonkeyP
             raise RuntimeError("not implemented for 'Int'")
         outputs[0].fill_(1)
 
-    monkeypatch.setattr(ringkernels, "_PROBE", (32, 32))
+    monkeypatch.setattr(ringkernels, "_PROBES", {1: 32, 8: 32, 64: 32})
     monkeypatch.setitem(ringkernels.WAYS, "int8", quick)
     monkeypatch.setitem(ringkernels.WAYS, "int32", quick)
     ringkernels._measured.cache_clear()
