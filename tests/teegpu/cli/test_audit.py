@@ -90,3 +90,14 @@ def test_nothing_to_attack_where_all_is_computed_here(teegpu: Teegpu, model: Mod
     outcome = teegpu("audit", PROMPT, "--raw", "--model", model.path, "--plan", "local", "--expect-private")
     assert outcome.code == 0
     assert "No server got anything." in outcome.out
+
+
+@pytest.mark.extra
+def test_a_real_prompt_is_read_off_what_a_real_server_got(teegpu: Teegpu, smollm2: ModelFolder) -> None:
+    outcome = teegpu("audit", "--model", smollm2.path, "--prompt-tokens", "48", "--no-lies", "--json", "--quiet")
+    document = json.loads(outcome.out)
+    found = {(entry["attack"], entry["target"]): entry for entry in document["findings"]}
+    assert found["nearest embedding", "layer 0, input of Q, K, V"]["recovered_share"] > 0.9
+    assert found["likeliest token", "the logits, answered"]["recovered_share"] > 0.9
+    assert found["linear map", "layer 1, input"]["recovered_share"] > 0.3
+    assert found["linear map", "layer 15, input"]["verdict"] in ("leaks", "recovered")
