@@ -12,7 +12,7 @@
     ├── BadReplyError              7   the server answered something that can't be right
     ├── WireError                  7   bytes that are not a valid message (ours or theirs)
     ├── RecordError                8   a run's record that can't be found, read or written
-    ├── ThresholdError             9   a comparison that was to fail above a threshold, and is above it
+    ├── ThresholdError             9   a comparison above its threshold, an audit that is not as expected
     ├── ShieldError               10   privacy that can't be kept: pads used up, files or servers that must not be used
     └── VerificationError         11   a server's answer is not the product that it was asked for
 
