@@ -1,5 +1,5 @@
 """Predictions held against measurements: every case of saved benchmark documents, and whether ``auto`` would have
-chosen well. Pure but for reading files.
+chosen well. Pure but for reading files and ``packed_costs``.
 
 Takes documents of ``teegpu bench ladder`` and of ``teegpu bench plans``. What the model does not know is not predicted:
 rungs without KV or position cache, and transformers.
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+
+import msgpack
 
 from teegpu.bench import document as doc
 from teegpu.bench.predictions import LOSSY, SCHEMA
@@ -30,6 +33,8 @@ BENCHMARKS: Final = ("ladder", "plans")
 GOOD_ENOUGH: Final = 1.1
 """A choice is good where it took at most this times the best that was measured."""
 MEDIAN_GOAL: Final = 0.2
+PACKED_BYTES: Final = (1024, 8 * 2**20)
+PACKED_REPEATS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +179,26 @@ def verdicts(found: Sequence[Compared], model: CostModel, tokens: int, own_wire:
         yield Verdict(
             best.link, phase, chosen, min(own) if own else None, f"{best.plan} ({best.label})", best.measured_seconds
         )
+
+
+def packed_costs() -> tuple[float, float]:
+    """What the codec that the ladder begins with costs here, both sides together: seconds a message and a byte.
+
+    All frames of a message travel as one msgpack map there, with a copy at each step (``bench.rungs``)."""
+    times = []
+    for size in PACKED_BYTES:
+        frame = bytes(size)
+        least = float("inf")
+        for _ in range(PACKED_REPEATS):
+            began = time.perf_counter()
+            body = msgpack.packb({"frames": [bytes(memoryview(frame))]})
+            for part in msgpack.unpackb(body)["frames"]:
+                bytearray(part)
+            least = min(least, time.perf_counter() - began)
+        times.append(least)
+    (small, large), (first, second) = PACKED_BYTES, times
+    byte = max(0.0, (second - first) / (large - small))
+    return 2 * max(0.0, first - byte * small), byte
 
 
 def against(paths: Sequence[Path], packed: tuple[float, float]) -> dict[str, Any]:

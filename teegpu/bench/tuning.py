@@ -41,8 +41,11 @@ MOST_MATRICES_BYTES: Final = 1536 * 2**20
 LAYERS: Final = (3, 8)
 """At least and at most. Fewer than three have no layer that is neither the first nor the last."""
 
-SECONDS: Final = 40.0
-"""After so long only what was not measured at all goes on."""
+SECONDS: Final = 30.0
+"""After so long only what was not measured at all goes on, and after half of it nothing with many tokens begins."""
+
+FAR_SECONDS: Final = 0.002
+"""From this round trip on passes are slow, and what a cache holds matters little beside it: few layers are enough."""
 
 MANY_TOKENS: Final = 128
 PROMPT_TOKENS: Final = 512
@@ -101,13 +104,18 @@ class Tuning:
     def _measure(self, runner: Runner, notify: Notify) -> Profile:
         began = time.perf_counter()
         until = began + SECONDS
-        whole = shape_of(runner.spec)
-        calibration = runner.calibration(layers_of(whole))
         wire = runner.settings_of("fused").wire_dtype
+        look = runner.calibration(2)
+        look.run([Step("fused", wire, 1, repeats=2)])
+        far = look.observed.link().rtt_seconds > FAR_SECONDS
+        calibration = runner.calibration(LAYERS[0] if far else layers_of(shape_of(runner.spec)))
         most, weighs_local = runner.spec.max_positions, auto.local_fits(runner.spec)
         passes = 0
-        for part in _steps(wire, most, weighs_local):
-            passes += calibration.run(part, until=until)
+        single, chunks, long = _steps(wire, most, weighs_local)
+        passes += calibration.run(single, until=began + SECONDS / 3)
+        passes += calibration.run(chunks, until=until)
+        if time.perf_counter() < began + SECONDS / 2:
+            passes += calibration.run(long, until=until)
         seconds = _usual(calibration, f"runner/decode.{wire}")
         notify(Progress(1, 4, "tune", "passes", f"{passes} passes in {time.perf_counter() - began:.1f} s"))
         chooser = runner.chooser()
@@ -161,7 +169,7 @@ class Tuning:
         return replace(rates, slowdown=min(slow), overlap_seconds=statistics.median(added))
 
 
-def _steps(wire: str, most: int, local: bool) -> list[list[Step]]:
+def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], list[Step]]:
     """What to measure, in the order of its weight: single tokens, then many, then many more."""
     one, late = min(PROMPT_TOKENS, most - 1), min(1024, most - 1)
     many = min(MANY_TOKENS, most)
@@ -177,12 +185,12 @@ def _steps(wire: str, most: int, local: bool) -> list[list[Step]]:
     if local:
         single.append(Step("local", wire, 1, one, 8))
         chunks.append(Step("local", wire, many, 0, 3))
-    found = [single, chunks]
+    long: list[Step] = []
     if most >= PROMPT_TOKENS:
-        prompt = [Step("fused", wire, PROMPT_TOKENS, 0, 2), Step("fused", "fp32", PROMPT_TOKENS, 0, 2)]
-        prompt += [Step("local", wire, PROMPT_TOKENS, 0, 2)] if local else []
-        found.append([*prompt, Step("batched", "fp32", PROMPT_TOKENS, 0, 1)])
-    return found
+        long += [Step("fused", wire, PROMPT_TOKENS, 0, 2), Step("fused", "fp32", PROMPT_TOKENS, 0, 2)]
+        long += [Step("local", wire, PROMPT_TOKENS, 0, 2)] if local else []
+        long.append(Step("batched", "fp32", PROMPT_TOKENS, 0, 1))
+    return single, chunks, long
 
 
 def _usual(calibration: Calibration, place: str) -> float:

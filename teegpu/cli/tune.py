@@ -242,9 +242,9 @@ def _what_if(
 
 
 def _against(paths: list[Path]) -> dict[str, Any]:
-    from teegpu.bench.against import against
+    from teegpu.bench.against import against, packed_costs
 
-    return against(paths, (0.0, 0.0))
+    return against(paths, packed_costs())
 
 
 def _apply(changes: dict[str, Any], config_file: Path | None) -> None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from teegpu.metrics import traffic
 from teegpu.metrics.rates import Units
-from teegpu.metrics.traffic import RESIDUAL, SCORES_ON_LINK, Request, Shape, Tensor, Want
+from teegpu.metrics.traffic import SCORES_ON_LINK, Request, Shape, Tensor, Want
 
 LOCAL = "local"
 NARROW = ("fp16", "int8")
@@ -79,15 +79,9 @@ def _merged(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def _coded(one: str, other: str, tensors: list[Tensor], wire_dtype: str) -> dict[str, Units]:
-    """Both sides' codec of one message. Of int8, what belongs to the residual travels in fp16."""
-    wide = [tensor for tensor in tensors if wire_dtype == "int8" and tensor[0] in RESIDUAL]
-    rest = [tensor for tensor in tensors if tensor not in wide]
-    demand = {}
-    for side in (one, other):
-        demand[f"{side}.{wire_dtype}"] = (1.0, float(len(rest)), _values(rest))
-        if wide:
-            demand[f"{side}.fp16"] = (0.0, float(len(wide)), _values(wide))
-    return demand
+    """Both sides' codec of one message. What int8 leaves in fp16 counts with the rest, here as when it is measured."""
+    units = (1.0, float(len(tensors)), _values(tensors))
+    return {f"{one}.{wire_dtype}": units, f"{other}.{wire_dtype}": units}
 
 
 def _values(tensors: list[Tensor]) -> float:

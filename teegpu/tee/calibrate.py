@@ -278,7 +278,6 @@ class Calibration:
             place = "SUM" if name in _SERVER_SUMS else "MATMUL" if name == "MATMUL" else "LINEAR"
             claimed[f"server/{place}"] = claimed.get(f"server/{place}", 0.0) + seconds
         for place, units in asked.items():
-            # What int8 leaves in fp16 counts with the rest: it is known from fp16 itself.
             if place in claimed:
                 add(place, units, claimed[place])
         server = rpc.queue_seconds + rpc.decode_seconds + rpc.compute_seconds + rpc.encode_seconds

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from teegpu.bench import assumptions, tuned, tunetables
-from teegpu.bench.against import against
+from teegpu.bench.against import against, packed_costs
 from teegpu.bench.predictions import Wanted
 from teegpu.errors import ConfigError, UsageError
 from teegpu.metrics import profile as profiles
@@ -190,6 +190,21 @@ def test_a_profile_without_the_link_has_it_put_in(tmp_path: Path) -> None:
     profiles.write(profile())
     (first, *_) = against([measured(tmp_path, link="rtt=20ms,bandwidth=200mbit")], (0.0, 0.0))["results"][2:]
     assert first["predicted_seconds"] > 5 * first["measured_seconds"]
+
+
+def test_the_packed_codec_is_added_where_a_rung_has_it(tmp_path: Path) -> None:
+    profiles.write(profile())
+    path = measured(tmp_path)
+    document = json.loads(path.read_text())
+    document["results"][1]["case"]["codec"] = "packed"
+    path.write_text(json.dumps(document))
+    plain, packed = (against([path], costs)["results"] for costs in ((0.0, 0.0), (1e-3, 0.0)))
+    calls = 2 * 61 - 1  # two chunks, the first without the last layer's end
+    assert packed[2]["predicted_seconds"] - plain[2]["predicted_seconds"] == pytest.approx(1e-3 * calls, rel=0.03)
+    assert packed[0] == plain[0]
+    each, byte = packed_costs()
+    assert 0.0 <= each < 1e-2
+    assert 0.0 < byte < 1e-7
 
 
 @pytest.mark.parametrize(

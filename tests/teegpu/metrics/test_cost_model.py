@@ -107,11 +107,10 @@ def test_neighbours_of_a_narrow_dtype_share_a_frame() -> None:
     assert frames(outputs, "int8") == [512, 2 * (4 * 128 + 2 * 4 * 2)]
 
 
-def test_int8_leaves_the_residual_in_fp16() -> None:
+def test_the_codec_of_a_pass_by_requests_tensors_and_values() -> None:
     asked = demand.forward(SHAPE, "fused", "int8", tokens=1, start=5, want="last")
-    calls, tensors, values = asked["runner/encode.fp16"]
-    assert (calls, tensors, values) == (0.0, 60.0, 60 * 576.0)
-    assert asked["runner/encode.int8"][0] == 61.0
+    values = 576 + 30 * (576 + 576) + 30 * (1536 + 576)
+    assert asked["runner/encode.int8"] == asked["server/decode.int8"] == (61.0, 121.0, float(values))
 
 
 def test_attention_of_a_window_sees_no_more_than_that() -> None:
