@@ -207,7 +207,7 @@ class LadderBenchmark:
                 "rungs": [rung.name for rung in self._rungs],
                 "base": {key: _plain(value) for key, value in base.values().items() if key.startswith(_SECTIONS)},
             },
-            notes=self._notes + laddersummary.notes(steps, left_out=packed, expected=expected),
+            notes=self._notes + laddersummary.notes(steps, repeats=self._repeats, left_out=packed, expected=expected),
             results=laddersummary.results(steps, reference=self._reference, link=self._link, expected=expected),
             reference={"by": REFERENCE.label, "token_ids": self._reference},
         )

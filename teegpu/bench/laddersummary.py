@@ -26,10 +26,14 @@ class Step:
     max_seconds: float
 
     @property
+    def spent(self) -> bool:
+        """Whether it has had all of its time."""
+        return self.measured.spent_seconds() >= self.max_seconds
+
+    @property
     def cold(self) -> bool:
         """Whether its only figure is that of the warm-up, which took all of the time that it was given."""
-        warm_up = self.measured.warm_up
-        return not self.measured.samples and warm_up is not None and self.measured.spent_seconds() >= self.max_seconds
+        return not self.measured.samples and self.measured.warm_up is not None and self.spent
 
     @property
     def runs(self) -> list[Sample]:
@@ -135,8 +139,9 @@ def _limit(step: Step, phase: Callable[[Sample], PhaseSample]) -> dict[str, floa
 # What is to be said
 
 
-def notes(steps: Sequence[Step], *, left_out: Sequence[str], expected: bool) -> list[str]:
-    """What the figures do not say of themselves. ``left_out`` are rungs that can't be measured here."""
+def notes(steps: Sequence[Step], *, repeats: int, left_out: Sequence[str], expected: bool) -> list[str]:
+    """What the figures do not say of themselves. ``left_out`` are rungs that can't be measured here; ``repeats`` is how
+    many each was to have."""
     known = {step.rung.name: step for step in steps if step.runs}
     said: list[str] = []
     if left_out:
@@ -158,16 +163,15 @@ def notes(steps: Sequence[Step], *, left_out: Sequence[str], expected: bool) -> 
         for name in ("chunks", "int8")
         if (step := known.get(name)) is not None and not step.runs[0].prefill.overlapped
     ]
-    few = [step.rung.label for step in known.values() if step.max_seconds <= step.measured.spent_seconds()]
+    short = [step for step in known.values() if len(step.measured.samples) < repeats and not step.measured.error]
+    few = [f"{step.rung.label} ({len(step.runs)} of {repeats})" for step in short if step.spent and not step.cold]
     if few:
-        limit = next(iter(known.values())).max_seconds
-        said.append(
-            f"no more repeats after {limit:g} s of one rung (--max-seconds), which may have been before the last: "
-            f"{'; '.join(few)}"
-        )
-    cold = [step.rung.label for step in known.values() if step.cold]
+        said.append(f"fewer repeats, for want of time (--max-seconds): {'; '.join(few)}")
+    cold = [step.rung.label for step in short if step.cold]
     if cold:
-        said.append(f"the warm-up alone took that long, and is the figure: {'; '.join(cold)}")
+        said.append(
+            f"the warm-up alone took the time that there was (--max-seconds), and is the figure: {'; '.join(cold)}"
+        )
     if expected:
         said.append(
             "expected: by the document that this project started from, for this shape and prompt; it was never measured"
