@@ -405,6 +405,12 @@ class ShieldSettings:
         "What happens when there are no pads left. fail: the run ends; wait: until more have been made.",
         choices=WHEN_EXHAUSTED,
     )
+    refill_tokens: int = setting(
+        0,
+        "Make pads beside a run whose privacy is pads, with the time that the processor has left over, until there are "
+        "so many (and a quarter of that for lm_head). 0: none.",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)

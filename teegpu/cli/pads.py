@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +37,9 @@ def make(
         ),
     ] = None,
     up_to: Annotated[bool, typer.Option("--up-to", help="Make no more than are missing for so many.")] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside", hidden=True, help="Go on until standard input ends, when nothing else computes.")
+    ] = False,
     model: Model = None,
     offline: Offline = None,
     threads: Threads = None,
@@ -42,6 +50,8 @@ def make(
 
     Ctrl-C keeps what is whole.
     """
+    if beside:
+        _stand_back()
     config = settings(model, offline, config_file, threads)
     wanted = max(8, tokens // 4) if heads is None else heads
     with sigterm_as_interrupt(), shown(quiet=quiet) as notify, subject(config, notify, quiet=quiet) as found:
@@ -60,10 +70,28 @@ def make(
         maker = PadMaker(found.store, found.spec, found.digest, found.data, found.name)
         try:
             maker.run(tokens, wanted, notify, up_to=up_to)
+            while beside:
+                time.sleep(_LOOK_SECONDS)
+                maker.run(tokens, wanted, notify, up_to=True)
         finally:
             if not quiet:
                 for line in _summary(maker.made.tokens, maker.made.seconds, sizes):
                     say(line)
+
+
+_LOOK_SECONDS = 1.0
+"""How often a pool is looked at that is made beside a run."""
+
+
+def _stand_back() -> None:
+    """Computes from now on only while nothing else wants to, and ends with standard input."""
+
+    def end() -> None:
+        sys.stdin.buffer.read()
+        signal.raise_signal(signal.SIGTERM)
+
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    threading.Thread(target=end, daemon=True, name="end of standard input").start()
 
 
 def _summary(tokens: dict[str, int], seconds: dict[str, float], sizes: dict[str, float]) -> list[str]:

@@ -75,6 +75,11 @@ class WeightStore:
         return WeightStore(self._folder, self._spec)
 
     @property
+    def folder(self) -> ModelFolder:
+        """Where the model is."""
+        return self._folder
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files that hold the weights."""
         return tuple(file.path for file in self._files.values())

@@ -184,13 +184,19 @@ def _private_folder() -> Path:
 
 
 def _environment(config: Config) -> dict[str, str]:
-    """Ours, with the settings that both ends of the connection share: the child sees no flags nor files of ours."""
-    shared = ("limits.", "compression.")
-    environment = dict(os.environ)
-    environment |= {variable_name(key): str(value) for key, value in config.values().items() if key.startswith(shared)}
+    """That of the server, with the settings that both ends of the connection share."""
+    environment = child_environment(config, ("limits.", "compression."))
     environment[variable_name("server.layers")] = ""  # the only server of its run holds all
     # It makes its int8 weights before it says that it is ready, and not while a hello waits.
     environment[variable_name("server.shield")] = "auto" if config.run.privacy == "none" else "on"
+    return environment
+
+
+def child_environment(config: Config, shared: tuple[str, ...]) -> dict[str, str]:
+    """Ours, for a child that is a ``teegpu`` too, with the settings that begin with ``shared``: it sees no flags nor
+    files of ours."""
+    environment = dict(os.environ)
+    environment |= {variable_name(key): str(value) for key, value in config.values().items() if key.startswith(shared)}
     root = str(Path(__file__).resolve().parents[2])
     if root not in (*site.getsitepackages(), site.getusersitepackages()):
         # We run from a checkout, which may be known to us by nothing but the current folder.

@@ -24,6 +24,7 @@ from teegpu.tee.shield.facts import products as all_products
 from teegpu.tee.shield.plainproducts import VerifiedProducts
 from teegpu.tee.shield.plainverify import ROUNDOFF, PlainKeys
 from teegpu.tee.shield.products import Exchange, Reference, ShieldedProducts
+from teegpu.tee.shield.refill import Refill
 from teegpu.tee.shield.sides import ApartGreeter, Instances
 from teegpu.tee.shield.sources import open_source
 from teegpu.tee.shield.verify import Keys
@@ -94,6 +95,8 @@ class Shield:
             return TwoServers(clients[0], clients[1], record, keys)
         source = open_source(self.mode, self._config, self._spec, self._digest, notify=self._notify)
         self._closing.callback(source.close)
+        if self.mode == modes.PADS and self._config.shield.refill_tokens:
+            self._closing.enter_context(Refill(self._store.folder, self._config, self._notify))
         return Masked(source, clients[0], record, keys)
 
     def _keys(self) -> Keys:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,3 +128,57 @@ def test_hints_are_made_shown_and_removed(teegpu: Teegpu, model: str) -> None:
     assert "experimental" in teegpu("hint", "show", "--model", model).out
     assert "removed" in teegpu("hint", "rm", "--model", model).err
     assert "no hints" in teegpu("hint", "rm", "--model", model).err
+
+
+# In a run
+
+
+@pytest.fixture
+def four_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for phase in ("PREFILL", "DECODE"):
+        monkeypatch.setenv(f"TEEGPU_RUN_{phase}_PLAN", "attention")
+
+
+def answer(teegpu: Teegpu, model: str, privacy: str, *more: str) -> Any:
+    arguments = ["run", "a b c", "--model", model, "--privacy", privacy, "--max-tokens", "12", "--ignore-eos", "--json"]
+    done = teegpu(*arguments, *more)
+    assert done.code == 0, done.err
+    return done.document
+
+
+@pytest.mark.slow
+def test_runs_with_pads_and_hints_answer_as_the_reference(teegpu: Teegpu, model: str, four_rounds: None) -> None:
+    teegpu("pads", "make", "--tokens", "48", "--heads", "16", "--model", model, "-q")
+    teegpu("hint", "make", "--model", model, "-q")
+    expected = answer(teegpu, model, "reference")["output"]["token_ids"]
+    private = answer(teegpu, model, "pads", "--verify")
+    assert private["output"]["token_ids"] == expected
+    assert {"FIXED_POINT", "MASK", "PADS", "VERIFY", "UNMASK"} <= set(private["phases"]["decode"]["ops"])
+    by_lwe = answer(teegpu, model, "lwe")
+    assert len(by_lwe["output"]["token_ids"]) == 12
+    assert "HINT" in by_lwe["phases"]["prefill"]["ops"]
+    # A pool that is too small for another prompt ends the run, with its own exit code and what to do.
+    done = teegpu("run", "a " * 40, "--model", model, "--privacy", "pads", "--max-tokens", "8")
+    assert done.code == 10
+    assert "'teegpu pads make'" in done.err
+
+
+def test_pads_beside_a_run_are_made_by_who_stands_back(
+    teegpu: Teegpu, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = []
+    monkeypatch.setattr(os, "sched_setscheduler", lambda pid, policy, _: policies.append((pid, policy)))
+    made = threading.Event()
+    run = padmaker.PadMaker.run
+
+    def and_tell(maker: padmaker.PadMaker, *args: Any, **options: Any) -> Any:
+        done = run(maker, *args, **options)
+        made.set()
+        return done
+
+    monkeypatch.setattr(padmaker.PadMaker, "run", and_tell)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=made.wait)))
+    done = teegpu("pads", "make", "--tokens", "16", "--up-to", "--beside", "--model", model)
+    assert done.code == 130  # standard input has ended
+    assert policies == [(0, os.SCHED_IDLE)]
+    assert json.loads(teegpu("pads", "show", "--json").out)[0]["tokens_left"]["body"] == 16
