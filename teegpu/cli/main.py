@@ -44,7 +44,7 @@ COMMANDS: dict[str, Entry] = {
     "keys": Entry("Make and show the keys that runners and servers know each other by.", "app"),
     "pads": Entry("Make and show the one-time pads of private runs.", "app"),
     "hint": Entry("Make and show the hints of private runs by lwe (experimental).", "app"),
-    "checks": Entry("Make ahead what products are verified with.", "app"),
+    "checks": Entry("Make ahead what servers' products are checked with.", "app"),
     "doctor": Entry("Check this machine, the model and the server.", "doctor"),
     "link": Entry("Emulate a link of given delay and bandwidth.", "link"),
     "watch": Entry("Watch a run as it goes on, or replay one that has ended.", "watch"),
