@@ -38,11 +38,13 @@ class Matrix:
         self.dtype = weight.dtype
         self.packed = _packable(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
+        if self.packed:
+            self._multiply = torch.ops.mkldnn._linear_pointwise.default  # looked up once: that takes microseconds
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ weight.T``, (rows, in) → (rows, out), in the weight's dtype."""
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._weight, None, "none", [], "")
+            return self._multiply(x.contiguous(), self._weight, None, "none", [], "")
         return torch.nn.functional.linear(x, self._weight)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:

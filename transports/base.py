@@ -34,7 +34,7 @@ class FrameKind:
     random: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Message:
     """Frames to send. ``kinds`` is empty or as long as ``frames``. ``max_reply_bytes``: more bytes than that can't be
     the answer, whatever the limits allow; 0: the sender can't tell."""

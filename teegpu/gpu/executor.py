@@ -153,7 +153,12 @@ class Executor:
         return _frames(compiled, registers)
 
     def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
-        return convert(tensor, self.weights.dtype) if tensor.dtype.is_floating_point else tensor
+        dtype = tensor.dtype
+        return (
+            tensor
+            if dtype == self.weights.dtype or not dtype.is_floating_point
+            else convert(tensor, self.weights.dtype)
+        )
 
     def _execute(self, kernel: Kernel, registers: dict[str, torch.Tensor]) -> None:
         step = kernel.steps[0]

@@ -66,7 +66,9 @@ class GpuServer:
         self._executor = executor
         self._identity = identity
         self._limits = limits
-        self._decoder = codec.Decoder(limits)
+        weights = executor.weights
+        # What goes to a GPU goes there in the wire's dtype: that may be half of the bytes.
+        self._decoder = codec.Decoder(limits, floats=weights.dtype if weights.device.type == "cpu" else None)
         self._instance = secrets.token_hex(8)
         self._stopping = False
         self._drain_seconds = drain_seconds

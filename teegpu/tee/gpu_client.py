@@ -50,7 +50,7 @@ class _Asked:
     label: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request(Message):
     """A message with the call that it carries."""
 

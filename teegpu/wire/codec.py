@@ -22,6 +22,7 @@ import msgpack
 import torch
 
 from teegpu.errors import MismatchError, WireError
+from teegpu.kernels import convert
 from teegpu.ring import SEED_BYTES, Operand, Seed
 from teegpu.wire import dtypes, program
 from teegpu.wire.layout import HEADER_KIND, FrameLayout, Layout, Row, layout_of
@@ -125,18 +126,22 @@ class ExecuteForm:
 
     def __init__(self, code: program.Program, layout: Layout, replies: Sequence[str]) -> None:
         packer = msgpack.Packer()
-        self._before = packer.pack_array_header(6) + packer.pack(PROTOCOL_VERSION) + packer.pack("execute")
+        self._before = packer.pack_array_header(6) + packer.pack(PROTOCOL_VERSION) + packer.pack("execute") + _UINT64
         self._behind = b"".join(map(packer.pack, (code.packed, replies, layout.packed)))
         self._frames = layout.frames
         self._kinds = layout.kinds
 
     def encode(self, request_id: int, operands: Mapping[str, Operand]) -> Encoded:
         """The message with ``operands``, one for each input and of the shape that the layout has for it."""
-        frames: list[Buffer] = [self._before + msgpack.packb(request_id) + self._behind]
+        frames: list[Buffer] = [self._before + request_id.to_bytes(8, "big") + self._behind]
         for layout in self._frames:
             tensors = [operand for name in layout.registers if isinstance(operand := operands[name], torch.Tensor)]
             frames.append(dtypes.frame_of(layout.narrow(tensors)) if tensors else _key(operands[layout.registers[0]]))
         return Encoded(frames, self._kinds)
+
+
+_UINT64 = b"\xcf"
+"""What msgpack has before a whole number in 8 bytes."""
 
 
 def _key(operand: Operand) -> memoryview:
@@ -163,13 +168,18 @@ def _encode(header: Header, layout: Layout | None = None, frames: Sequence[torch
 
 class Decoder:
     """Decodes the messages of one peer or of many. It remembers the last ``remember`` programs, and as many tensor
-    tables, that it has checked."""
+    tables, that it has checked.
 
-    def __init__(self, limits: Limits, remember: int = REMEMBERED) -> None:
+    ``floats``: the dtype that the inputs of an ``Execute`` may be brought to where that is done best with what shares
+    their frame, in one row. All others keep the wire's."""
+
+    def __init__(self, limits: Limits, remember: int = REMEMBERED, *, floats: torch.dtype | None = None) -> None:
         self.limits = limits
+        self._floats = floats
         self._remember = remember
         self._programs: OrderedDict[bytes, program.Program] = OrderedDict()
         self._tables: OrderedDict[bytes, Layout] = OrderedDict()
+        self._forms: OrderedDict[tuple[object, ...], _Form] = OrderedDict()
 
     def decode(self, frames: Sequence[memoryview]) -> Message:
         """The message in ``frames``.
@@ -220,26 +230,45 @@ class Decoder:
         if len(body) != 3:
             raise WireError("an execute message has a program, reply encodings and a tensor table")
         packed, replies, table = body
+        if not isinstance(packed, bytes) or not isinstance(table, bytes):
+            raise WireError("a program and a tensor table travel as bytes")
+        if not isinstance(replies, list) or not all(type(encoding) is str for encoding in replies):
+            raise WireError(f"a reply encoding is one of {', '.join(dtypes.TENSORS)}")
+        key = (packed, table, *replies)
+        form = self._forms.get(key)
+        if form is None:
+            form = self._form(packed, replies, table)
+            if len(key) - 2 <= REMEMBERED_TENSORS and packed in self._programs and table in self._tables:
+                self._forms[key] = form
+                if len(self._forms) > self._remember:
+                    self._forms.popitem(last=False)
+        else:
+            self._forms.move_to_end(key)
+        code, layout, encodings, reply_encodings = form
+        tensors: dict[str, Operand] = {}
+        for each, value in zip(layout.frames, self._operands(layout, frames), strict=True):
+            if isinstance(value, Seed):
+                tensors[each.registers[0]] = value
+                continue
+            if self._floats is not None and each.seamless and len(each.registers) > 1:
+                value = convert(value, self._floats)
+            tensors.update(zip(each.registers, each.split(value), strict=True))
+        return Execute(request_id, code, tensors, encodings, reply_encodings)
+
+    def _form(self, packed: bytes, replies: list[str], table: bytes) -> _Form:
         code = self._program(packed)
-        if not isinstance(replies, list) or len(replies) != len(code.outputs):
+        if len(replies) != len(code.outputs):
             raise WireError("an execute message names one reply encoding for each output")
         known = ("int32",) if code.in_ring else dtypes.FLOATS
-        for encoding in replies:
-            if encoding not in known:
-                raise WireError(f"a reply encoding of this program is one of {', '.join(known)}")
-        layout, values = self._operands(table, frames)
+        if not set(replies) <= set(known):
+            raise WireError(f"a reply encoding of this program is one of {', '.join(known)}")
+        layout = self._layout(table)
         if tuple(row.register for row in layout.rows) != code.inputs:
             raise WireError("an execute message carries one tensor for each of its program's inputs, in their order")
-        tensors: dict[str, Operand] = {}
-        for frame, value in zip(layout.frames, values, strict=True):
-            parts = (value,) if isinstance(value, Seed) else frame.split(value)
-            tensors.update(zip(frame.registers, parts, strict=True))
         encodings = {row.register: row.encoding for row in layout.rows}
-        return Execute(request_id, code, tensors, encodings, dict(zip(code.outputs, replies, strict=True)))
+        return code, layout, encodings, dict(zip(code.outputs, replies, strict=True))
 
-    def _program(self, packed: object) -> program.Program:
-        if not isinstance(packed, bytes):
-            raise WireError("a program travels as bytes")
+    def _program(self, packed: bytes) -> program.Program:
         known = self._programs.get(packed)
         if known is not None:
             self._programs.move_to_end(packed)
@@ -255,22 +284,22 @@ class Decoder:
         if len(body) != 2:
             raise WireError("a result has times and a tensor table")
         times = _times(body[0])
-        layout, operands = self._operands(body[1], frames)
+        layout = self._layout(body[1])
+        operands = self._operands(layout, frames)
         values = [operand for operand in operands if not isinstance(operand, Seed)]
         if len(values) != len(operands):
             raise WireError("a result holds no seeds")
         return Result(request_id, layout, values, times)
 
-    def _operands(self, packed: object, frames: Sequence[memoryview]) -> tuple[Layout, list[Operand]]:
-        """The table, and of each frame all its values, one after the other, or the seed that it is."""
-        layout = self._layout(packed)
+    def _operands(self, layout: Layout, frames: Sequence[memoryview]) -> list[Operand]:
+        """Of each frame all its values, one after the other, or the seed that it is."""
         expected = len(layout.frames)
         if expected != len(frames) - 1:
             raise WireError(
                 f"a tensor table of {len(layout.rows)} rows stands for {expected} frames after the header, not for "
                 f"{len(frames) - 1}"
             )
-        return layout, [_operand(each, frame) for each, frame in zip(layout.frames, frames[1:], strict=True)]
+        return [_operand(each, frame) for each, frame in zip(layout.frames, frames[1:], strict=True)]
 
     def _layout(self, packed: object) -> Layout:
         if not isinstance(packed, bytes):
@@ -312,6 +341,11 @@ class Decoder:
         if math.prod(shape) > self.limits.message_bytes:
             raise WireError(f"a tensor is over the limit of {self.limits.message_bytes} bytes (limits.message_mib)")
         return tuple(shape)
+
+
+_Form = tuple[program.Program, Layout, dict[str, str], dict[str, str]]
+"""What messages ``Execute`` with other values may share: the program, the inputs, and the wire dtypes of inputs and of
+outputs."""
 
 
 def _operand(layout: FrameLayout, frame: memoryview) -> Operand:
@@ -399,6 +433,8 @@ def _health_report(request_id: int, body: object) -> HealthReport:
 
 
 def _seconds(value: object) -> float:
+    if type(value) is float and 0.0 <= value < 1e9:
+        return value
     if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < 1e9:
         raise WireError("a server time is not a number of seconds")
     return float(value)
@@ -413,5 +449,4 @@ def _times(value: object) -> ServerTimes:
         if name not in program.REPORT_NAMES or not isinstance(entry, list) or len(entry) != 2:
             raise WireError("a server operation is one of a program's, with a count and seconds")
         operations[name] = (_integer(entry[0], "a count"), _seconds(entry[1]))
-    queue, decode, compute, encode = (_seconds(number) for number in value[:4])
-    return ServerTimes(queue, decode, compute, encode, operations)
+    return ServerTimes(_seconds(value[0]), _seconds(value[1]), _seconds(value[2]), _seconds(value[3]), operations)

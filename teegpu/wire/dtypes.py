@@ -107,7 +107,7 @@ def frame_of(narrowed: torch.Tensor) -> memoryview:
     """The bytes of what ``narrow`` returned, on the CPU. The view shares and keeps alive the tensor's memory."""
     if narrowed.dtype == torch.bfloat16:  # NumPy has none
         narrowed = narrowed.view(torch.int16)
-    return memoryview(narrowed.detach().numpy()).cast("B")
+    return memoryview(narrowed.numpy()).cast("B")
 
 
 def encode(tensor: torch.Tensor, name: str) -> memoryview:
@@ -137,11 +137,16 @@ def decode_all(frame: memoryview, shapes: tuple[tuple[int, ...], ...], name: str
     if frame.nbytes != expected:
         what = f"a tensor {shapes[0]}" if len(shapes) == 1 else f"a run of tensors {', '.join(map(str, shapes))}"
         raise WireError(f"{what} in {name} takes {expected} bytes, its frame holds {frame.nbytes}")
-    if frame.readonly or frame.ndim != 1 or frame.itemsize != 1:
-        frame = memoryview(bytearray(frame))  # torch warns of memory that it may not write
+    if not is_plain(frame):
+        frame = memoryview(bytearray(frame))
     if name == "int8":
         return _dequantise(frame, shapes)
     return torch.frombuffer(frame, dtype=PLAIN[name])
+
+
+def is_plain(frame: memoryview) -> bool:
+    """Whether ``frame`` is a row of bytes that may be written: of other memory torch warns."""
+    return not frame.readonly and frame.ndim == 1 and frame.itemsize == 1
 
 
 def _quantise(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
