@@ -53,12 +53,14 @@ class Recorder:
     def lap(self, part: str, op: str, layer: int = NO_LAYER, chunk: int = 0, request_id: int = 0) -> None:
         """Charges the time since the last lap to ``op``."""
         # As ``lap_until`` at this moment, in one call: a token takes hundreds of them.
+        start_ns, end_ns = self._last_ns, self.clock_ns()
+        if end_ns < start_ns:
+            end_ns = start_ns
         if self._phase is None:
-            self._last_ns = self.clock_ns()
+            self._last_ns = end_ns
             return
-        end_ns = self.clock_ns()
         events = self._events
-        events.append(Lap(self._last_ns, end_ns, part, op, layer, chunk, request_id))
+        events.append(Lap(start_ns, end_ns, part, op, layer, chunk, request_id))
         self._last_ns = end_ns
         if len(events) >= self._batch:
             self.flush()

@@ -107,6 +107,8 @@ def frame_of(narrowed: torch.Tensor) -> memoryview:
     """The bytes of what ``narrow`` returned, on the CPU. The view shares and keeps alive the tensor's memory."""
     if narrowed.dtype == torch.bfloat16:  # NumPy has none
         narrowed = narrowed.view(torch.int16)
+    if narrowed.requires_grad:
+        narrowed = narrowed.detach()
     return memoryview(narrowed.numpy()).cast("B")
 
 
