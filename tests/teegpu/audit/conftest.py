@@ -50,7 +50,7 @@ def audited(audit_model: ModelFolder, server_for: ServerFor) -> Audited:
             "run.prefix_cache_mib": 0,
         }
         chosen = config.load(values | {key.replace("__", "."): value for key, value in settings.items()}, None)
-        audit = Audit(audit_model, chosen, lambda _: PROMPT_IDS, training_tokens=600, most_bytes=most_bytes, lies=lies)
+        audit = Audit(audit_model, chosen, lambda _: PROMPT_IDS, training_tokens=120, most_bytes=most_bytes, lies=lies)
         return audit.run()
 
     return make

@@ -53,7 +53,7 @@ def test_an_unknown_lie_is_refused() -> None:
         cheating.LyingServer("fib", layers=2)
 
 
-TRIES = 600
+TRIES = 400
 """Of each kind of lie."""
 
 

@@ -82,7 +82,7 @@ def test_lies_are_not_noticed_without_verification(audited: Audited) -> None:
 
 
 def test_messages_beyond_the_bound_are_told_of(audited: Audited) -> None:
-    report = audited(most_bytes=100_000)
+    report = audited(most_bytes=50_000)
     assert "messages were not kept, as they were beyond 0 MiB" in report.notes[0]
     assert {finding.verdict for finding in found(report, "linear map")} == {"not possible"}
 

@@ -15,7 +15,7 @@ from teegpu.tee.runner import Runner
 from tests.teegpu.audit.conftest import PROMPT_IDS
 from tests.teegpu.cli.conftest import LocalServer, ServerFor
 
-TOKENS = 24
+TOKENS = 12
 
 
 def answer(folder: ModelFolder, mode: str, *addresses: str, **settings: Any) -> list[int]:
@@ -30,7 +30,7 @@ def answer(folder: ModelFolder, mode: str, *addresses: str, **settings: Any) -> 
         "sampling.seed": 11,
     }
     chosen = config.load(values | settings, None)
-    with kit(chosen, folder, 128, 64, lambda _: None) as ready, Runner(ready, folder) as runner:
+    with kit(chosen, folder, 96, 24, lambda _: None) as ready, Runner(ready, folder) as runner:
         done = runner.generate(
             PROMPT_IDS, sampler=runner.sampler(), on_token=lambda _: False, result=Generation(), ignore_end=True
         )
