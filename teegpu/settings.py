@@ -283,7 +283,8 @@ class ServerSettings:
     shield: str = setting(
         "auto",
         "Whether it computes products that runners have masked, with int8 copies of its weights. auto: they are made "
-        "when a runner asks for them; on: at the start; off: never, and such runners are refused.",
+        "when a runner asks for them, which for a large model may take longer than that runner waits "
+        "(link.hello_timeout_seconds); on: at the start; off: never, and such runners are refused.",
         choices=SHIELDS,
     )
     key: str = setting(

@@ -44,6 +44,12 @@ def serve(
     layers: Annotated[
         str | None, typer.Option(metavar="A-B", help="Hold these layers only; others are on other servers.")
     ] = None,
+    shield: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHEN", help="When int8 weights for masked products are made: auto (when asked), on, off."
+        ),
+    ] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network to find the model.")] = None,
     key: Annotated[
         str | None, typer.Option(metavar="NAME", help="This server's key pair, of 'teegpu keys new' (or its file).")
@@ -81,6 +87,7 @@ def serve(
             "server.dtype": dtype,
             "server.threads": threads,
             "server.layers": layers,
+            "server.shield": shield,
             # the embedded server's folder is its protection, whatever the user's other servers have
             "server.key": "" if embedded else key,
             "server.auth_dir": "" if embedded else auth,

@@ -87,6 +87,17 @@ def test_the_banner_and_the_end_by_ctrl_c(start: Start, model: ModelFolder) -> N
     assert done.err == "stopped after 6 requests\n"
 
 
+def test_int8_weights_are_made_at_the_start_where_that_is_asked_for(start: Start, model: ModelFolder) -> None:
+    process = start("serve", "--model", model.path, "--bind", "tcp://127.0.0.1:0", "--shield", "on", "--threads", 1)
+    address = ready(process)
+    facts = process.line().rstrip().split(" · ")
+    found = probe(Endpoint(address), Config())
+    process.send_signal(signal.SIGINT)
+    process.finish()
+    assert re.fullmatch(r"\d+\.\d KiB of int8 weights", facts[4])
+    assert found.health.ring_bytes > 0
+
+
 def scores(positions: int) -> Message:
     """A request for a product of ``positions`` × ``positions`` values."""
     q = torch.ones(1, positions, 256)
