@@ -53,10 +53,11 @@ def run(executor: Executor, program: Program, inputs: Mapping[str, ring.Operand]
 @pytest.mark.parametrize("rows", [1, 17, 256])
 @pytest.mark.parametrize("weight", ["layers.0.o_proj", "layers.1.down_proj", "lm_head"])
 def test_a_product_is_exact(executor: Executor, store: Any, rows: int, weight: str) -> None:
-    x = operand(rows, store.tensors[weight].shape[1])
-    done = executor.run(single(["x"], ring_linear("y", weight, "x")), {"x": x}, {"y": "int32"})
-    assert torch.equal(decoded(done)["y"], expected(store, weight, x))
-    assert {name: count for name, (count, _) in done.operations.items()} == {"RING_LINEAR": 1}
+    for attempt in range(3 if rows == 1 else 1):  # what comes again is replayed on CUDA
+        x = ring.expand(bytes([attempt] * 32), rows, store.tensors[weight].shape[1])
+        done = executor.run(single(["x"], ring_linear("y", weight, "x")), {"x": x}, {"y": "int32"})
+        assert torch.equal(decoded(done)["y"], expected(store, weight, x))
+        assert {name: count for name, (count, _) in done.operations.items()} == {"RING_LINEAR": 1}
 
 
 @pytest.mark.parametrize("rows", [1, 3])
