@@ -121,6 +121,7 @@ class ShieldBenchmark:
         self._timed: dict[tuple[str, str], _Timed] = {}
         self._digest = ""
         self._bytes: dict[str, float] = {}
+        self._pads: PadSource | None = None
         self._started_at = doc.now()
 
     def run(self, notify: Notify = lambda _: None) -> None:
@@ -180,7 +181,7 @@ class ShieldBenchmark:
                 "pad_bytes_per_token": padstore.token_bytes(self._whole, "body"),
                 "head_pad_bytes_per_token": padstore.token_bytes(self._whole, "head"),
             }
-            source = PadSource(padstore.Pool(folder, self._digest, spec, key))
+            source = self._pads = PadSource(padstore.Pool(folder, self._digest, spec, key))
             stack.callback(source.close)
             return source.take
         began: dict[bool, float] = {True: 0.0, False: 0.0}
@@ -214,6 +215,10 @@ class ShieldBenchmark:
         """As a run does it: see ``shield.exchanges`` and ``shield.products``."""
         rows = self._rows if phase == CHUNK else 1
         noise = SIGMA if mode == "lwe" else 0.0
+        if mode == "pads" and self._pads is not None:
+            # Once for a pass, whatever the layers.
+            with clock.scaled(1.0), clock.of("CLAIM"):
+                self._pads.reserve(next(iter(matrices)), rows)
         for product, matrix in matrices.items():
             if product == padstore.HEAD and phase == CHUNK:
                 continue  # nearly no token of a prompt has logits

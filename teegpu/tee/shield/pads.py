@@ -152,15 +152,8 @@ class PadSource:
     def take(self, product: Product, rows: int) -> PadMask:
         """A fresh mask for ``rows`` rows of ``product``; that its pads are spent is on the disk when it returns."""
         kind, place = kind_of(product), self._places[product]
+        start, stop = self.reserve(product, rows)
         stream = self._streams[kind]
-        while True:
-            # Claiming may let go of old leaves, so both are looked at again.
-            start = max(self._used.get(product, 0), stream.dropped * LEAF_TOKENS)
-            stop = start + rows
-            missing = -(-stop // LEAF_TOKENS) - stream.claimed
-            if missing <= 0:
-                break
-            self._claim(kind, missing, rows)
         self._used[product] = stop
         operand = torch.empty((rows, self._pool.matrices[kind][place].columns), dtype=torch.int32)
         spans: list[_Span] = []
@@ -179,6 +172,20 @@ class PadSource:
             row += last - first
             start += last - first
         return PadMask(operand, place, spans)
+
+    def reserve(self, product: Product, rows: int) -> tuple[int, int]:
+        """Claims what the next ``rows`` rows of ``product`` need, where it is not claimed yet; gives their place among
+        the tokens of this run. Raises as ``take`` does."""
+        kind = kind_of(product)
+        stream = self._streams[kind]
+        while True:
+            # Claiming may let go of old leaves, so both are looked at again.
+            start = max(self._used.get(product, 0), stream.dropped * LEAF_TOKENS)
+            stop = start + rows
+            missing = -(-stop // LEAF_TOKENS) - stream.claimed
+            if missing <= 0:
+                return start, stop
+            self._claim(kind, missing, rows)
 
     def _piece(self, product: Product, leaf: Leaf, place: int, stop: int) -> _Piece:
         """The part of ``leaf`` for ``product``; kept until its last token is used."""

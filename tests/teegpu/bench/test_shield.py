@@ -20,7 +20,7 @@ def test_every_mode_and_operation_is_measured(tiny_model: TinyModel) -> None:
     bench.run(told.append)
     document = bench.document("complete")
     entries = {entry["label"]: entry for entry in document["results"]}
-    work = {"two-server": set(), "pads": {"PADS", "offline"}, "lwe": {"HINT", "offline"}}
+    work = {"two-server": set(), "pads": {"PADS", "CLAIM", "offline"}, "lwe": {"HINT", "offline"}}
     common = {"FIXED_POINT", "MASK", "VERIFY", "UNMASK", "all of it"}
     assert set(entries) == {f"{mode}: {name}" for mode in MODES for name in common | work[mode]} | {"local: LINEAR"}
     for mode in MODES:
