@@ -14,6 +14,7 @@ from typing import Any
 from teegpu.config import Config
 from teegpu.errors import UsageError, nearest
 from teegpu.settings import AUTO, PLANS, SECTIONS, SETTINGS, Value
+from teegpu.tee.shield import modes
 
 TRANSFORMERS = "transformers"
 LOCAL = "local"
@@ -30,6 +31,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "dtype": ("server.dtype",),
     "chunk": ("run.chunk_tokens",),
     "speculate": ("run.speculate",),
+    "privacy": ("run.privacy",),
+    "verify": ("run.verify",),
     "threads": ("run.threads",),
     "server-threads": ("server.threads",),
     "endpoint": ("run.endpoints",),
@@ -48,6 +51,7 @@ others."""
 
 _BASELINE_KEYS = ("plan", "dtype", "threads", "label")
 _LOCAL_KEYS = ("plan", "prefill", "decode", "speculate", "threads", "label")
+_REFERENCE_KEYS = (*_LOCAL_KEYS, "privacy", "chunk")
 _SERVER_KEYS = ("dtype", "server-threads")
 
 DEFAULTS = (
@@ -99,11 +103,23 @@ class Case:
         if self.baseline:
             return TRANSFORMERS
         plan = str(self.given.get(key, otherwise))
-        return DEFAULT_PLAN if plan == AUTO else plan
+        hidden = self.given.get("run.privacy", modes.NONE) != modes.NONE
+        return (modes.SHIELDED_PLANS[0] if hidden else DEFAULT_PLAN) if plan == AUTO else plan
+
+    def offloads(self, base: Config) -> bool:
+        """Whether one of its plans sends products away, or computes them as a server would (``reference``)."""
+        return not {self.prefill_plan(base), self.decode_plan(base)} <= {LOCAL, TRANSFORMERS}
+
+    def servers(self, base: Config) -> int:
+        """How many GPU servers the case needs."""
+        privacy = self.given.get("run.privacy", base.run.privacy)
+        if not self.offloads(base) or privacy == modes.REFERENCE:
+            return 0
+        return 2 if privacy == modes.TWO_SERVER else 1
 
     def remote(self, base: Config) -> bool:
         """Whether the case needs a GPU server."""
-        return not {self.prefill_plan(base), self.decode_plan(base)} <= {LOCAL, TRANSFORMERS}
+        return self.servers(base) > 0
 
     def config(self, base: Config, decode_tokens: int) -> Config:
         """The settings of a run of this case.
@@ -219,6 +235,16 @@ def _check(text: str, items: Mapping[str, str], case: Case, base: Config) -> Non
     """Raises ``UsageError`` for keys that would do nothing, and for what can't be measured."""
     if case.given.get("run.transport", base.run.transport) == "inprocess" and case.remote(base):
         raise UsageError(f"--case {text}: transport=inprocess needs a server in the runner's own process: use zmq")
+    hidden = case.given.get("run.privacy", base.run.privacy) != modes.NONE
+    plans = {case.prefill_plan(base), case.decode_plan(base)}
+    if hidden and not plans <= set(modes.SHIELDED_PLANS):
+        raise UsageError(f"--case {text}: privacy takes the plans {' and '.join(modes.SHIELDED_PLANS)} alone: write "
+                         "for example attention,privacy=two-server")  # fmt: skip
+    if case.offloads(base) and not case.remote(base):
+        idle = [key for key in items if key not in _REFERENCE_KEYS]
+        if idle:
+            raise UsageError(f"--case {text}: '{idle[0]}' does nothing with privacy=reference, which has no server")
+        return
     if not case.remote(base):
         idle = [key for key in items if key not in _LOCAL_KEYS]
         if idle:
@@ -254,7 +280,8 @@ def _label(case: Case, items: Mapping[str, str], base: Config) -> str:
     words = [prefill if prefill == decode else f"{prefill}/{decode}"]
     if case.remote(base):
         words += [str(case.given.get("run.transport", base.run.transport))]
-        words += [str(case.given.get("run.wire_dtype", base.run.wire_dtype))]
+        if case.given.get("run.privacy", base.run.privacy) == modes.NONE:
+            words += [str(case.given.get("run.wire_dtype", base.run.wire_dtype))]
     extras = [f"server {items['dtype']}"] if "dtype" in items else []
     extras += [f"{key} {raw}" for key, raw in items.items() if key not in ("plan", "prefill", "decode", "transport",
                                                                            "wire", "dtype", "label")]  # fmt: skip

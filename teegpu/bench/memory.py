@@ -15,9 +15,10 @@ PROCESS_BYTES = 700 * MIB
 _LARGEST_VALUE_BYTES = {"bf16": 2, "fp16": 2}
 
 
-def server_bytes(spec: ModelSpec, dtype: str) -> int:
-    """What a GPU server on the CPU needs for ``spec`` in ``dtype``; ``auto`` may turn out to be the largest."""
-    return PROCESS_BYTES + spec.parameters * _LARGEST_VALUE_BYTES.get(dtype, 4)
+def server_bytes(spec: ModelSpec, dtype: str, *, int8: bool = False) -> int:
+    """What a GPU server on the CPU needs for ``spec`` in ``dtype``; ``auto`` may turn out to be the largest. ``int8``:
+    it also has the weights for shielded products."""
+    return PROCESS_BYTES + spec.parameters * (_LARGEST_VALUE_BYTES.get(dtype, 4) + int8)
 
 
 def case_bytes(spec: ModelSpec, *, all_weights: bool, dtype: str = "fp32") -> int:

@@ -23,6 +23,7 @@ from teegpu.model.folder import ModelFolder
 from teegpu.model.spec import ModelSpec
 from teegpu.settings import Value
 from teegpu.tee.embedded_server import ENTRY, EmbeddedServer
+from teegpu.tee.shield import modes
 
 WORKER = "teegpu.bench.worker"
 
@@ -78,7 +79,7 @@ class Loaded:
     """A case that is ready: its process, what it said of itself, and its warm-up."""
 
     process: Process
-    server: ServerKey | None
+    servers: tuple[ServerKey, ...]
     facts: dict[str, Any]
     warm_up: Sample
 
@@ -131,7 +132,7 @@ class Pool:
         """One run of the case ``index``. Raises as ``load``; a case that failed is not loaded any more."""
         loaded = self.load(index)
         try:
-            return self._measured(loaded.process, loaded.server)
+            return self._measured(loaded.process, loaded.servers)
         except TeegpuError:
             del self._loaded[index]
             loaded.process.close()
@@ -146,7 +147,7 @@ class Pool:
     def save_logits(self, index: int, path: Path) -> None:
         """Has the case ``index`` write the logits of its run to ``path``. Raises as ``load``."""
         loaded = self.load(index)
-        self._asked(loaded.process, loaded.server, {"do": "save", "path": str(path)})
+        self._asked(loaded.process, loaded.servers, {"do": "save", "path": str(path)})
 
     def _load(self, index: int) -> Loaded:
         case = self._cases[index]
@@ -158,7 +159,7 @@ class Pool:
             "decode_tokens": case.steps(self._work.decode_tokens),
             "ways": list(case.ways),
         }
-        key = None
+        keys: tuple[ServerKey, ...] = ()
         config = case.config(self._work.base, self._work.decode_tokens)
         if case.baseline:
             threads = config.run.threads or machine.available_cores()
@@ -166,9 +167,9 @@ class Pool:
         else:
             values: dict[str, Value] = config.values()
             if case.remote(self._work.base) and not config.run.endpoint:
-                key, threads = self._server_of(case, config)
+                keys, threads = self._servers_of(case, config)
                 values |= {
-                    "run.endpoints": (self._server(key, config, threads).endpoint,),
+                    "run.endpoints": tuple(self._server(key, config, threads).endpoint for key in keys),
                     # It listens where nobody else can enter, and has no keys, whatever other servers have.
                     "link.server_key": "",
                     "link.client_key": "",
@@ -178,37 +179,38 @@ class Pool:
             command["settings"] = values
         process = self._start_child(case.label)
         try:
-            facts: dict[str, Any] = self._asked(process, key, command)["facts"]
-            warm_up = self._measured(process, key)
+            facts: dict[str, Any] = self._asked(process, keys, command)["facts"]
+            warm_up = self._measured(process, keys)
             if self._work.reference is not None:
                 compare = {"do": "compare", "path": str(self._work.reference)}
-                facts["accuracy"] = self._asked(process, key, compare)["accuracy"]
-            return Loaded(process, key, facts, warm_up)
+                facts["accuracy"] = self._asked(process, keys, compare)["accuracy"]
+            return Loaded(process, keys, facts, warm_up)
         except BaseException:
             process.close()
             raise
 
-    def _measured(self, process: Process, key: ServerKey | None) -> Sample:
-        return Sample.from_json(self._asked(process, key, {"do": "measure"})["sample"])
+    def _measured(self, process: Process, keys: Sequence[ServerKey]) -> Sample:
+        return Sample.from_json(self._asked(process, keys, {"do": "measure"})["sample"])
 
-    def _asked(self, process: Process, key: ServerKey | None, command: dict[str, Any]) -> dict[str, Any]:
+    def _asked(self, process: Process, keys: Sequence[ServerKey], command: dict[str, Any]) -> dict[str, Any]:
         """The answer to ``command``. A lost server is told as what it is, and is not used again."""
         try:
             return process.ask(command)
         except ConnectionFailedError:
-            server = self._servers.get(key) if key is not None else None
-            if key is None or server is None or not server.ended:
-                raise
-            failure = server.failure()
-            self._servers.pop(key).close()
-            raise failure from None
+            for key in keys:
+                server = self._servers.get(key)
+                if server is not None and server.ended:
+                    failure = server.failure()
+                    self._servers.pop(key).close()
+                    raise failure from None
+            raise
 
     # Servers
 
-    @staticmethod
-    def _server_of(case: Case, config: Config) -> tuple[ServerKey, int]:
-        """What tells the server that ``case`` needs, with ``config``, from others, and its threads."""
-        threads = config.server.threads or machine.thread_split(embedded=True)[1]
+    def _servers_of(self, case: Case, config: Config) -> tuple[tuple[ServerKey, ...], int]:
+        """What tells the servers that ``case`` needs, with ``config``, from others, and the threads of each."""
+        count = case.servers(self._work.base)
+        threads = config.server.threads or max(1, machine.thread_split(embedded=True)[1] // count)
         values = config.values() | {"server.threads": threads}
         shared = ("server.device", "server.dtype", "server.threads")
         key = tuple(
@@ -216,7 +218,8 @@ class Pool:
             for name, value in values.items()
             if name in shared or name.startswith(("compression.", "limits."))
         )
-        return (*key, (PACKED, PACKED in case.ways)), threads
+        key = (*key, (PACKED, PACKED in case.ways))
+        return tuple((*key, ("number", number)) for number in range(count)), threads
 
     def _server(self, key: ServerKey, config: Config, threads: int) -> ServerProcess:
         server = self._servers.get(key)
@@ -240,9 +243,11 @@ class Pool:
         remote = case.remote(base)
         everything = case.baseline or "local" in (config.run.prefill_plan, config.run.decode_plan)
         need = memory.case_bytes(spec, all_weights=everything, dtype=case.transformers_dtype or "fp32") + RESERVE_BYTES
-        own = self._server_of(case, config)[0] if remote and not config.run.endpoint else None
-        if own is not None and own not in self._servers:
-            need += memory.server_bytes(spec, config.server.dtype)
+        own = self._servers_of(case, config)[0] if remote and not config.run.endpoint else ()
+        hidden = config.run.privacy != modes.NONE
+        for key in own:
+            if key not in self._servers:
+                need += memory.server_bytes(spec, config.server.dtype, int8=hidden)
 
         def short() -> bool:
             available = self._available_bytes()
@@ -255,8 +260,8 @@ class Pool:
             self._loaded.pop(last).process.close()
             self._end_idle_servers(own)
 
-    def _end_idle_servers(self, but: ServerKey | None) -> None:
-        """Ends the servers that no loaded case uses, ``but`` this one."""
-        used = {loaded.server for loaded in self._loaded.values()} | {but}
+    def _end_idle_servers(self, but: Sequence[ServerKey]) -> None:
+        """Ends the servers that no loaded case uses, ``but`` these."""
+        used = {key for loaded in self._loaded.values() for key in loaded.servers} | set(but)
         for key in [key for key in self._servers if key not in used]:
             self._servers.pop(key).close()

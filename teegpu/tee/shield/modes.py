@@ -42,16 +42,12 @@ def verified(config: Config) -> bool:
 def plan_of(config: Config, phase: str) -> str:
     """``run.prefill_plan`` or ``run.decode_plan``: a plan, or ``auto`` (then ``allowed`` says among which).
 
-    A plan that was left at its default becomes ``attention`` where privacy takes no other. Raises ``ConfigError`` for
-    one that was asked for and can't be had together with ``run.privacy`` or ``run.verify``: neither gives way.
+    Raises ``ConfigError`` for one that can't be had together with ``run.privacy`` or ``run.verify``: neither gives way.
     """
     key = f"run.{phase}_plan"
     name = str(config.values()[key])
     if name in ("auto", *allowed(config)):
         return name
-    asked = name != SETTINGS[key].default or config.source(key) == "flag"
-    if not asked:
-        return "attention"
     if shielded(config):
         raise ConfigError(
             f"run.privacy = {config.run.privacy} takes the plans {' and '.join(SHIELDED_PLANS)} alone, and {key} is "

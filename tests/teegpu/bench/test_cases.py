@@ -141,3 +141,29 @@ def test_values_make_a_config_without_files_or_variables(monkeypatch: pytest.Mon
     assert from_values({}) == Config()
     with pytest.raises(ValueError, match="is not one of"):
         from_values({"run.wire_dtype": "fp8"})
+
+
+def test_privacy_is_part_of_a_case() -> None:
+    case = parse("attention,transport=pipelined,privacy=two-server,verify=on", base())
+    assert case.given["run.privacy"] == "two-server"
+    assert case.config(base(), 1).run.verify == "on"
+    assert case.servers(base()) == 2
+    assert case.label == "attention pipelined, privacy two-server, verify on"  # its values have one encoding
+    assert parse("attention,privacy=pads", base()).servers(base()) == 1
+    assert parse("decode=local,privacy=pads,attention", base()).decode_plan(base()) == "local"
+    assert parse("privacy=pads", base(run__prefill_plan="auto")).prefill_plan(base()) == "attention"
+
+
+def test_the_reference_has_no_server() -> None:
+    settings = base(run__link="rtt=5ms", run__endpoints=("tcp://127.0.0.1:1",))
+    case = parse("attention,privacy=reference", settings)
+    assert not case.remote(settings)
+    assert case.config(settings, 1).run.link == case.config(settings, 1).run.endpoint == ""
+    with pytest.raises(UsageError, match="'transport' does nothing with privacy=reference"):
+        parse("attention,privacy=reference,transport=zmq", settings)
+
+
+@pytest.mark.parametrize("text", ["fused,privacy=pads", "privacy=two-server,prefill=batched,decode=local"])
+def test_a_plan_that_can_not_be_hidden_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="privacy takes the plans attention and local alone"):
+        parse(text, base())

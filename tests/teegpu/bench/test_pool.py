@@ -286,3 +286,20 @@ def test_a_case_is_compared_with_the_reference_after_its_first_run(folder: Model
     assert [command.get("path") for command in house.children["local"].commands[2:]] == [
         "/some/where.npy", "/else/where.npy",
     ]  # fmt: skip
+
+
+def test_two_servers_are_started_where_a_case_needs_two(folder: ModelFolder) -> None:
+    house = House(folder, "attention,privacy=two-server", "fused", "attention,privacy=reference")
+    with house.pool as pool:
+        for index in range(3):
+            pool.load(index)
+        labels = [case.label for case in house.cases]
+        assert house.settings(labels[0])["run.endpoints"] == ("ipc:///0", "ipc:///1")
+        assert house.settings(labels[1])["run.endpoints"] == ("ipc:///0",)  # any server of its kind will do
+        assert house.settings(labels[2])["run.endpoints"] == ()
+        house.children[labels[0]].error = ConnectionFailedError("the connection was lost")
+        house.servers[1].ended = True
+        with pytest.raises(ModelError, match="ran out of luck"):
+            pool.sample(0)
+        pool.load(0)
+        assert house.settings(labels[0])["run.endpoints"] == ("ipc:///0", "ipc:///2")
