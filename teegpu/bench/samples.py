@@ -15,7 +15,8 @@ class PhaseSample:
     ``rounds`` are the round trips that can't be had at the same time: RPC calls in lock step, those of one chunk where
     chunks overlap. ``overlapped`` says whether link, server and runner could work at once. ``raw_bytes`` are the bytes
     of both ways before compression; ``limit_seconds`` is what the phase can't go below, as a run's report has it (see
-    ``metrics.predict``), None where the link is not known.
+    ``metrics.predict``), None where the link is not known. ``links``: over how many the replies come at the same time,
+    each with the whole of the bandwidth.
     """
 
     tokens: int
@@ -34,6 +35,7 @@ class PhaseSample:
     other_seconds: float = 0.0
     raw_bytes: int = 0
     limit_seconds: float | None = None
+    links: int = 1
 
     @property
     def communication_share(self) -> float:
@@ -146,6 +148,6 @@ def floor_seconds(
     One request after the other, bytes and round trips add up. Where requests overlap, bytes of some travel while
     others wait for their round trip, so that only the larger of the two is a limit.
     """
-    carrying = max(phase.bytes_up / up_bytes_per_second, phase.bytes_down / down_bytes_per_second)
+    carrying = max(phase.bytes_up / up_bytes_per_second, phase.bytes_down / phase.links / down_bytes_per_second)
     waiting = phase.rounds * rtt_seconds
     return max(carrying, waiting) if phase.overlapped else carrying + waiting

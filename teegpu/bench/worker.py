@@ -25,6 +25,7 @@ from teegpu.metrics.linkestimate import LinkFigures
 from teegpu.metrics.summary import PhaseTotal, Summary
 from teegpu.model.folder import ModelFolder
 from teegpu.tee.plans import Plan
+from teegpu.tee.shield import modes
 
 if TYPE_CHECKING:
     import torch
@@ -158,14 +159,15 @@ def _sample(runner: Runner, token_ids: list[int], chunks: int) -> Sample:
     prefill = summary.phases.get(PREFILL, PhaseTotal())
     decode = summary.phases.get(DECODE, PhaseTotal())
     overlaps = runner.config.run.transport.startswith("pipelined")
+    links = 2 if runner.config.run.privacy == modes.TWO_SERVER else 1
     limits = phase_limits(summary, runner)
     return Sample(
         prefill=replace(
-            phase_sample(prefill, runner.prefill_plan, layers, overlaps=overlaps, chunks=chunks),
+            phase_sample(prefill, runner.prefill_plan, layers, overlaps=overlaps, chunks=chunks, links=links),
             limit_seconds=limits.get(PREFILL),
         ),
         decode=replace(
-            phase_sample(decode, runner.decode_plan, layers, overlaps=overlaps, chunks=1),
+            phase_sample(decode, runner.decode_plan, layers, overlaps=overlaps, chunks=1, links=links),
             limit_seconds=limits.get(DECODE),
         ),
         ttft_seconds=summary.ttft_seconds or 0.0,
@@ -189,11 +191,13 @@ def phase_limits(summary: Summary, runner: Runner) -> dict[str, float | None]:
     return found
 
 
-def phase_sample(total: PhaseTotal, plan: Plan, layers: int, *, overlaps: bool, chunks: int) -> PhaseSample:
-    """A phase's totals. In lock step each RPC is a round. A transport that ``overlaps`` has requests that do not need
-    each other in flight at once: the projections of one input, which then take the rounds of one that merges them, and
-    the chunks of a prompt, which then take the rounds of one chunk."""
-    rounds = total.rpc_calls
+def phase_sample(
+    total: PhaseTotal, plan: Plan, layers: int, *, overlaps: bool, chunks: int, links: int = 1
+) -> PhaseSample:
+    """A phase's totals. In lock step each RPC is a round, of which ``links`` are under way at once. A transport that
+    ``overlaps`` has requests that do not need each other in flight at once: the projections of one input, which then
+    take the rounds of one that merges them, and the chunks of a prompt, which then take the rounds of one chunk."""
+    rounds = total.rpc_calls // links
     if overlaps and plan.remote:
         rounds = total.passes * replace(plan, merged=True).rpc_calls(layers)
     return PhaseSample(
@@ -212,6 +216,7 @@ def phase_sample(total: PhaseTotal, plan: Plan, layers: int, *, overlaps: bool, 
         gpu_seconds=total.gpu_seconds,
         other_seconds=total.other_seconds,
         raw_bytes=total.raw_bytes_up + total.raw_bytes_down,
+        links=links,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from teegpu.bench.samples import Sample
+from teegpu.bench.samples import Sample, floor_seconds
 from teegpu.bench.worker import Worker, phase_sample
 from teegpu.config import Config
 from teegpu.errors import ModelError, UsageError
@@ -138,3 +138,14 @@ def test_rounds(plan: str, overlaps: bool, chunks: int, rpc_calls: int, rounds: 
 def test_rounds_of_decode_are_those_of_all_steps() -> None:
     total = PhaseTotal(tokens=8, passes=5, seconds=1.0, rpc_calls=35)
     assert phase_sample(total, plans.get("fused"), LAYERS, overlaps=True, chunks=1).rounds == 35
+
+
+def test_two_links_carry_replies_at_the_same_time() -> None:
+    total = PhaseTotal(tokens=8, passes=1, rpc_calls=18, bytes_up=1000, bytes_down=8000)
+    plan = plans.get("attention")
+    one = phase_sample(total, plan, 2, overlaps=False, chunks=1)
+    two = phase_sample(total, plan, 2, overlaps=False, chunks=1, links=2)
+    assert (one.rounds, two.rounds) == (18, 9)
+    link = {"up_bytes_per_second": 1e3, "down_bytes_per_second": 1e3, "rtt_seconds": 0.0}
+    assert floor_seconds(one, **link) == 8.0
+    assert floor_seconds(two, **link) == 4.0
