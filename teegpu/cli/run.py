@@ -271,6 +271,8 @@ def _check_embedded(settings: Config, flags: dict[str, str | None]) -> None:
         raise UsageError(f"{told}: run.endpoints names {run.endpoint}, so give it to 'teegpu serve' there")
     if run.prefill_plan == run.decode_plan == "local":
         raise UsageError(f"{told}: the plan 'local' computes in the runner, in fp32")
+    if run.privacy == "reference":
+        raise UsageError(f"{told}: privacy 'reference' computes in the runner, in whole numbers")
 
 
 def _prepare_stdout() -> None:
@@ -459,7 +461,17 @@ def _document_of_nothing(settings: Config, outcome: _Outcome) -> dict[str, Any]:
     from teegpu.metrics.summary import Summary
 
     run = settings.run
-    names = "prefill_plan", "decode_plan", "transport", "wire_dtype", "chunk_tokens", "link", "max_tokens", "speculate"
+    names = (
+        "prefill_plan",
+        "decode_plan",
+        "privacy",
+        "transport",
+        "wire_dtype",
+        "chunk_tokens",
+        "link",
+        "max_tokens",
+        "speculate",
+    )
     return document(
         run_id=outcome.start.id,
         status=outcome.status,

@@ -162,7 +162,7 @@ def offloading(run: Reading, reference: Mapping[str, Any] | None) -> Iterator[Ad
         f"Offloading does not pay here: all in the TEE would take about {human_seconds(total)} (from {basis}), "
         f"{_hidden(run)}this run took {human_seconds(run.seconds)}{_memory(run)}."
     )
-    settings = {f"run.{phase.name}_plan": LOCAL for phase in run.phases if phase.plan != LOCAL}
+    settings = {f"run.{phase.name}_plan": LOCAL for phase in run.phases if phase.seconds and phase.plan != LOCAL}
     evidence = {"local_seconds": total, "seconds": run.seconds}
     yield Advice("offloading-does-not-pay", text, settings, run.seconds - total, evidence)
 

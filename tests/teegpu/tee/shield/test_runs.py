@@ -338,7 +338,14 @@ def lie(server: gpu.GpuServer) -> None:
     assert ring is not None
     for product, matrix in ring._matrices.items():
         if product[0].endswith("layers.1.down_proj"):
-            matrix.weight[0, 0] ^= 1
+            honest = matrix.product
+
+            def product(operand: torch.Tensor, honest: Callable[..., torch.Tensor] = honest) -> torch.Tensor:
+                result = honest(operand)
+                result[-1, 0] += 1
+                return result
+
+            matrix.product = product  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("transport", ["pipelined", "zmq"])
