@@ -461,23 +461,13 @@ def _document_of_nothing(settings: Config, outcome: _Outcome) -> dict[str, Any]:
     from teegpu.metrics.summary import Summary
 
     run = settings.run
-    names = (
-        "prefill_plan",
-        "decode_plan",
-        "privacy",
-        "transport",
-        "wire_dtype",
-        "chunk_tokens",
-        "link",
-        "max_tokens",
-        "speculate",
-    )
+    names = ("prefill_plan", "decode_plan", "privacy", "transport", "wire_dtype", "chunk_tokens", "link", "max_tokens")
     return document(
         run_id=outcome.start.id,
         status=outcome.status,
         started_at=outcome.start.at,
         model={"name": settings.model.name},
-        settings={name: vars(run)[name] for name in names} | {"endpoints": list(run.endpoints)},
+        settings={name: vars(run)[name] for name in (*names, "speculate")} | {"endpoints": list(run.endpoints)},
         tee={"kind": machine.tee_kind(), "attested": False},
         server={},
         summary=Summary(),

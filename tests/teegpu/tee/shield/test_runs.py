@@ -333,19 +333,18 @@ def test_a_server_that_dies_ends_the_run_with_its_name(
 
 
 def lie(server: gpu.GpuServer) -> None:
-    """From now on the server adds 1 to one value of what it answers."""
+    """From now on the server adds 1 to the last value of one of its products."""
     ring = server._executor.ring
     assert ring is not None
-    for product, matrix in ring._matrices.items():
-        if product[0].endswith("layers.1.down_proj"):
-            honest = matrix.product
+    matrix = ring._matrices[("layers.1.down_proj",)]
+    honest = matrix.products
 
-            def product(operand: torch.Tensor, honest: Callable[..., torch.Tensor] = honest) -> torch.Tensor:
-                result = honest(operand)
-                result[-1, 0] += 1
-                return result
+    def products(operand: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        flat = honest(operand, sizes)
+        flat[-1] += 1
+        return flat
 
-            matrix.product = product  # type: ignore[method-assign]
+    matrix.products = products  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("transport", ["pipelined", "zmq"])
