@@ -29,7 +29,7 @@ class Turned(Middle):
         return [memoryview(bytes(frame).upper()) for frame in reply.frames]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Marked(Message):
     mark: int = 0
 
