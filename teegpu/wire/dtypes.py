@@ -49,6 +49,8 @@ GROUP: Final = 64
 
 _SMALLEST_SCALE: Final = 2.0**-24
 """The smallest positive fp16: an all-zero group must not divide by zero."""
+_SCALE_ROUNDING: Final = 2.0**-25
+"""Half of the smallest step of fp16: no scale is then rounded down by more than a 2,048th of itself."""
 _BLOCK_VALUES: Final = 2**18
 """Values that are quantised at once on a CPU: what is computed on the way stays in the cache, and small enough that the
 allocator keeps the memory for the next block (fresh pages cost more than the arithmetic)."""
@@ -191,9 +193,10 @@ def _quantise_rows(source: torch.Tensor, quantised: torch.Tensor, scales: torch.
     grouped = values.view(rows, groups, GROUP)
     # Two reductions: over rows of 64, torch's aminmax takes eight times as long as amax and amin together.
     largest = torch.maximum(grouped.amax(-1, keepdim=True), grouped.amin(-1, keepdim=True).neg_())
-    scales.copy_(largest.div_(127.0).clamp_min_(_SMALLEST_SCALE))
-    # By the scale as it will be read, rounded to fp16, so that the rounding of the scale costs no accuracy.
-    steps = (grouped * scales.to(torch.float32).reciprocal_()).round_().clamp_(-127, 127)
+    scales.copy_(largest.mul_(1.0 / 127.0).add_(_SCALE_ROUNDING).clamp_min_(_SMALLEST_SCALE))
+    # By the scale as it will be read, rounded to fp16, so that the rounding of the scale costs no accuracy. No quotient
+    # is then beyond 127.1, so nothing has to be clipped.
+    steps = (grouped * scales.to(torch.float32).reciprocal_()).round_()
     quantised.copy_(steps.view(rows, groups * GROUP)[:, :n])
 
 
@@ -201,8 +204,11 @@ def _dequantise(frame: memoryview, shapes: tuple[tuple[int, ...], ...]) -> torch
     blocks = [_blocks(shape) for shape in shapes]
     count = sum(rows * n for rows, n, _ in blocks)
     quantised = torch.frombuffer(frame, dtype=torch.int8, count=count)
-    # Through bytes: the scales need not start on an even address.
-    scales = torch.frombuffer(frame, dtype=torch.uint8, offset=count).clone().view(torch.float16).to(torch.float32)
+    if count % 2:  # the scales do not start on an even address
+        halves = torch.frombuffer(frame, dtype=torch.uint8, offset=count).clone().view(torch.float16)
+    else:
+        halves = torch.frombuffer(frame, dtype=torch.float16, offset=count)
+    scales = halves.to(torch.float32)
     if not math.isfinite(scales.sum().item()):
         raise WireError("an int8 tensor has a scale that is not finite: what was sent is out of range, or not finite")
     values = quantised.to(torch.float32)

@@ -268,3 +268,10 @@ def test_frames_are_flat_bytes(name: str) -> None:
     frame = dtypes.encode(tensor, name)
     assert (frame.ndim, frame.itemsize, frame.format) == (1, 1, "B")
     assert dtypes.itemsize(name) * tensor.numel() <= frame.nbytes
+
+
+def test_no_value_is_beyond_its_scale_however_small_that_is() -> None:
+    largest = torch.logspace(-9, 6.8, 4096, dtype=torch.float64).to(torch.float32)
+    tensor = torch.stack([largest, -largest / 3] * 32, dim=-1)
+    error = (trip(tensor, "int8") - tensor).abs().amax(-1)
+    assert (error <= largest / 127 * 0.6 + 2.0**-24).all()
