@@ -136,7 +136,7 @@ class Runner:
         if self.link is not None and not remote:
             raise ConfigError(
                 "run.link emulates the link to a server, and this run has none (the plan 'local', or run.privacy = "
-                "reference)"
+                "reference): choose another plan or mode"
             )
         if remote:
             self._servers = stack.enter_context(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import socket
 import subprocess
@@ -172,6 +173,8 @@ def test_an_endpoint_that_can_not_be_read(capsys: pytest.CaptureFixture[str]) ->
 def test_the_configured_endpoint_is_asked(
     capsys: pytest.CaptureFixture[str], answered: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in [name for name in os.environ if name.startswith("TEEGPU_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("TEEGPU_RUN_ENDPOINTS", "tcp://host:2")
     assert report(capsys)["settings"] == ("ok", "changed from the default: run.endpoints")
     assert answered == ["tcp://host:2"]

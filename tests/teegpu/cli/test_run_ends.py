@@ -19,6 +19,7 @@ import zmq
 
 from teegpu.model.folder import ModelFolder
 from teegpu.tee import runner as runner_module
+from teegpu.tee import servers
 from teegpu.tee.embedded_server import EmbeddedServer
 from teegpu.tee.runner import Runner
 from teegpu.wire.messages import PROTOCOL_VERSION
@@ -222,6 +223,7 @@ def sealed(request_id: int, header: Any) -> list[bytes]:
 WELCOME = {
     "software": "9.9", "instance": "x", "model": "m", "digest": "d", "dims": {"layers": 2}, "device": "cpu",
     "dtype": "fp32", "threads": 1, "memory_bytes": 1, "limits": {}, "layers": [0, 1],
+    "ring_digest": "",
 }  # fmt: skip
 
 
@@ -243,7 +245,7 @@ WELCOME = {
             6,
             "refused (internal): no  [31mway",
         ),
-        (lambda number: sealed(number, [PROTOCOL_VERSION, "hello", 0, "9.9"]), 7, "is not a teegpu GPU server"),
+        (lambda number: sealed(number, [PROTOCOL_VERSION, "hello", 0, "9.9", False]), 7, "is not a teegpu GPU server"),
         (lambda number: sealed(number, b"\xc1"), 7, "a reply that is not valid"),
         (lambda number: sealed(number, [PROTOCOL_VERSION, "welcome", 0, {}]), 7, "a reply that is not valid"),
         (lambda _: [b"HTTP/1.1 400 Bad Request"], 7, "is it a teegpu server of the same release?"),
@@ -297,7 +299,7 @@ class Watched(EmbeddedServer):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "EmbeddedServer", Watched)
+    monkeypatch.setattr(servers, "EmbeddedServer", Watched)
 
 
 @pytest.mark.usefixtures("watched")
