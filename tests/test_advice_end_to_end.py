@@ -27,6 +27,8 @@ SHORT = 96
 """Tokens of a prompt that fits into one chunk, so that nothing is to be had from overlap."""
 
 SHARED: dict[str, Any] = {
+    "run.prefill_plan": "fused",
+    "run.decode_plan": "fused",
     "run.prefix_cache_mib": 0,
     "run.threads": 1,
     "run.wire_dtype": "fp16",

@@ -168,11 +168,14 @@ def test_heavy_modules_would_be_seen() -> None:
 
 @pytest.mark.alone
 def test_help_is_quick() -> None:
+    """In 0.3 s; on a machine where typer and rich take that long to load by themselves, little longer than these."""
     script = Path(sys.executable).with_name("teegpu")
     command = [str(script)] if script.exists() else [sys.executable, "-m", "teegpu"]
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([*command, "--help"], stdout=subprocess.DEVNULL, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3
+    libraries = min(seconds_of([sys.executable, "-c", "import typer, typer.rich_utils"]) for _ in range(5))
+    assert min(seconds_of([*command, "--help"]) for _ in range(5)) < max(0.3, 1.4 * libraries)
+
+
+def seconds_of(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
