@@ -102,7 +102,7 @@ class PlanBenchmark:
                 "endpoint": base.run.endpoint,
                 "base": {key: value for key, value in base.values().items() if not key.startswith("sampling.")},
             },
-            notes=self._notes + self._case_notes(),
+            notes=self._notes + self._case_notes() + summary.bounds(self._measured),
             results=summary.results(self._measured, reference=self._known_reference(), link=self._link),
             reference={"by": "transformers fp32", "token_ids": self._known_reference()},
         )

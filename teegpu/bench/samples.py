@@ -16,7 +16,8 @@ class PhaseSample:
     chunks overlap. ``overlapped`` says whether link, server and runner could work at once. ``raw_bytes`` are the bytes
     of both ways before compression; ``limit_seconds`` is what the phase can't go below, as a run's report has it (see
     ``metrics.predict``), None where the link is not known. ``links``: over how many the replies come at the same time,
-    each with the whole of the bandwidth.
+    each with the whole of the bandwidth. ``products_seconds`` is the time of the matrix products with weights, in the
+    runner or, as servers claim it, there: a sum, and no part of the wall.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class PhaseSample:
     raw_bytes: int = 0
     limit_seconds: float | None = None
     links: int = 1
+    products_seconds: float = 0.0
 
     @property
     def communication_share(self) -> float:

@@ -24,6 +24,41 @@ def results(
     return [_result(case, plain, reference, link) for case in cases]
 
 
+def bounds(cases: Sequence[Measured]) -> list[str]:
+    """What the products alone say of the prefills that were measured: how quick any plan can be on these cores, and how
+    far a server that is busy with them all the time would still have to go."""
+    found = []
+    plain = next((case for case in cases if case.samples and _plans(case)[0] == PER_OP), None)
+    local = next((case for case in cases if case.samples and _is_local(case)), None)
+    if local is not None:
+        products = _products(local)
+        seconds = _median_seconds(local.samples, "prefill") or 0.0
+        text = (
+            f"products alone take {products:.3f} s of local's prefill of {seconds:.3f} s: on these cores, in local's "
+            f"dtype, no prefill takes less than {products / seconds:.2f} × of local"
+        )
+        if plain is not None and (base := _median_seconds(plain.samples, "prefill")):
+            text += f", or is more than {base / products:.1f} × as fast as {plain.label}"
+        found.append(text)
+    for case in cases:
+        if case.samples and case.samples[0].prefill.overlapped and (products := _products(case)):
+            seconds = _median_seconds(case.samples, "prefill") or 0.0
+            threads = (case.facts.get("threads") or {}).get("server")
+            found.append(
+                f"{case.label}: the server's products take {products:.3f} s of the prefill's {seconds:.3f} s, on "
+                f"{threads} thread{'s' * (threads != 1)}"
+            )
+    return found
+
+
+def _is_local(case: Measured) -> bool:
+    return not case.case["remote"] and _plans(case)[0] == "local" and _products(case) > 0
+
+
+def _products(case: Measured) -> float:
+    return statistics.median(sample.prefill.products_seconds for sample in case.samples)
+
+
 def _plans(case: Measured) -> tuple[str, str]:
     return case.case["prefill_plan"], case.case["decode_plan"]
 
@@ -59,6 +94,7 @@ def prefill_figures(samples: Sequence[Sample], plain: Sequence[Sample] | None, l
         "bytes_down": phases[0].bytes_down,
         "communication_share": statistics.median(phase.communication_share for phase in phases),
         "parts": _parts(phases),
+        "products_seconds": statistics.median(phase.products_seconds for phase in phases),
         "speed_up": ratio(_median_seconds(plain, "prefill"), seconds.median),
         **_limit(phases, seconds.median, link),
     }

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from teegpu.tee.runner import Parts, Runner
 
+PRODUCTS = frozenset({"LINEAR", "LM_HEAD"})
+"""The products with weights, by their names in reports."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -217,6 +220,7 @@ def phase_sample(
         other_seconds=total.other_seconds,
         raw_bytes=total.raw_bytes_up + total.raw_bytes_down,
         links=links,
+        products_seconds=sum(op.seconds for name, op in total.ops.items() if name.partition("@")[0] in PRODUCTS),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from teegpu.bench.samples import Measured, PhaseSample, Sample
-from teegpu.bench.summary import results, verdict
+from teegpu.bench.summary import bounds, results, verdict
 from transports.linkspec import LinkSpec
 
 
@@ -39,6 +39,20 @@ def test_medians_spread_and_speed_up_over_per_op() -> None:
     assert first["decode"]["tpot_seconds"]["median"] == pytest.approx(2.5 / 8)
     assert first["peak_memory_bytes"] == 300
     assert len(first["samples"]) == 2
+
+
+def test_products_alone_bound_what_any_plan_can_reach() -> None:
+    local = measured("local", sample(2.0, products_seconds=1.5), sample(2.2, products_seconds=1.7), remote=False)
+    slow = measured("per-op", sample(8.0, products_seconds=3.0))
+    quick = measured("fused", sample(2.5, products_seconds=2.0, overlapped=True))
+    quick.facts["threads"] = {"runner": 1, "server": 1}
+    whole, server = bounds([slow, quick, local])
+    assert "products alone take 1.600 s of local's prefill of 2.100 s" in whole
+    assert "less than 0.76 × of local, or is more than 5.0 × as fast as per-op" in whole
+    assert server == "fused: the server's products take 2.000 s of the prefill's 2.500 s, on 1 thread"
+    assert bounds([local])[0].endswith("0.76 × of local")
+    assert bounds([slow]) == []
+    assert bounds([measured("local", remote=False), measured("fused")]) == []
 
 
 def test_a_decode_step_is_a_pass() -> None:
