@@ -10,6 +10,7 @@ from teegpu.config import Config
 from teegpu.endpoints import Endpoint
 from teegpu.errors import ConfigError
 from teegpu.keys import client_curve, server_curve
+from teegpu.machine import available_cores
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_TENSORS, Limits
 from transports.base import ClientOptions, FrameKind, ServerOptions
 
@@ -32,7 +33,8 @@ def client_options(config: Config, endpoint: Endpoint | None = None) -> ClientOp
     return ClientOptions(
         connect_timeout_seconds=config.link.connect_timeout_seconds,
         reply_timeout_seconds=config.link.reply_timeout_seconds,
-        spin_seconds=config.link.spin_seconds,
+        # With one core, polling would keep it from those who bring the answer.
+        spin_seconds=config.link.spin_seconds if available_cores() > 1 else 0.0,
         window_requests=config.link.window_requests,
         window_bytes=config.link.window_mib * MIB,
         max_message_bytes=config.limits.message_mib * MIB,

@@ -312,8 +312,9 @@ class LinkSettings:
         30.0, "How long to wait for the first answer, in which the server says what it serves.", above=0, maximum=86400
     )
     spin_seconds: float = setting(
-        0.0005,
-        "How long to poll for an answer before sleeping. Polling saves latency and costs a core.",
+        0.001,
+        "How long to poll for an answer before sleeping, where the answer before came within that time. Polling saves "
+        "latency and costs a core; where there is one core alone, it is not done.",
         minimum=0,
         maximum=1,
     )

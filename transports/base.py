@@ -91,7 +91,7 @@ class ClientOptions:
 
     connect_timeout_seconds: float = 10.0
     reply_timeout_seconds: float = 120.0
-    spin_seconds: float = 0.0005
+    spin_seconds: float = 0.001
     window_requests: int = 32
     window_bytes: int = 256 * 2**20
     max_message_bytes: int = 2 * 2**30

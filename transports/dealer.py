@@ -1,7 +1,8 @@
 """What the zmq clients have in common: requests in flight matched by id, and the blocking way to wait for them.
 
 A blocking wait first spins on the socket for ``spin_seconds``, because a sleep and its wake-up cost as much as a small
-request's whole round trip; then it sleeps in poll until a message, a lost connection or the next deadline.
+request's whole round trip; then it sleeps in poll until a message, a lost connection or the next deadline. Where the
+reply before took longer than that, it sleeps at once: there is no gain in sight, and others may need the core.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class DealerClient(Client):
         self.options = options
         self.dropped_replies = 0
         self._compressor = compressor
+        self._spin_ns = int(options.spin_seconds * 1e9)
+        self._quick = True
         self._flags = envelope.ACCEPTS_ZSTD if compressor else 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._connection: Connection | None = None
@@ -149,7 +152,7 @@ class DealerClient(Client):
         connection = self._connection
         if connection is None:
             raise RuntimeError("a request is in flight without a connection")
-        spin_until = time.perf_counter_ns() + int(self.options.spin_seconds * 1e9)
+        spin_until = time.perf_counter_ns() + (self._spin_ns if self._quick else 0)
         while True:
             if connection.readable():
                 self._receive(connection)
@@ -283,6 +286,7 @@ class DealerClient(Client):
         if exchange is None:
             self._drop_stray(connection, bytes_down)
             return
+        self._quick = received_ns - exchange.sent_ns <= self._spin_ns
         if not connection.established:
             self._establish(connection)
         if exchange.abandoned:

@@ -321,6 +321,33 @@ def test_an_interrupt_while_waiting_leaves_a_usable_client(name: str, scripted: 
         signal.signal(signal.SIGALRM, previous)
 
 
+def test_it_polls_only_while_answers_come_as_quickly_as_that(name: str, scripted: Callable[..., str]):
+    looks: list[int] = []
+    wait_seconds = [0.0, 0.2, 0.2, 0.0, 0.0]
+
+    def script(peer: object) -> None:
+        for seconds in wait_seconds:
+            request = peer.receive()  # type: ignore[attr-defined]
+            time.sleep(seconds)
+            peer.send(*reply_to(request, b"answer"))  # type: ignore[attr-defined]
+
+    with transports.connect(name, scripted(script), ClientOptions(spin_seconds=0.1)) as client:
+        connection = client._connection  # type: ignore[attr-defined]
+        honest = connection.readable
+
+        def readable() -> bool:
+            looks[-1] += 1
+            return bool(honest())
+
+        connection.readable = readable
+        for _ in wait_seconds:
+            looks.append(0)
+            client.request(Message([b"question"]))
+    # The second is slow, which nobody could know; in the third it sleeps, and after it until one is quick again.
+    assert looks[1] > 100 > looks[2]
+    assert looks[3] < 100
+
+
 # ---- compression
 
 
