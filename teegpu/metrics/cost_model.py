@@ -39,6 +39,9 @@ CHUNKS_COUNTED: Final = 64
 
 MIN_COMPRESSED_BYTES: Final = 2**20
 
+LOCAL_PRODUCTS: Final = "tee/LINEAR"
+"""The place of the products of the plan local."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -117,7 +120,13 @@ class CostModel:
     # The parts
 
     def _alone(self, asked: Demand) -> Phase:
-        seconds = sum(self.rates.seconds(place, amount) for place, amount in asked.items())
+        """Without a server beside it, a run has all cores that its prices were measured with a share of: products, most
+        of the work, take that much less."""
+        rates = self.rates
+        spent = {place: rates.seconds(place, amount) for place, amount in asked.items()}
+        if rates.cores and LOCAL_PRODUCTS in spent:
+            spent[LOCAL_PRODUCTS] *= rates.runner_share or 1.0
+        seconds = sum(spent.values())
         return Phase(seconds, "runner", Work(tee=seconds), Traffic())
 
     def _remote(self, settings: Settings, asked: Demand, sent: Traffic, rows: int, chunks: int) -> Phase:

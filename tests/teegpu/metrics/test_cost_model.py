@@ -76,6 +76,14 @@ def test_both_sides_on_the_same_cores_can_not_do_more_than_these() -> None:
     assert slow.work.runner == pytest.approx(1.5 * work.runner)
 
 
+def test_a_run_without_a_server_has_the_cores_that_one_would_take() -> None:
+    apart = rates()
+    shared = replace(apart, cores=2, runner_share=0.5, server_share=0.5)
+    alone = Settings("local", "fp32", "zmq", 64)
+    with_all, measured = (CostModel(SHAPE, each).prefill(alone, 512).seconds for each in (shared, apart))
+    assert 0.5 * measured <= with_all < measured
+
+
 def test_more_servers_share_chunks_but_not_a_single_pass() -> None:
     model = CostModel(SHAPE, rates(server_flop=1e-9))
     two = replace(CHUNKED, servers=2)
