@@ -26,6 +26,9 @@ SEED_BYTES: Final = 32
 
 WEIGHT_MOST: Final = 127
 
+_BLOCK_VALUES: Final = 2**22
+"""Values that are quantised at once."""
+
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``weight`` (out, in), any float dtype → int8 (out, in) and the scale of each row, fp32 (out,).
@@ -37,6 +40,15 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = torch.maximum(values.amax(-1), values.amin(-1).neg_())
     scale = torch.where(largest > 0, largest / WEIGHT_MOST, torch.ones_like(largest))
     return (values / scale[:, None]).round_().clamp_(-WEIGHT_MOST, WEIGHT_MOST).to(torch.int8), scale
+
+
+def quantise_into(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    """Fills ``weight``, int8 (out, in), and ``scale``, fp32 (out,), with what ``quantise`` makes of ``values``
+    (out, in): a block of rows at a time, since a whole lm_head in fp32 would take gigabytes."""
+    step = max(1, _BLOCK_VALUES // values.shape[1])
+    for first in range(0, values.shape[0], step):
+        block = slice(first, first + step)
+        weight[block], scale[block] = quantise(values[block])
 
 
 def expand(seed: bytes, rows: int, columns: int) -> torch.Tensor:

@@ -21,9 +21,6 @@ from teegpu.model.spec import ModelSpec
 
 log = logging.getLogger("teegpu.gpu")
 
-_BLOCK_VALUES: Final = 2**22
-"""Values that are quantised at once: a whole lm_head in fp32 would take gigabytes."""
-
 
 _ROOMY_BYTES: Final = 5
 """Per value of a ``ring.RingMatrix`` that may take room, at most."""
@@ -116,11 +113,7 @@ class RingWeights:
         for name, shape in zip(group, shapes, strict=True):
             part = whole[start : start + shape[0]]
             scale = torch.empty(shape[0], dtype=torch.float32)
-            values = store.load(name)
-            step = max(1, _BLOCK_VALUES // shape[1])
-            for first in range(0, shape[0], step):
-                block = slice(first, first + step)
-                part[block], scale[block] = ring.quantise(values[block])
+            ring.quantise_into(store.load(name), part, scale)
             digests[name] = ring.digest(part, scale)
             start += shape[0]
         matrix = self._matrices[group] = ring.RingMatrix(whole.to(self._device), roomy=roomy)

@@ -29,7 +29,7 @@ from itertools import pairwise
 from typing import Final
 
 from teegpu.metrics import demand, predict, traffic
-from teegpu.metrics.demand import LOCAL, Demand
+from teegpu.metrics.demand import LOCAL, LOCAL_PRODUCTS, Demand
 from teegpu.metrics.predict import Link, Prediction, Work
 from teegpu.metrics.rates import CODEC_PLACES, Rates
 from teegpu.metrics.traffic import RESIDUAL, SCORES_ON_LINK, Shape, Tensor, Traffic
@@ -38,9 +38,6 @@ CHUNKS_COUNTED: Final = 64
 """Of a prompt in more chunks than this, some are counted and stand for those between them."""
 
 MIN_COMPRESSED_BYTES: Final = 2**20
-
-LOCAL_PRODUCTS: Final = "tee/LINEAR"
-"""The place of the products of the plan local."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from teegpu.metrics.rates import Units
 from teegpu.metrics.traffic import SCORES_ON_LINK, Request, Shape, Tensor, Want
 
 LOCAL = "local"
+LOCAL_PRODUCTS = "tee/LINEAR"
+"""The place of its products."""
 NARROW = ("fp16", "int8")
 """Wire dtypes for which rows are scaled into range before they go out."""
 
@@ -47,7 +49,7 @@ def forward(shape: Shape, plan: str, wire_dtype: str, *, tokens: int, start: int
 def _without_attention(shape: Shape, plan: str, wire_dtype: str, tokens: int, start: int, want: Want) -> Demand:
     parts: list[tuple[Demand, float]] = [(tee(shape, plan, wire_dtype, tokens, start, want), 1.0)]
     if plan == LOCAL:
-        parts.append(({"tee/LINEAR": _local_products(shape, tokens, want)}, 1.0))
+        parts.append(({LOCAL_PRODUCTS: _local_products(shape, tokens, want)}, 1.0))
     else:
         # Most requests of a pass are alike: each kind is priced once.
         kinds: dict[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], int] = {}

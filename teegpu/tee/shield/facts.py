@@ -32,7 +32,7 @@ _GROUPS: Final = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up
 _VERSION: Final = 1
 """Of the kept file and of the quantiser: another one is made anew."""
 _BLOCK_VALUES: Final = 2**22
-"""Values that are quantised at once: a whole lm_head in fp32 would take gigabytes."""
+"""Values that are measured at once: a whole lm_head in float64 would take gigabytes."""
 
 
 def products(spec: ModelSpec) -> list[Product]:
@@ -56,14 +56,10 @@ def quantised(store: WeightStore, spec: ModelSpec, product: Product) -> tuple[to
     weight = torch.empty((rows, columns), dtype=torch.int8)
     scale = torch.empty(rows, dtype=torch.float32)
     start = 0
-    step = max(1, _BLOCK_VALUES // columns)
     for name in product:
-        values = store.load(name)
-        for first in range(0, values.shape[0], step):
-            block = values[first : first + step]
-            into = slice(start + first, start + first + block.shape[0])
-            weight[into], scale[into] = ring.quantise(block)
-        start += values.shape[0]
+        part = slice(start, start + spec.weights[name][0])
+        ring.quantise_into(store.load(name), weight[part], scale[part])
+        start = part.stop
     return weight, scale
 
 
