@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,14 @@ ROOT = Path("/")
 RUNNER_SHARE = 3 / 8
 """Share of the cores for the runner beside an embedded server. The server does the matrix products, most of the
 arithmetic; the runner's part (norms, attention, encoding) is bound by memory, and gains little from many threads."""
+
+FEW_CORES = 4
+"""Up to this many, runner and server on one machine take all cores in turn. With more, waking the threads of a product
+takes longer, and a share of the cores is enough for either."""
+
+_PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+"""OpenMP's threads go to sleep once they have had no work for some 0.1 ms. As they are, they spin for longer than a
+request takes, on cores that the other side needs. Without any spinning, products of one row are slower."""
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16")
 """Processor flags that decide how fast matrix products are, as the kernel names them (x86 and Arm)."""
@@ -71,25 +80,54 @@ def _quota(quota: str, period: str = "100000") -> Iterator[float]:
         yield int(quota) / int(period)
 
 
-def thread_split(embedded: bool, cores: int | None = None) -> tuple[int, int]:
-    """Threads for (runner, server) where ``cores`` are to be used; None: those that are available.
+def share_cores(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Has the threads of products sleep while they wait, in this process and those that it starts: on a machine of
+    ``FEW_CORES``, so that runner and server there can both have all of them.
 
-    With ``embedded`` both share the machine, so they share its cores: 1 → (1, 1), 2 → (1, 1), 4 → (2, 2), 8 → (3, 5),
-    16 → (6, 10), 64 → (24, 40). Otherwise each has a machine to itself, and all of its cores.
+    It has to come before torch, which reads this when it is loaded; later it changes nothing. What a user has set for
+    ``OMP_WAIT_POLICY`` stays.
+    """
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in environ and available_cores() <= FEW_CORES:
+        environ.update(_PASSIVE)
+
+
+def shares_cores(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether threads sleep while they wait, here and in processes that are started from here."""
+    return environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"
+
+
+def without_sharing(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` as it was before ``share_cores``, for a process that has the machine to itself."""
+    ours = all(environ.get(name) == value for name, value in _PASSIVE.items())
+    return {name: value for name, value in environ.items() if not (ours and name in _PASSIVE)}
+
+
+def thread_split(embedded: bool, cores: int | None = None, servers: int = 1) -> tuple[int, int]:
+    """Threads for (runner, each of ``servers``) where ``cores`` are to be used; None: those that are available.
+
+    Without ``embedded`` each side has a machine to itself, and all of its cores. Else they are on one: where threads
+    sleep while they wait (``share_cores``), runner and servers take turns with all cores, servers among themselves
+    share them. Otherwise each has its own: 1 → (1, 1), 2 → (1, 1), 4 → (2, 2), 8 → (3, 5), 16 → (6, 10),
+    64 → (24, 40).
     """
     cores = available_cores() if cores is None else max(1, cores)
     if not embedded:
         return cores, cores
+    if shares_cores():
+        return cores, max(1, cores // servers)
     runner = max(1, round(cores * RUNNER_SHARE))
-    return runner, max(1, cores - runner)
+    return runner, max(1, (cores - runner) // servers)
 
 
-def oversubscribed(runner_threads: int, server_threads: int, cores: int) -> bool:
+def oversubscribed(runner_threads: int, server_threads: int, cores: int, *, shared: bool = False) -> bool:
     """Whether runner and server, on one machine, compute with more threads than it has cores.
 
-    They then take each other's cores away in the middle of a product, which costs several times their work. One thread
-    each is the least there is, and never counts.
+    They then take each other's cores away in the middle of a product, which costs several times their work. Where
+    threads sleep while they wait (``shared``), each side may have as many as there are cores. One thread each is the
+    least there is, and never counts.
     """
+    if shared:
+        return max(runner_threads, server_threads) > max(1, cores)
     return runner_threads + server_threads > max(2, cores)
 
 

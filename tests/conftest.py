@@ -41,6 +41,7 @@ def isolated_user_files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     (root / "cache" / "teegpu" / "configs").symlink_to(configs)
     for name in [name for name in os.environ if name.startswith("TEEGPU_")]:
         monkeypatch.delenv(name)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     # What auto would choose depends on the machine and its load, and tiny models belong in the TEE: tests name the plan
     # that they mean, and this one stands for them where it does not matter. Those of auto say so.
     for phase in ("PREFILL", "DECODE"):

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from teegpu import errors
+from teegpu import errors, machine
 from teegpu.errors import ConnectionFailedError, TeegpuError
 
 _KINDS: dict[str, type[TeegpuError]] = {
@@ -42,10 +42,10 @@ _TAIL_BYTES = 4096
 class Child:
     """Runs ``python -m MODULE``, which answers each line with a line. Use it with ``with``: leaving ends it.
 
-    ``what`` names its work in messages.
+    ``what`` names its work in messages. ``alone``: nothing else computes on this machine while it does.
     """
 
-    def __init__(self, module: str, what: str) -> None:
+    def __init__(self, module: str, what: str, *, alone: bool = False) -> None:
         self.what = what
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         try:
@@ -58,7 +58,7 @@ class Child:
                 text=True,
                 encoding="utf-8",
                 start_new_session=True,
-                env=_environment(),
+                env=_environment(alone=alone),
             )
         except BaseException:
             self._log.close()
@@ -127,7 +127,8 @@ class Child:
         self.close()
 
 
-def _environment() -> dict[str, str]:
+def _environment(*, alone: bool) -> dict[str, str]:
     """Ours, and where this package is, which may be a checkout that the child would not find by itself."""
     root = str(Path(__file__).resolve().parents[2])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+    ours = machine.without_sharing(os.environ) if alone else dict(os.environ)
+    return ours | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}

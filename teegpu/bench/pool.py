@@ -92,7 +92,7 @@ class Pool:
         cases: Sequence[Case],
         workload: Workload,
         *,
-        start_child: Callable[[str], Process] = lambda what: Child(WORKER, what),
+        start_child: Callable[[str, bool], Process] = lambda what, alone: Child(WORKER, what, alone=alone),
         start_server: StartServer = lambda folder, config, threads, entry: EmbeddedServer(
             folder, config, threads=threads, entry=entry
         ),
@@ -177,7 +177,7 @@ class Pool:
                     "run.threads": config.run.threads or machine.thread_split(embedded=True)[0],
                 }
             command["settings"] = values
-        process = self._start_child(case.label)
+        process = self._start_child(case.label, case.baseline or not case.remote(self._work.base))
         try:
             facts: dict[str, Any] = self._asked(process, keys, command)["facts"]
             warm_up = self._measured(process, keys)
@@ -210,7 +210,7 @@ class Pool:
     def _servers_of(self, case: Case, config: Config) -> tuple[tuple[ServerKey, ...], int]:
         """What tells the servers that ``case`` needs, with ``config``, from others, and the threads of each."""
         count = case.servers(self._work.base)
-        threads = config.server.threads or max(1, machine.thread_split(embedded=True)[1] // count)
+        threads = config.server.threads or machine.thread_split(embedded=True, servers=count)[1]
         values = config.values() | {"server.threads": threads}
         shared = ("server.device", "server.dtype", "server.threads")
         key = tuple(

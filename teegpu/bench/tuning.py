@@ -50,6 +50,8 @@ FAR_SECONDS: Final = 0.002
 MANY_TOKENS: Final = 128
 PROMPT_TOKENS: Final = 512
 OVERLAPPED_CHUNK: Final = 64
+TURNS_CHUNK: Final = 128
+"""Where both sides take turns with all cores; smaller chunks change hands more often than any that would be chosen."""
 SAMPLED_TOKENS: Final = 256
 """Of a real text, whose activations are compressed."""
 
@@ -150,23 +152,28 @@ class Tuning:
         """``rates`` with what only a prompt whose chunks are in flight together shows. With several groups of servers
         it is left as it is: the first layers alone can't be run through them."""
         tokens = min(PROMPT_TOKENS, runner.spec.max_positions)
-        if tokens <= OVERLAPPED_CHUNK or runner.settings_of("fused").servers > 1:
+        chunk = TURNS_CHUNK if rates.takes_turns else OVERLAPPED_CHUNK
+        if tokens <= chunk or runner.settings_of("fused").servers > 1:
             return rates
         prompt = texts.prompt_of(runner.tokenizer, tokens)
-        model = CostModel(calibration.shape, rates)
-        settings = Settings("fused", wire, "pipelined", OVERLAPPED_CHUNK)
-        alone = model.prefill(settings, tokens).work
+        model = CostModel(calibration.shape, replace(rates, slowdown=1.0))
+        settings = Settings("fused", wire, "pipelined", chunk)
+        expected = model.prefill(settings, tokens)
+        alone = expected.work
         slow, added = [], []
         for repeat in range(3):
-            total = calibration.overlapped(prompt, wire, OVERLAPPED_CHUNK)
+            total = calibration.overlapped(prompt, wire, chunk)
             if not repeat:
                 continue
             computed = total.tee_seconds + total.busy.gpu_seconds
+            if rates.takes_turns:  # what an operation took has in it what it waited for the other side
+                slow.append(max(1.0, total.seconds / expected.seconds))
+                continue
             factor = max(1.0, computed / (alone.tee + alone.gpu)) if rates.cores else 1.0
             ours = total.serialization_seconds + total.other_seconds
             slow.append(factor)
             added.append(max(0.0, ours - factor * alone.serialization) / max(1, total.rpc_calls))
-        return replace(rates, slowdown=min(slow), overlap_seconds=statistics.median(added))
+        return replace(rates, slowdown=min(slow), overlap_seconds=statistics.median(added) if added else 0.0)
 
 
 def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], list[Step]]:

@@ -131,7 +131,7 @@ def audit(
     The run is an ordinary one, on real servers. Nothing of it is kept: no record, no messages. The result holds no text
     unless --show-text asks for it. Exits with 0 whatever is found, unless it is told what to expect.
     """
-    from teegpu import config
+    from teegpu import config, machine
 
     flags: dict[str, object] = {
         "model.name": model,
@@ -152,6 +152,7 @@ def audit(
         "run.speculate": 0,
         "sampling.temperature": 0.0,
     }
+    machine.share_cores()
     settings = config.load(flags, config_file)
     for key in ("run.prefill_plan", "run.decode_plan"):
         if settings.values()[key] == AUTO:

@@ -70,8 +70,9 @@ class Output:
 
 
 def load_settings(model: str | None, offline: bool | None, flags: Mapping[str, object], file: Path | None) -> Config:
-    from teegpu import config
+    from teegpu import config, machine
 
+    machine.share_cores()
     return config.load({"model.name": model, "model.offline": offline, **flags}, file)
 
 

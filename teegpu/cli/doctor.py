@@ -67,6 +67,7 @@ def doctor(
     Exits with 0 when nothing failed, 2 when the settings can't be read, 3 when the model can't be used, 4 when the
     server does not answer.
     """
+    machine.share_cores()
     checks = []
     for check in examine(tuple(endpoint or ()), config_file):
         checks.append(check)
@@ -133,7 +134,10 @@ def threads(config: Config, cores: int) -> Check:
         has = "servers at {} have their" if several else "server at {} has its"
         return Check("threads", "ok", f"runner {runner}; the {has.format(where)} own")
     detail = f"runner {runner}, embedded server {server}, on {cores} core(s)"
-    if machine.oversubscribed(runner, server, cores):
+    shared = machine.shares_cores()
+    if shared:
+        detail += ", in turn"
+    if machine.oversubscribed(runner, server, cores, shared=shared):
         return Check("threads", "warn", f"{detail}: more threads than cores; set run.threads and server.threads to 0")
     return Check("threads", "ok", detail)
 

@@ -167,7 +167,7 @@ def run(
     config_file: ConfigFile = None,
 ) -> None:
     """Answer a prompt; the text goes to stdout, everything else to stderr."""
-    from teegpu import config
+    from teegpu import config, machine
 
     flags = {
         "model.name": model,
@@ -203,6 +203,8 @@ def run(
     if no_record and save_text:
         raise UsageError("--save-text would keep the text in the record, and --no-record keeps none: leave one out")
     settings = config.load(flags, config_file)
+    if not _alone(settings):
+        machine.share_cores()
     prompts = Prompts(prompt, system, raw, prompts_file, prompt_tokens, text_file)
     prompts.check()
     _check_embedded(settings, {"--device": device, "--dtype": dtype})
@@ -258,6 +260,12 @@ class _Outcome:
     bug: bool = False
     runner: Runner | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _alone(settings: Config) -> bool:
+    """Whether the run asks no server for anything."""
+    run = settings.run
+    return run.prefill_plan == run.decode_plan == "local" or run.privacy == "reference"
 
 
 def _check_embedded(settings: Config, flags: dict[str, str | None]) -> None:

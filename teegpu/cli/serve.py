@@ -77,8 +77,9 @@ def serve(
     When it is told to end, it refuses what comes from then on, answers what it has within server.drain_seconds, and
     exits with 0; a second signal ends it at once. What a runner sends is seen in the clear by this process.
     """
-    from teegpu import config
+    from teegpu import config, machine
 
+    machine.share_cores()
     settings = config.load(
         {
             "model.name": model,

@@ -94,7 +94,7 @@ def tune(
 
     It takes under a minute. What was measured is kept as a profile, which the plan auto then goes by.
     """
-    from teegpu import config
+    from teegpu import config, machine
     from teegpu.bench import tunetables
 
     flags: dict[str, object] = {
@@ -113,6 +113,7 @@ def tune(
         {"--what-if": bool(what_if), "--against": bool(against), "--saved": saved},
         {"--endpoint": bool(endpoint), "--link": link is not None, "--device": device is not None, "--apply": apply},
     )
+    machine.share_cores()
     settings = config.load(flags, config_file)
     form = tunetables.choose(form, out.name if out is not None else "")
     destination = Destination(out, force=True, quiet=quiet)

@@ -29,7 +29,7 @@ NEAR: Final = 1.03
 
 CHUNKS: Final = (32, 64, 128, 256, 512)
 
-AUTO_CHUNK_TOKENS: Final = 128
+AUTO_CHUNK_TOKENS: Final = 256
 """Chunk of an overlapped prefill where none is chosen by prediction: small enough that the pipeline fills early, large
 enough that a matrix product still runs at full speed. ``docs/benchmarks.md`` has the measurement."""
 
@@ -64,7 +64,8 @@ def chunk_sizes(given: int, tokens: int, *, overlaps: bool) -> tuple[int, ...]:
         return (given,)
     if not overlaps:
         return (LOCK_STEP_CHUNK_TOKENS,)
-    return tuple(sorted({AUTO_CHUNK_TOKENS, *(size for size in CHUNKS if size < tokens)}))
+    # A prompt in one piece too: where both sides share cores and the link is quick, overlapping only makes them fight.
+    return tuple(sorted({AUTO_CHUNK_TOKENS, LOCK_STEP_CHUNK_TOKENS, *(size for size in CHUNKS if size < tokens)}))
 
 
 def prefills(

@@ -9,9 +9,9 @@ on paper. Pure formulas.
     link          = B.up / up, B.down / down, B.rounds · (RTT + overhead)
 
 ``metrics.predict`` puts them together: their sum in lock step; where the chunks of a prompt overlap, the largest of
-them and the pipeline's fill, with both sides slower by ``slowdown`` where they share cores, and never below what these
-cores can do. A plan whose products cost more (masked, verified) is priced by
-``product_cost``, a factor on all that a request costs both sides.
+them and the pipeline's fill, with both sides slower by ``slowdown`` where they share cores (where they take turns with
+all cores: with their sum longer by it), and never below what these cores can do. A plan whose products cost more
+(masked, verified) is priced by ``product_cost``, a factor on all that a request costs both sides.
 
 **zstd** is modelled as its policy decides: frames of at least ``min_bytes``, and only where the bytes that it saves
 take the link longer than the codec takes both sides.
@@ -154,8 +154,13 @@ class CostModel:
         return Phase(found.seconds, found.bound_by, work, sent)
 
     def _crowded(self, work: Work, sent: Traffic) -> Work:
-        """Both sides at once on the same cores."""
+        """Both sides at once on the same cores. Where they take turns with all of them, what one does the other waits
+        for: then it is their sum that takes longer, by what changing hands costs."""
         slow, rates = self.rates.slowdown, self.rates
+        moving = (sent.bytes_up_with_headers + sent.bytes_down_with_headers) * rates.moving_seconds / rates.cores
+        if rates.takes_turns:
+            ours, theirs = rates.runner_share * slow, rates.server_share * slow
+            return replace(work, runner_share=ours, server_share=theirs, moving=moving * slow)
         return replace(
             work,
             tee=work.tee * slow,
@@ -164,7 +169,7 @@ class CostModel:
             server_serialization=work.server_serialization * slow,
             runner_share=rates.runner_share,
             server_share=rates.server_share,
-            moving=(sent.bytes_up_with_headers + sent.bytes_down_with_headers) * rates.moving_seconds / rates.cores,
+            moving=moving,
         )
 
     def _compressed(self, settings: Settings, work: Work, sent: Traffic, rows: int) -> tuple[Work, Traffic]:

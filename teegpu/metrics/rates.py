@@ -65,10 +65,10 @@ class Rates:
     the RTT.
 
     ``cores``: runner and server share so many of this machine's; 0: each has its own. ``runner_share`` and
-    ``server_share``: the threads of each over these. ``slowdown``: what both take
-    longer, as a factor, while they compute at once. ``moving_seconds``: processor time for a byte that crosses, on both
-    sides and in the emulated link where they share a machine. ``overlap_seconds``: what an event loop adds to each
-    request, on the runner. ``compression``: by wire dtype, what is known of it.
+    ``server_share``: the threads of each over these. ``slowdown``: what both take longer, as a factor, while they
+    compute at once; where they take turns with the cores, what their sum does. ``moving_seconds``: processor time for a
+    byte that crosses, on both sides and in the emulated link where they share a machine. ``overlap_seconds``: what an
+    event loop adds to each request, on the runner. ``compression``: by wire dtype, what is known of it.
     """
 
     prices: Mapping[str, Units]
@@ -80,6 +80,11 @@ class Rates:
     moving_seconds: float = 0.0
     overlap_seconds: float = 0.0
     compression: Mapping[str, Compression] = field(default_factory=dict)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether each side computes with so many threads that only one of them can have the cores it uses."""
+        return self.cores > 0 and self.runner_share + self.server_share > 1.0
 
     def price(self, place: str) -> Units:
         """Raises ``KeyError`` for a place of which nothing is known."""

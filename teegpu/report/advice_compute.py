@@ -29,7 +29,7 @@ def threads(run: Reading) -> Iterator[Advice]:
     runner, server, cores = run.runner_threads, run.server_threads, run.cores
     if not (run.remote and run.same_machine and run.server_on_cpu and min(runner, server, cores) > 0):
         return
-    if not machine.oversubscribed(runner, server, cores):
+    if not machine.oversubscribed(runner, server, cores, shared=run.takes_turns):
         return
     computed = sum(phase.tee_seconds for phase in run.phases) + _computing(run)
     saving = min(computed, run.seconds) * (1.0 - cores / (runner + server))

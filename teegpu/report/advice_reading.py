@@ -126,6 +126,11 @@ class Reading:
         return int(figure(self.settings, "threads", "cores"))
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether threads slept while they waited, so that runner and server could both have all cores."""
+        return (self.settings.get("threads") or {}).get("shared") is True
+
+    @property
     def runner_threads(self) -> int:
         return int(figure(self.settings, "threads", "runner"))
 

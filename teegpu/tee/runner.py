@@ -463,7 +463,7 @@ class Runner:
             "link": str(self.link) if self.link is not None else "",
             "link_figures": _figures(self.link) if self.link is not None else None,
             "compression": dict(vars(self.config.compression)),
-            "threads": {"runner": self.threads.runner, "server": self.threads.server, "cores": self.threads.cores},
+            "threads": self.threads.to_json(),
             "max_tokens": run.max_tokens,
             "speculate": run.speculate,
             "sampling": sampling,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import transports
 from teegpu import endpoints, machine
@@ -45,9 +46,19 @@ class Threads:
     cores: int
     servers: int = 1
 
+    def to_json(self) -> dict[str, Any]:
+        return {"runner": self.runner, "server": self.server, "cores": self.cores, "shared": self.shared}
+
     @property
     def oversubscribed(self) -> bool:
-        return self.server is not None and machine.oversubscribed(self.runner, self.servers * self.server, self.cores)
+        if self.server is None:
+            return False
+        return machine.oversubscribed(self.runner, self.servers * self.server, self.cores, shared=self.shared)
+
+    @property
+    def shared(self) -> bool:
+        """Whether threads sleep while they wait, so that runner and server may both have all cores."""
+        return machine.shares_cores()
 
 
 class Servers:
@@ -180,10 +191,11 @@ class Servers:
 
     def _check_threads(self, address: str, welcome: Welcome) -> None:
         beside = self.threads.server is None and welcome.device == "cpu" and same_machine(address)
-        if beside and machine.oversubscribed(self.threads.runner, welcome.threads, self.threads.cores):
+        ours = self.threads
+        if beside and machine.oversubscribed(ours.runner, welcome.threads, ours.cores, shared=ours.shared):
             self._notify(
                 f"the server at {address} computes on this machine with {welcome.threads} threads, the runner "
-                f"with {self.threads.runner}, and there are {self.threads.cores} cores: expect both to be slow "
+                f"with {ours.runner}, and there are {ours.cores} cores: expect both to be slow "
                 "(serve --threads, run --threads)"
             )
 
@@ -245,9 +257,9 @@ def split_threads(config: Config, notify: Notify) -> Threads:
 def _split_threads(config: Config, notify: Notify, servers: int) -> Threads:
     cores = machine.available_cores()
     embedded = servers > 0 and not config.run.endpoints
-    runner, server = machine.thread_split(embedded, cores)
+    runner, server = machine.thread_split(embedded, cores, max(1, servers))
     runner = config.run.threads or runner
-    server = config.server.threads or max(1, server // max(1, servers))
+    server = config.server.threads or server
     threads = Threads(runner, server if embedded else None, cores, max(1, servers))
     if threads.oversubscribed:
         notify(

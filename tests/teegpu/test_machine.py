@@ -213,3 +213,45 @@ print(faults() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert int(done.stdout) < 10_000  # each buffer that is mapped anew takes 10,240 faults
+
+
+@pytest.fixture
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if torch were not loaded yet."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+
+@pytest.mark.usefixtures("no_torch")
+@pytest.mark.parametrize(("cores", "shared"), [(1, True), (2, True), (4, True), (5, False), (64, False)])
+def test_threads_sleep_while_they_wait_on_few_cores(monkeypatch: pytest.MonkeyPatch, cores: int, shared: bool) -> None:
+    monkeypatch.setattr(machine, "available_cores", lambda: cores)
+    environ = {"HOME": "/"}
+    machine.share_cores(environ)
+    assert machine.shares_cores(environ) is shared
+    assert machine.without_sharing(environ) == {"HOME": "/"}
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_what_a_user_set_for_openmp_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_cores", lambda: 2)
+    for wish in ("active", "PASSIVE"):
+        environ = {"OMP_WAIT_POLICY": wish}
+        machine.share_cores(environ)
+        assert environ == machine.without_sharing(environ) == {"OMP_WAIT_POLICY": wish}
+        assert machine.shares_cores(environ) is (wish == "PASSIVE")
+
+
+def test_once_torch_is_loaded_it_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", machine)  # any module will do
+    environ: dict[str, str] = {}
+    machine.share_cores(environ)
+    assert not environ
+
+
+def test_those_that_take_turns_have_all_cores_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert machine.thread_split(True, 4) == (4, 4)
+    assert machine.thread_split(True, 4, servers=2) == (4, 2)
+    assert machine.thread_split(True, 1, servers=2) == (1, 1)
+    assert not machine.oversubscribed(2, 2, 2, shared=True)
+    assert machine.oversubscribed(3, 1, 2, shared=True)

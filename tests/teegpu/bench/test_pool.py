@@ -81,7 +81,7 @@ class House:
             self.cases, work, start_child=self._child, start_server=self._server, available_bytes=self._available
         )
 
-    def _child(self, what: str) -> FakeChild:
+    def _child(self, what: str, alone: bool) -> FakeChild:
         self.children[what] = FakeChild(what, self.log)
         return self.children[what]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from teegpu.metrics import chooser
-from teegpu.metrics.chooser import AUTO_PLANS, Candidate, chunk_sizes, decodes, pick, prefills
+from teegpu.metrics.chooser import AUTO_CHUNK_TOKENS, AUTO_PLANS, Candidate, chunk_sizes, decodes, pick, prefills
 from teegpu.metrics.cost_model import CostModel, Phase, Settings
 from teegpu.metrics.predict import Work
 from teegpu.metrics.traffic import Traffic
@@ -14,7 +14,7 @@ from tests.teegpu.metrics.tuning import SHAPE, rates
 BASE = Settings("fused", "fp16", "pipelined", 0)
 
 
-def candidate(plan: str, seconds: float, chunk: int = 128) -> Candidate:
+def candidate(plan: str, seconds: float, chunk: int = AUTO_CHUNK_TOKENS) -> Candidate:
     return Candidate(Settings(plan, "fp16", "pipelined", chunk), Phase(seconds, "up", Work(), Traffic()))
 
 
@@ -27,15 +27,15 @@ def test_the_more_private_of_two_that_are_about_as_quick() -> None:
 
 
 def test_the_usual_chunk_unless_another_is_clearly_better() -> None:
-    assert pick([candidate("fused", 1.0, 64), candidate("fused", 1.01)]).settings.chunk_tokens == 128
+    assert pick([candidate("fused", 1.0, 64), candidate("fused", 1.01)]).settings.chunk_tokens == AUTO_CHUNK_TOKENS
     assert pick([candidate("fused", 1.0, 64), candidate("fused", 1.1)]).settings.chunk_tokens == 64
 
 
 def test_chunks_to_weigh() -> None:
     assert chunk_sizes(77, 1024, overlaps=True) == (77,)
     assert chunk_sizes(0, 1024, overlaps=False) == (2048,)
-    assert chunk_sizes(0, 100, overlaps=True) == (32, 64, 128)
-    assert chooser.default_chunk(overlaps=True) == 128
+    assert chunk_sizes(0, 100, overlaps=True) == (32, 64, 256, 2048)
+    assert chooser.default_chunk(overlaps=True) == 256
     assert chooser.default_chunk(overlaps=False) == 2048
 
 

@@ -72,6 +72,8 @@ def test_both_sides_on_the_same_cores_can_not_do_more_than_these() -> None:
     crowded = CostModel(SHAPE, replace(shared, runner_share=1.0, server_share=1.0)).prefill(CHUNKED, 1024)
     assert crowded.bound_by == "cores"
     assert crowded.seconds >= work.runner + work.server - 1e-9
+    turns = replace(shared, runner_share=1.0, server_share=1.0, slowdown=1.5)
+    assert CostModel(SHAPE, turns).prefill(CHUNKED, 1024).seconds >= 1.5 * (work.runner + work.server) - 1e-9
     slow = CostModel(SHAPE, replace(shared, slowdown=1.5)).prefill(CHUNKED, 1024)
     assert slow.work.runner == pytest.approx(1.5 * work.runner)
 
