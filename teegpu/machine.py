@@ -25,9 +25,10 @@ FEW_CORES = 4
 """Up to this many, runner and server on one machine take all cores in turn. With more, waking the threads of a product
 takes longer, and a share of the cores is enough for either."""
 
-_PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
-"""OpenMP's threads go to sleep once they have had no work for some 0.1 ms. As they are, they spin for longer than a
-request takes, on cores that the other side needs. Without any spinning, products of one row are slower."""
+_PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+"""OpenMP's threads go to sleep once they have had no work for some 0.01 ms. As they are, they spin for longer than a
+request takes, on cores that the other side needs. Ten times as long costs chunks that overlap a fifth; not to spin at
+all makes products of one row slower."""
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16")
 """Processor flags that decide how fast matrix products are, as the kernel names them (x86 and Arm)."""

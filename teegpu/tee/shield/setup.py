@@ -21,6 +21,7 @@ from teegpu.tee.shield.answers import NamingClient
 from teegpu.tee.shield.exchanges import Masked, TwoServers
 from teegpu.tee.shield.facts import FactTable
 from teegpu.tee.shield.facts import products as all_products
+from teegpu.tee.shield.masks import MaskSource
 from teegpu.tee.shield.plainproducts import VerifiedProducts
 from teegpu.tee.shield.plainverify import ROUNDOFF, PlainKeys
 from teegpu.tee.shield.products import Exchange, Reference, ShieldedProducts
@@ -39,7 +40,7 @@ class Shield:
     twice.
 
     ``notify`` is told in a line what takes time. Raises ``ModelError``, and ``ShieldError`` where files that it needs
-    can't be used.
+    are not there or can't be used.
     """
 
     def __init__(
@@ -68,6 +69,11 @@ class Shield:
         if self.mode != modes.NONE:
             telling = self._telling("measuring the model's weights")
             self.facts = FactTable.load(store, spec, digest, cache_dir=config.model.cache_path, progress=telling)
+        self._source: MaskSource | None = None
+        if self.mode in (modes.PADS, modes.LWE):
+            # Now, and not once servers have answered: what is missing is told of at once.
+            self._source = open_source(self.mode, config, spec, digest, notify=notify)
+            self._closing.callback(self._source.close)
 
     def close(self) -> None:
         self._closing.close()
@@ -93,11 +99,11 @@ class Shield:
         keys = self._keys() if self.verified else None
         if self.mode == modes.TWO_SERVER:
             return TwoServers(clients[0], clients[1], record, keys)
-        source = open_source(self.mode, self._config, self._spec, self._digest, notify=self._notify)
-        self._closing.callback(source.close)
+        if self._source is None:
+            raise RuntimeError(f"the mode {self.mode} has no masks")
         if self.mode == modes.PADS and self._config.shield.refill_tokens:
             self._closing.enter_context(Refill(self._store.folder, self._config, self._notify))
-        return Masked(source, clients[0], record, keys)
+        return Masked(self._source, clients[0], record, keys)
 
     def _keys(self) -> Keys:
         return Keys.load(

@@ -59,6 +59,15 @@ def test_help_lists_every_command(args: list[str], capsys: pytest.CaptureFixture
     assert "Exit codes: 0 done" in out
 
 
+def test_help_explains_every_exit_code() -> None:
+    explained = {int(part.split()[0]) for part in cli.EPILOG.removeprefix("Exit codes: ").split(", ")}
+    kinds = [
+        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.TeegpuError)
+    ]
+    own = {kind.exit_code for kind in kinds} - {errors.TeegpuError.exit_code}
+    assert explained == own | {0, errors.EXIT_BUG, errors.EXIT_INTERRUPTED, errors.EXIT_BROKEN_PIPE}
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_exists_and_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([name, "--help"]) == 0

@@ -304,6 +304,15 @@ def test_other_int8_weights_are_a_mismatch(folder: ModelFolder, serve: Serve) ->
     assert second in str(error)
 
 
+@pytest.mark.parametrize(("mode", "missing"), [("pads", "teegpu pads make"), ("lwe", "teegpu hint make")])
+def test_masks_that_are_missing_are_told_of_before_any_server_is_asked(
+    mode: str, missing: str, folder: ModelFolder
+) -> None:
+    nobody = settings("tcp://127.0.0.1:9", run__privacy=mode, link__connect_timeout_seconds=30.0)
+    with pytest.raises(ShieldError, match=missing):
+        Runner(nobody, folder).close()
+
+
 def test_a_server_that_does_not_offer_it_says_so(folder: ModelFolder, serve: Serve) -> None:
     error = refused(folder, settings(serve()[0], serve(shield="off")[0]))
     assert isinstance(error, ServerRefusedError)
