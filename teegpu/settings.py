@@ -190,7 +190,8 @@ class RunSettings:
     )
     threads: int = setting(
         0,
-        "Threads that the runner computes with. 0: all cores, or with more than 4 of them a share beside an embedded server.",
+        "Threads that the runner computes with. 0: all cores, or with more than 4 of them a share beside an embedded "
+        "server.",
         minimum=0,
         maximum=4096,
     )
