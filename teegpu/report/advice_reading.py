@@ -17,6 +17,7 @@ from teegpu.metrics import predict, traffic
 from teegpu.metrics.events import DECODE, PREFILL
 from teegpu.metrics.linkestimate import LinkFigures
 from teegpu.metrics.predict import Link, Work
+from teegpu.metrics.rates import TURNS_SLOWDOWN
 from teegpu.metrics.traffic import Shape, Traffic
 
 LOCAL: Final = "local"
@@ -254,6 +255,8 @@ class Reading:
         if not phase.overlaps:
             gpu, serialization = phase.gpu_seconds, phase.server_seconds
         share = 1.0 if self.shared_cores else 0.0
+        if self.takes_turns and not phase.overlaps:  # what overlapping would cost is not in its times yet
+            share *= TURNS_SLOWDOWN
         return Work(
             phase.tee_seconds,
             phase.serialization_seconds,

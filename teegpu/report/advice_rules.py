@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from teegpu.metrics.chooser import AUTO_CHUNK_TOKENS
 from teegpu.metrics.events import PREFILL
 from teegpu.metrics.traffic import SCORES_ON_LINK
 from teegpu.report.advice_reading import OVERLAPPING, Change, Phase, Reading, figure
@@ -221,8 +222,8 @@ def _minimum(run: Reading) -> int:
 # How requests overlap
 
 
-GOOD_CHUNK: Final = 128
-"""The chunk of an overlapped prefill that docs/benchmarks.md found best."""
+GOOD_CHUNK: Final = AUTO_CHUNK_TOKENS
+"""The chunk of an overlapped prefill where none is set."""
 
 CHUNKS: Final = (64, 128, 256, 512)
 LOCK_STEP_CHUNK: Final = 2048

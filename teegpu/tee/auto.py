@@ -22,7 +22,7 @@ from teegpu.metrics.chooser import AUTO_PLANS, OFFLOADING_PLANS, Candidate
 from teegpu.metrics.cost_model import CostModel, Settings
 from teegpu.metrics.demand import LOCAL
 from teegpu.metrics.profile import Profile, Server
-from teegpu.metrics.rates import Rates
+from teegpu.metrics.rates import TURNS_SLOWDOWN, Rates
 from teegpu.metrics.traffic import Shape
 from teegpu.model.spec import ModelSpec
 from teegpu.settings import AUTO
@@ -41,10 +41,6 @@ PROBE_MATRIX_BYTES: Final = 48 * 2**20
 ASSUMED_PROMPT_TOKENS: Final = 512
 ASSUMED_DECODE_TOKENS: Final = 64
 """What is chosen for where the prompt is not known yet; half of the tokens that follow it is where decode is judged."""
-
-TURNS_SLOWDOWN: Final = 1.25
-"""What both sides together take longer where they compute at once and each wants all cores, as long as it was not
-measured: chunks of 256 tokens took 1.05 to 1.35 times as long as one piece, on loopback and two cores."""
 
 SPARE_BYTES: Final = 512 * 2**20
 """Memory that the weights of ``local`` must leave free."""

@@ -200,7 +200,7 @@ def test_advice_names_the_settings_to_change(rule: str, settings: dict[str, str]
 @pytest.mark.parametrize(
     ("rule", "before", "after"),
     [
-        ("overlap", {"transport": "zmq", "chunk_tokens": 2048}, {"transport": "pipelined", "chunk_tokens": 128}),
+        ("overlap", {"transport": "zmq", "chunk_tokens": 2048}, {"transport": "pipelined", "chunk_tokens": 256}),
         ("plan-scores", {"plan": "batched", "transport": "zmq", "chunk_tokens": 2048}, {"plan": "fused"}),
         ("wire-dtype", {"wire": "fp32"}, {"wire": "fp16"}),
         ("wire-int8", {"speeds": Speeds(**SLOW)}, {"wire": "int8"}),
@@ -222,6 +222,20 @@ def test_what_the_link_gave_is_enough_without_being_told() -> None:
     for rule, entry in by_id(given).items():
         told = by_id(measured)[rule]
         assert told["predicted_saving_seconds"] == pytest.approx(entry["predicted_saving_seconds"], rel=0.1)
+
+
+def test_overlap_promises_less_where_both_sides_take_turns_with_the_cores() -> None:
+    def saving(bandwidth: float, *, shared: bool) -> float:
+        threads = {"runner": 2, "server": 2, "cores": 2, "shared": shared}
+        speeds = Speeds(rtt=1e-3, up=bandwidth, down=bandwidth, tee=1e-5, gpu=3e-5)
+        server = BESIDE | {"threads": 2}
+        made = run(transport="zmq", chunk_tokens=2048, server=server, settings={"threads": threads}, speeds=speeds)
+        entry = by_id(made).get("overlap")
+        return float(entry["predicted_saving_seconds"]) if entry else 0.0
+
+    assert 0 < saving(3e8, shared=True) < 0.6 * saving(3e8, shared=False)
+    assert saving(1e9, shared=False) > 0
+    assert saving(1e9, shared=True) == 0
 
 
 # Order and silence
