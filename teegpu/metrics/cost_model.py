@@ -86,7 +86,7 @@ class CostModel:
         """``tokens`` of a prompt after ``start`` that are in the KV cache, its first token included. Raises
         ``ValueError`` for unknown names, ``KeyError`` where a price is missing (see ``knows``)."""
         chunk = max(1, settings.chunk_tokens)
-        chunks = math.ceil(tokens / chunk)
+        chunks = max(1.0, tokens / chunk)
         overlaps = settings.overlaps and chunks > 1 and settings.plan != LOCAL
         asked = prompt_demand(self.shape, settings.plan, settings.wire_dtype, tokens, chunk, start)
         if settings.plan == LOCAL:
@@ -126,7 +126,7 @@ class CostModel:
         seconds = sum(spent.values())
         return Phase(seconds, "runner", Work(tee=seconds), Traffic())
 
-    def _remote(self, settings: Settings, asked: Demand, sent: Traffic, rows: int, chunks: int) -> Phase:
+    def _remote(self, settings: Settings, asked: Demand, sent: Traffic, rows: int, chunks: float) -> Phase:
         rates, factor = self.rates, settings.product_cost
         spent = {place: rates.seconds(place, amount) for place, amount in asked.items()}
         tee = sum(seconds for place, seconds in spent.items() if place.startswith("tee/"))

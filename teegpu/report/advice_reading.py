@@ -196,15 +196,16 @@ class Reading:
         changed = self._changed(phase, work, change, sent, sends)
         chunks = phase.chunks
         if change.chunk_tokens and phase.name == PREFILL:
-            chunks = math.ceil(self.prompt_tokens / change.chunk_tokens)
+            # A last chunk that is smaller overlaps with less: what counts is the way of a whole one.
+            chunks = max(1.0, self.prompt_tokens / change.chunk_tokens)
         if phase.overlaps:
             explained = predict.overlapped(sent, link, work, int(phase.chunks)).seconds / phase.seconds
             if not EXPLAINED[0] <= explained <= EXPLAINED[1]:
                 return None
-            return predict.overlapped(sends, link, changed, int(chunks)).seconds / explained
+            return predict.overlapped(sends, link, changed, chunks).seconds / explained
         link = self._calibrated(phase, sent, link)
         if overlaps and chunks > 1:
-            return predict.overlapped(sends, link, changed, int(chunks)).seconds
+            return predict.overlapped(sends, link, changed, chunks).seconds
         return predict.lock_step(sends, link, changed).seconds
 
     def _calibrated(self, phase: Phase, sent: Traffic, link: Link) -> Link:
