@@ -26,7 +26,7 @@ FEW_CORES = 4
 takes longer, and a share of the cores is enough for either."""
 
 _PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-"""OpenMP's threads go to sleep once they have had no work for some 0.01 ms. As they are, they spin for longer than a
+"""OpenMP's threads go to sleep once they have looked for work 1,000 times. As they are, they spin for longer than a
 request takes, on cores that the other side needs. Ten times as long costs chunks that overlap a fifth; not to spin at
 all makes products of one row slower."""
 

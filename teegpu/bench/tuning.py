@@ -165,10 +165,10 @@ class Tuning:
             total = calibration.overlapped(prompt, wire, chunk)
             if not repeat:
                 continue
-            computed = total.tee_seconds + total.busy.gpu_seconds
             if rates.takes_turns:  # what an operation took has in it what it waited for the other side
                 slow.append(max(1.0, total.seconds / expected.seconds))
                 continue
+            computed = total.tee_seconds + total.busy.gpu_seconds
             factor = max(1.0, computed / (alone.tee + alone.gpu)) if rates.cores else 1.0
             ours = total.serialization_seconds + total.other_seconds
             slow.append(factor)

@@ -19,6 +19,7 @@ from teegpu.metrics.linkestimate import LinkFigures
 from teegpu.metrics.predict import Link, Work
 from teegpu.metrics.rates import TURNS_SLOWDOWN
 from teegpu.metrics.traffic import Shape, Traffic
+from teegpu.report import look
 
 LOCAL: Final = "local"
 OVERLAPPING: Final = "pipelined"
@@ -129,7 +130,7 @@ class Reading:
     @property
     def takes_turns(self) -> bool:
         """Whether threads slept while they waited, so that runner and server could both have all cores."""
-        return (self.settings.get("threads") or {}).get("shared") is True
+        return look.mapping(self.settings, "threads").get("shared") is True
 
     @property
     def runner_threads(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from teegpu.metrics.chooser import AUTO_CHUNK_TOKENS
+from teegpu.metrics.chooser import AUTO_CHUNK_TOKENS, LOCK_STEP_CHUNK_TOKENS
 from teegpu.metrics.events import PREFILL
 from teegpu.metrics.traffic import SCORES_ON_LINK
 from teegpu.report.advice_reading import OVERLAPPING, Change, Phase, Reading, figure
@@ -222,24 +222,20 @@ def _minimum(run: Reading) -> int:
 # How requests overlap
 
 
-GOOD_CHUNK: Final = AUTO_CHUNK_TOKENS
-"""The chunk of an overlapped prefill where none is set."""
-
 CHUNKS: Final = (64, 128, 256, 512)
-LOCK_STEP_CHUNK: Final = 2048
 
 
 def overlap(run: Reading) -> Iterator[Advice]:
     """Chunks under way together, where one request after the other was sent."""
     phase = run.prefill
-    if not phase.remote or run.transport not in ("zmq", "zmq+zstd") or run.prompt_tokens <= GOOD_CHUNK:
+    if not phase.remote or run.transport not in ("zmq", "zmq+zstd") or run.prompt_tokens <= AUTO_CHUNK_TOKENS:
         return
-    saving = run.saving(Change(overlaps=True, chunk_tokens=GOOD_CHUNK), PREFILL)
+    saving = run.saving(Change(overlaps=True, chunk_tokens=AUTO_CHUNK_TOKENS), PREFILL)
     if saving is None or not worth(run, saving):
         return
     transport = run.transport.replace("zmq", OVERLAPPING)
     settings = {"run.transport": transport}
-    if run.chunk_tokens < LOCK_STEP_CHUNK:
+    if run.chunk_tokens < LOCK_STEP_CHUNK_TOKENS:
         settings["run.chunk_tokens"] = "0"
     text = (
         f"In prefill the link was idle while both sides computed, and they while it carried: {run.transport} has one "
@@ -262,7 +258,7 @@ def chunk_size(run: Reading) -> Iterator[Advice]:
         return
     overlapping = run.transport.startswith(OVERLAPPING)
     best: tuple[float, int] | None = None
-    for chunk in CHUNKS if overlapping else (LOCK_STEP_CHUNK,):
+    for chunk in CHUNKS if overlapping else (LOCK_STEP_CHUNK_TOKENS,):
         if not overlapping or chunk < run.prompt_tokens:
             change = Change(overlaps=overlapping, chunk_tokens=chunk)
             saving = run.saving(change, PREFILL) if not now / 2 < chunk < now * 2 else None
@@ -271,7 +267,7 @@ def chunk_size(run: Reading) -> Iterator[Advice]:
     if best is None or not worth(run, best[0]):
         return
     saving, chunk = best
-    value = "0" if not overlapping or chunk == GOOD_CHUNK else str(chunk)
+    value = "0" if not overlapping or chunk == AUTO_CHUNK_TOKENS else str(chunk)
     if chunk > now:
         text = (
             f"Chunks of {now} tokens made {phase.rpc_calls:,.0f} RPC calls of the prefill. With "
