@@ -13,8 +13,8 @@ BUFFER_SECONDS = 0.010
 CHUNK_SECONDS = 0.001  # of the rate: finer costs processor time, coarser holds a small message behind a large one
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 2 * 1024, 256 * 1024
 UNLIMITED_QUEUE_BYTES = 64 * 2**20  # held per connection and direction where no rate bounds it
-# What reading costs between a byte's arrival and the clock reading that stands for it, taken off the delay.
-READ_SECONDS = 0.000_03
+# The most that is taken off the delay for waking up, on the relay's side and on the receiver's together.
+MAX_WAKE_SECONDS = 0.000_3
 # A sleeping processor wakes late, by 50 us to 500 us, and mostly by the same. Each pipe learns by how much and gets up
 # that much earlier. It follows the median: the steps are bounded, so that one preemption does not move it far.
 MAX_LEAD_SECONDS, LEAD_GAIN, LEAD_STEP_SECONDS = 0.000_5, 0.25, 0.000_02
@@ -58,6 +58,8 @@ class Pipe:
     bytes_per_second: float
     delay_seconds: float
     jitter_seconds: float
+    wake_seconds: float = 0.0
+    """What passes between a byte's arrival and its being read, at the relay and again at the receiver: off the delay."""
     random: Random = field(default_factory=lambda: Random(0))
     queue: deque[tuple[float, Stream, memoryview | bytes | None]] = field(default_factory=deque)
     free_at: float = 0.0
@@ -93,7 +95,7 @@ class Pipe:
         delay = self.delay_seconds
         if self.jitter_seconds:
             delay += self.random.uniform(-self.jitter_seconds, self.jitter_seconds)
-        delivery_at = max(self.free_at + max(0.0, delay - READ_SECONDS), self.last_delivery_at)
+        delivery_at = max(self.free_at + max(0.0, delay - self.wake_seconds), self.last_delivery_at)
         self.last_delivery_at = delivery_at
         self.bytes_read += size
         stream.held_bytes += size
