@@ -59,7 +59,7 @@ class Pipe:
     delay_seconds: float
     jitter_seconds: float
     wake_seconds: float = 0.0
-    """What passes between a byte's arrival and its being read, at the relay and again at the receiver: off the delay."""
+    """What passes from a byte's arrival until it is read, at the relay and then at the receiver: off the delay."""
     random: Random = field(default_factory=lambda: Random(0))
     queue: deque[tuple[float, Stream, memoryview | bytes | None]] = field(default_factory=deque)
     free_at: float = 0.0

@@ -61,7 +61,7 @@ def read_spec(folder: ModelFolder) -> ModelSpec:
     Raises ``UnsupportedModelError`` for an architecture, activation, rotary kind or quantisation that is not
     supported and ``ModelError`` for dimensions that can't be.
     """
-    config = _known_config(folder)
+    config = known_config(folder)
     architecture = config.model_type
     activation = config.hidden_act
     if activation not in _ACTIVATIONS:
@@ -107,10 +107,10 @@ _READ = (
 """What is read of transformers' config object."""
 
 
-def _known_config(folder: ModelFolder) -> Any:
-    """What ``read_config`` gives, as far as it is read here.
+def known_config(folder: ModelFolder) -> Any:
+    """What ``read_config`` gives, as far as this project reads it: its attributes, without transformers' object.
 
-    Its import takes seconds, most of a small server's start, so the values are kept in the user's cache: under the
+    Its import takes seconds, most of a small model's start, so the values are kept in the user's cache: under the
     digest of the file that they come from and of the transformers version that read it.
     """
     try:

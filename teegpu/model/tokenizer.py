@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from teegpu.errors import ModelError, PromptError, UsageError
 from teegpu.model.folder import ModelFolder
-from teegpu.model.reader import eos_token_ids, read_config
+from teegpu.model.reader import eos_token_ids, known_config, read_config
 
 if TYPE_CHECKING:
     import tokenizers
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no complete character (yet)
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # one class, by its older and its newer name
+_TRUSTED = ("llama", "qwen3")
 _CONTEXT_TOKENS = 8  # of a prompt, enough to know what its end looks like
 
 
@@ -23,14 +26,10 @@ class Tokenizer:
     """
 
     def __init__(self, folder: ModelFolder) -> None:
-        from transformers import AutoTokenizer
-
         self._folder = folder
-        config = read_config(folder)
+        config = known_config(folder)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                str(folder.path), config=config, local_files_only=True, trust_remote_code=False
-            )
+            self._tokenizer = _load(folder, config.model_type)
             self._backend: tokenizers.Tokenizer = self._tokenizer.backend_tokenizer
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -94,6 +93,37 @@ class Tokenizer:
         """A decoder for tokens that come one by one. ``after`` are ids that precede them and are not written: with a
         SentencePiece tokenizer they decide whether the text begins with a space."""
         return TextStream(self._backend, after)
+
+
+def _load(folder: ModelFolder, architecture: str) -> Any:
+    """The tokenizer as transformers loads it.
+
+    Where the model says that its tokenizer.json is all there is to it, the class is known, and is asked for by itself:
+    looking for the class imports PyTorch's compiler among much else, which takes seconds. Not so for the architectures
+    of which transformers knows that their models say it wrongly.
+    """
+    if architecture in _TRUSTED and _is_plain(folder):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(folder.path), local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        str(folder.path), config=read_config(folder), local_files_only=True, trust_remote_code=False
+    )
+
+
+def _is_plain(folder: ModelFolder) -> bool:
+    try:
+        described = json.loads((folder.path / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False  # transformers says what is wrong
+    return (
+        isinstance(described, dict)
+        and described.get("tokenizer_class") in _PLAIN_CLASSES
+        and "auto_map" not in described
+        and (folder.path / "tokenizer.json").is_file()
+    )
 
 
 class TextStream:

@@ -14,7 +14,8 @@ KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 class RotaryTable:
     """Cosines and sines for a model's positions; frequencies and scaling come from transformers' own functions.
 
-    ``config`` is the model's transformers config. Raises ``UnsupportedModelError`` for a rope kind that isn't known.
+    ``config`` is the model's transformers config; for the kind ``default`` its values are enough. Raises
+    ``UnsupportedModelError`` for a rope kind that isn't known.
     """
 
     def __init__(self, config: Any) -> None:

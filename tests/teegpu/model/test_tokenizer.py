@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from tokenizers import decoders, models, normalizers
 
 from teegpu.errors import ModelError, PromptError, UsageError
 from teegpu.model.byte_tokenizer import SMALLEST_VOCABULARY, SPECIAL, byte_tokenizer
+from teegpu.model.folder import ModelFolder
 from teegpu.model.tokenizer import TextStream, Tokenizer
 
 TEXTS = [
@@ -189,3 +191,35 @@ def test_the_tokenizers_own_eos_counts_too(copied_model) -> None:
         (folder.path / file).write_text(json.dumps(values | {"eos_token_id": 7}))
 
     assert Tokenizer(folder).eos_token_ids == (7, 257)
+
+
+# ---- loading
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama", "qwen3"])
+def test_a_plain_tokenizer_is_the_one_that_transformers_chooses(request, tiny_model, monkeypatch, name) -> None:
+    from transformers import AutoTokenizer
+
+    folder = request.getfixturevalue("smollm2") if name == "smollm2" else tiny_model(name)
+    chosen = AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)  # it would be called in vain
+    ours = Tokenizer(folder)
+
+    assert ours._backend.to_str() == chosen.backend_tokenizer.to_str()
+    assert chosen.eos_token_id in ours.eos_token_ids
+    messages = [{"role": "user", "content": "hello"}]
+    text = chosen.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.encode_chat("hello") == chosen(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(("architecture", "declared"), [("qwen2", "TokenizersBackend"), ("llama", "Qwen2Tokenizer")])
+def test_other_tokenizers_are_left_to_transformers(tiny_model, tmp_path, architecture, declared) -> None:
+    from transformers import AutoTokenizer
+
+    path = shutil.copytree(tiny_model(architecture).path, tmp_path / "model")
+    described = path / "tokenizer_config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"tokenizer_class": declared}))
+    chosen = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+
+    assert type(chosen).__name__ == "Qwen2Tokenizer"
+    assert Tokenizer(ModelFolder("copy", path))._backend.to_str() == chosen.backend_tokenizer.to_str()
