@@ -49,9 +49,10 @@ FAR_SECONDS: Final = 0.002
 
 MANY_TOKENS: Final = 128
 PROMPT_TOKENS: Final = 512
-OVERLAPPED_CHUNK: Final = 64
-TURNS_CHUNK: Final = 128
-"""Where both sides take turns with all cores; smaller chunks change hands more often than any that would be chosen."""
+OVERLAPPED: Final = (512, 64)
+"""Tokens of a prompt and of its chunks that are measured in flight together."""
+TURNS: Final = (1024, 256)
+"""The same where both sides take turns with all cores: smaller chunks change hands more often than those chosen do."""
 SAMPLED_TOKENS: Final = 256
 """Of a real text, whose activations are compressed."""
 
@@ -113,7 +114,8 @@ class Tuning:
         calibration = runner.calibration(LAYERS[0] if far else layers_of(shape_of(runner.spec)))
         most, weighs_local = runner.spec.max_positions, auto.local_fits(runner.spec)
         passes = 0
-        single, chunks, long = _steps(wire, most, weighs_local)
+        single, chunks, long, own = _steps(wire, most, weighs_local)
+        passes += calibration.run(own)
         passes += calibration.run(single, until=began + SECONDS / 3)
         passes += calibration.run(chunks, until=until)
         if time.perf_counter() < began + SECONDS / 2:
@@ -151,8 +153,8 @@ class Tuning:
     def _overlapped(self, runner: Runner, calibration: Calibration, rates: Rates, wire: str) -> Rates:
         """``rates`` with what only a prompt whose chunks are in flight together shows. With several groups of servers
         it is left as it is: the first layers alone can't be run through them."""
-        tokens = min(PROMPT_TOKENS, runner.spec.max_positions)
-        chunk = TURNS_CHUNK if rates.takes_turns else OVERLAPPED_CHUNK
+        tokens, chunk = TURNS if rates.takes_turns else OVERLAPPED
+        tokens = min(tokens, runner.spec.max_positions)
         if tokens <= chunk or runner.settings_of("fused").servers > 1:
             return rates
         prompt = texts.prompt_of(runner.tokenizer, tokens)
@@ -176,8 +178,9 @@ class Tuning:
         return replace(rates, slowdown=min(slow), overlap_seconds=statistics.median(added) if added else 0.0)
 
 
-def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], list[Step]]:
-    """What to measure, in the order of its weight: single tokens, then many, then many more."""
+def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], list[Step], list[Step]]:
+    """What to measure over the link, in the order of its weight: single tokens, then many, then many more where time is
+    left; and what does without the link, so that a slow one does not make it rare."""
     one, late = min(PROMPT_TOKENS, most - 1), min(1024, most - 1)
     many = min(MANY_TOKENS, most)
     single = [Step("fused", each, 1, one, 8) for each in WIRES]
@@ -189,15 +192,15 @@ def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], l
     if most > 2 * many:
         after = min(1024, most) - many
         chunks += [Step("fused", wire, many, after, 2), Step("batched", "fp32", many, after, 2)]
-    if local:
-        single.append(Step("local", wire, 1, one, 8))
-        chunks.append(Step("local", wire, many, 0, 3))
     long: list[Step] = []
+    own = [Step("local", wire, 1, one, 8), Step("local", wire, many, 0, 3)] if local else []
     if most >= PROMPT_TOKENS:
-        long += [Step("fused", wire, PROMPT_TOKENS, 0, 2), Step("fused", "fp32", PROMPT_TOKENS, 0, 2)]
-        long += [Step("local", wire, PROMPT_TOKENS, 0, 2)] if local else []
-        long.append(Step("batched", "fp32", PROMPT_TOKENS, 0, 1))
-    return single, chunks, long
+        # What most predictions are about: over a slow link both sides wake up anew for each request, which the price of
+        # a value would have in it if it were known from smaller chunks alone.
+        chunks.append(Step("fused", wire, PROMPT_TOKENS, 0, 2))
+        long += [Step("fused", "fp32", PROMPT_TOKENS, 0, 2), Step("batched", "fp32", PROMPT_TOKENS, 0, 1)]
+        own += [Step("local", wire, PROMPT_TOKENS, 0, 3)] if local else []
+    return single, chunks, long, own
 
 
 def _usual(calibration: Calibration, place: str) -> float:
