@@ -21,7 +21,7 @@ from teegpu.bench import document as doc
 from teegpu.bench.measure import Notify, Progress
 from teegpu.config import Config
 from teegpu.errors import UsageError
-from teegpu.metrics.cost_model import CostModel, Settings
+from teegpu.metrics.cost_model import CostModel, Phase, Settings
 from teegpu.metrics.profile import Profile, Server, fingerprint
 from teegpu.metrics.rates import Compression, Rates
 from teegpu.metrics.traffic import Shape
@@ -53,6 +53,7 @@ OVERLAPPED: Final = (512, 64)
 """Tokens of a prompt and of its chunks that are measured in flight together."""
 TURNS: Final = (1024, 256)
 """The same where both sides take turns with all cores: smaller chunks change hands more often than those chosen do."""
+SLOWDOWNS: Final = (0.5, 3.0)
 SAMPLED_TOKENS: Final = 256
 """Of a real text, whose activations are compressed."""
 
@@ -115,11 +116,14 @@ class Tuning:
         most, weighs_local = runner.spec.max_positions, auto.local_fits(runner.spec)
         passes = 0
         single, chunks, long, own = _steps(wire, most, weighs_local)
-        passes += calibration.run(own)
         passes += calibration.run(single, until=began + SECONDS / 3)
         passes += calibration.run(chunks, until=until)
         if time.perf_counter() < began + SECONDS / 2:
             passes += calibration.run(long, until=until)
+        if own:
+            alone = runner.calibration(layers_of(shape_of(runner.spec)))
+            passes += alone.run(own)
+            calibration.observed.merge(alone.observed)
         seconds = _usual(calibration, f"runner/decode.{wire}")
         notify(Progress(1, 4, "tune", "passes", f"{passes} passes in {time.perf_counter() - began:.1f} s"))
         chooser = runner.chooser()
@@ -168,14 +172,33 @@ class Tuning:
             if not repeat:
                 continue
             if rates.takes_turns:  # what an operation took has in it what it waited for the other side
-                slow.append(max(1.0, total.seconds / expected.seconds))
+                slow.append(slowdown_of(calibration.shape, rates, settings, tokens, total.seconds))
                 continue
             computed = total.tee_seconds + total.busy.gpu_seconds
             factor = max(1.0, computed / (alone.tee + alone.gpu)) if rates.cores else 1.0
             ours = total.serialization_seconds + total.other_seconds
             slow.append(factor)
             added.append(max(0.0, ours - factor * alone.serialization) / max(1, total.rpc_calls))
-        return replace(rates, slowdown=min(slow), overlap_seconds=statistics.median(added) if added else 0.0)
+        return replace(
+            rates, slowdown=statistics.median(slow), overlap_seconds=statistics.median(added) if added else 0.0
+        )
+
+
+def slowdown_of(shape: Shape, rates: Rates, settings: Settings, tokens: int, measured_seconds: float) -> float:
+    """The slowdown with which the cost model gives ``measured_seconds`` for the prefill of ``tokens``. It is below 1
+    where waiting in lock step had made both sides slower than they are without pauses. 1 where it is not the cores that
+    bind the prefill, or where it is quicker than any slowdown explains: then it says nothing of them."""
+
+    def phase(slowdown: float) -> Phase:
+        return CostModel(shape, replace(rates, slowdown=slowdown)).prefill(settings, tokens)
+
+    least, most = SLOWDOWNS
+    if phase(1.0).bound_by != "cores" or phase(least).seconds > measured_seconds:
+        return 1.0
+    for _ in range(20):
+        middle = (least + most) / 2
+        least, most = (middle, most) if phase(middle).seconds < measured_seconds else (least, middle)
+    return most
 
 
 def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], list[Step], list[Step]]:
@@ -197,7 +220,7 @@ def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], l
     if most >= PROMPT_TOKENS:
         # What most predictions are about: over a slow link both sides wake up anew for each request, which the price of
         # a value would have in it if it were known from smaller chunks alone.
-        chunks.append(Step("fused", wire, PROMPT_TOKENS, 0, 2))
+        chunks += [Step("fused", each, PROMPT_TOKENS, 0, 2) for each in dict.fromkeys((wire, "int8"))]
         long += [Step("fused", "fp32", PROMPT_TOKENS, 0, 2), Step("batched", "fp32", PROMPT_TOKENS, 0, 1)]
         own += [Step("local", wire, PROMPT_TOKENS, 0, 3)] if local else []
     return single, chunks, long, own

@@ -70,9 +70,10 @@ class Rates:
 
     ``cores``: runner and server share so many of this machine's; 0: each has its own. ``runner_share`` and
     ``server_share``: the threads of each over these. ``slowdown``: what both take longer, as a factor, while they
-    compute at once; where they take turns with the cores, what their sum does. ``moving_seconds``: processor time for a
-    byte that crosses, on both sides and in the emulated link where they share a machine. ``overlap_seconds``: what an
-    event loop adds to each request, on the runner. ``compression``: by wire dtype, what is known of it.
+    compute at once; where they take turns with the cores, what their sum does (less than 1 where the pauses of lock
+    step had made them slow, as over a slow link). ``moving_seconds``: processor time for a byte that crosses, on both
+    sides and in the emulated link where they share a machine. ``overlap_seconds``: what an event loop adds to each
+    request, on the runner. ``compression``: by wire dtype, what is known of it.
     """
 
     prices: Mapping[str, Units]

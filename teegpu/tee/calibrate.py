@@ -76,6 +76,13 @@ class Observed:
     def add(self, place: str, units: Units, seconds: float) -> None:
         self.places.setdefault(place, {}).setdefault(units, []).append(seconds)
 
+    def merge(self, other: Observed) -> None:
+        """Adds what another has seen."""
+        for place, rows in other.places.items():
+            for units, times in rows.items():
+                self.places.setdefault(place, {}).setdefault(units, []).extend(times)
+        self.network += other.network
+
     def prices(self) -> dict[str, Units]:
         """The prices that explain it best. Medians count, errors as shares of the time."""
         return {place: _fitted(rows) for place, rows in self.places.items()}

@@ -118,3 +118,16 @@ def test_the_link_is_what_requests_took_longer() -> None:
     assert link.down_bytes_per_second == pytest.approx(2e8, rel=0.02)
     with pytest.raises(ValueError, match="no request"):
         Observed().link()
+
+
+def test_what_two_have_seen_counts_together() -> None:
+    observed, other = Observed(), Observed()
+    observed.add("tee/LINEAR", (1, 0, 0), 1.0)
+    for seconds in (3.0, 2.0):
+        other.add("tee/LINEAR", (1, 0, 0), seconds)
+    other.add("tee/SILU", (1, 0, 0), 0.5)
+    other.network.append((10, 20, 0.1))
+    observed.merge(other)
+
+    assert observed.prices() == {"tee/LINEAR": (2.0, 0.0, 0.0), "tee/SILU": (0.5, 0.0, 0.0)}
+    assert observed.network == [(10, 20, 0.1)]
