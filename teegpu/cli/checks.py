@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from teegpu.cli.common import ConfigFile, sigterm_as_interrupt
-from teegpu.cli.shielding import AsJson, Model, Offline, Quiet, Threads, say, settings, shown, subject
+from teegpu.cli.shielding import AsJson, Model, Offline, Quiet, Subject, Threads, say, settings, shown, subject
 
 app = typer.Typer(
     help="Make ahead the secret vectors with which products are verified (run --verify). A run makes them itself where "
@@ -19,11 +22,27 @@ app = typer.Typer(
 )
 
 
+class Kind(StrEnum):
+    """What is checked: products that did not wrap (two-server, pads), masked ones (lwe), floats (none)."""
+
+    WHOLE = "whole"
+    MASKED = "masked"
+    PLAIN = "plain"
+
+
+FOR = {
+    Kind.WHOLE: "for the modes two-server and pads",
+    Kind.MASKED: "for the mode lwe",
+    Kind.PLAIN: "for plain runs (within a tolerance)",
+}
+
+
 @app.command()
 def make(
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Those for runs without privacy, whose products are floats.")
-    ] = False,
+    kind: Annotated[
+        Kind,
+        typer.Option("--for", help="whole: the modes two-server and pads; masked: lwe; plain: runs without privacy."),
+    ] = Kind.WHOLE,
     anew: Annotated[bool, typer.Option("--anew", help="Draw new ones, in place of those that there are.")] = False,
     model: Model = None,
     offline: Offline = None,
@@ -36,12 +55,17 @@ def make(
     with sigterm_as_interrupt(), shown(quiet=quiet) as notify, subject(config, notify, quiet=quiet) as found:
         from teegpu.tee.shield.plainverify import PlainKeys
         from teegpu.tee.shield.verify import Keys
+        from teegpu.tee.shield.wholeverify import WholeKeys
         from teegpu.units import human_bytes, human_seconds
 
         text = "computing what secret vectors give with each matrix"
         began = time.perf_counter()
-        loader = PlainKeys if plain else Keys
-        keys = loader.load(
+        loaders: dict[Kind, Callable[..., WholeKeys | Keys | PlainKeys]] = {
+            Kind.WHOLE: WholeKeys.load,
+            Kind.MASKED: Keys.load,
+            Kind.PLAIN: PlainKeys.load,
+        }
+        keys = loaders[kind](
             found.store,
             found.spec,
             found.digest,
@@ -54,7 +78,7 @@ def make(
         seconds = time.perf_counter() - began
         if keys.path is not None and not quiet:
             size = human_bytes(keys.path.stat().st_size)
-            say(f"{keys.checks} vectors for {found.name}: {keys.path}, {size}, in {human_seconds(seconds)}")
+            say(f"{keys.checks} bits of vectors for {found.name}: {keys.path}, {size}, in {human_seconds(seconds)}")
 
 
 @app.command()
@@ -62,14 +86,11 @@ def show(model: Model = None, offline: Offline = None, config_file: ConfigFile =
     """Show whether the vectors for a model are there, and how sure a check with them is."""
     config = settings(model, offline, config_file)
     with shown() as notify, subject(config, notify) as found:
-        from teegpu.tee.shield import plainverify, verify
+        from teegpu.tee.shield import verify
         from teegpu.units import human_bytes
 
         checks = config.shield.checks
-        paths = {
-            "exact": verify.key_path(found.data, found.digest, checks),
-            "plain": plainverify.key_path(found.data, found.digest, checks),
-        }
+        paths = _paths(found, checks)
         sizes = {kind: path.stat().st_size if path.exists() else None for kind, path in paths.items()}
         if as_json:
             document = {
@@ -82,10 +103,10 @@ def show(model: Model = None, offline: Offline = None, config_file: ConfigFile =
             typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
             return
         typer.echo(f"{found.name}: a wrong product is accepted with a probability of 2^-{checks} at most")
-        for kind, what in (("exact", "for private runs"), ("plain", "for plain runs (within a tolerance)")):
+        for kind, path in paths.items():
             size = sizes[kind]
-            there = "not made yet" if size is None else f"{paths[kind]}, {human_bytes(size)}"
-            typer.echo(f"{what}: {there}")
+            there = "not made yet" if size is None else f"{path}, {human_bytes(size)}"
+            typer.echo(f"{FOR[kind]}: {there}")
 
 
 @app.command()
@@ -93,12 +114,18 @@ def rm(model: Model = None, offline: Offline = None, config_file: ConfigFile = N
     """Remove the vectors of a model: the next run that verifies draws new ones."""
     config = settings(model, offline, config_file)
     with shown() as notify, subject(config, notify) as found:
-        from teegpu.tee.shield import plainverify, sealed, verify
+        from teegpu.tee.shield import sealed
 
         removed = 0
-        for module in (verify, plainverify):
-            path = module.key_path(found.data, found.digest, config.shield.checks)
+        for path in _paths(found, config.shield.checks).values():
             with sealed.explaining(path):
                 removed += path.exists()
                 path.unlink(missing_ok=True)
         say(f"removed {removed} file{'s' * (removed != 1)} of {found.name}")
+
+
+def _paths(found: Subject, checks: int) -> dict[Kind, Path]:
+    from teegpu.tee.shield import plainverify, verify, wholeverify
+
+    modules = {Kind.WHOLE: wholeverify, Kind.MASKED: verify, Kind.PLAIN: plainverify}
+    return {kind: module.key_path(found.data, found.digest, checks) for kind, module in modules.items()}

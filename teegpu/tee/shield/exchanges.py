@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 import torch
@@ -25,8 +25,13 @@ CORRECTION: Final = {"pads": "PADS", "lwe": "HINT"}
 """What a mask's correction is called in reports, by mode."""
 
 
+Recompute = Callable[[Product, torch.Tensor], torch.Tensor]
+"""The product of int32 (rows, in) with the runner's own weights, int32 (rows, out)."""
+
+
 class Check(Protocol):
-    """Finds wrong products, as ``verify.Keys`` does. ``discard`` is for after it has found one."""
+    """Finds wrong products, as ``verify.Keys`` and ``wholeverify.WholeKeys`` do. ``discard`` is for after it has found
+    one."""
 
     def wrong_rows(self, product: Product, sent: torch.Tensor, received: torch.Tensor) -> list[int]: ...
 
@@ -37,15 +42,23 @@ class TwoServers:
     """Two fleets, of which neither sees anything: the first gets ``whole + r`` for a fresh uniform ``r``, the second
     the seed of ``r``. Each of these is uniform by itself; the difference of the products is the product of ``whole``.
 
-    The difference alone is checked, which is what the run goes on with; where it is wrong, each server's answer is, to
-    say whose it was.
+    The difference alone is checked, which is what the run goes on with; where it is wrong, each server's answer is
+    held against what it should have been, to say whose it was.
     """
 
     noise = 0.0
 
-    def __init__(self, first: NamingClient, second: NamingClient, recorder: Recorder, check: Check | None) -> None:
+    def __init__(
+        self,
+        first: NamingClient,
+        second: NamingClient,
+        recorder: Recorder,
+        check: Check | None,
+        recompute: Recompute,
+    ) -> None:
         self._recorder = recorder
         self._check = check
+        self._recompute = recompute
         self._first = first
         self._second = second
 
@@ -63,8 +76,8 @@ class TwoServers:
         if self._check is not None:
             wrong = self._check.wrong_rows(asked.ring.product, asked.whole, product)
             if wrong:
-                at_fault = self._at_fault(self._check, asked, (share, one), (seed, other))
                 self._check.discard()
+                at_fault = self._at_fault(asked, (share, one), (seed, other))
                 raise wrong_product(self._recorder, asked.ring.product, wrong, rows, at_fault)
             self._recorder.lap(TEE, VERIFY, call.layer, call.chunk)
         return product
@@ -80,27 +93,29 @@ class TwoServers:
         one = await self._first.run(first)
         return one, await rest()
 
-    @staticmethod
-    def _at_fault(
-        check: Check, asked: Asked, first: tuple[torch.Tensor, Answer], second: tuple[Seed, Answer]
-    ) -> list[str]:
+    def _at_fault(self, asked: Asked, first: tuple[torch.Tensor, Answer], second: tuple[Seed, Answer]) -> list[str]:
         (share, one), (seed, other) = first, second
         product = asked.ring.product
         found = []
-        if check.wrong_rows(product, share, joined(one)):
+        if not torch.equal(joined(one), self._recompute(product, share)):
             found.append(one.address)
-        if check.wrong_rows(product, seed.expand(), joined(other)):
+        if not torch.equal(joined(other), self._recompute(product, seed.expand())):
             found.append(other.address)
         return found or [one.address, other.address]
 
 
 class Masked:
-    """One fleet, which gets ``whole`` plus a mask of which the product is known, or can be had, here."""
+    """One fleet, which gets ``whole`` plus a mask of which the product is known, or can be had, here.
+
+    ``check`` is one of products that did not wrap. Where the mask leaves noise in the product, which then is not the
+    product of ``whole``, it is one of the masked values, modulo 2**32.
+    """
 
     def __init__(self, source: MaskSource, client: NamingClient, recorder: Recorder, check: Check | None) -> None:
         self._recorder = recorder
         self._check = check
         self.noise = source.noise
+        self._checks_masked = source.noise > 0.0
         self._source = source
         self._client = client
         self._work = CORRECTION[source.mode]
@@ -108,19 +123,26 @@ class Masked:
     async def product(self, asked: Asked) -> torch.Tensor:
         call, product = asked.call, asked.ring.product
         mask = self._source.take(product, asked.whole.shape[0])
-        masked = asked.whole.add_(mask.operand)
+        masked = asked.whole + mask.operand
         self._recorder.lap(TEE, MASK, call.layer, call.chunk)
         answer, result = await self._meanwhile(asked.to_call(masked), mask)
-        if self._check is not None:
-            wrong = self._check.wrong_rows(product, masked, joined(answer))
-            if wrong:
-                self._check.discard()
-                raise wrong_product(self._recorder, product, wrong, masked.shape[0], [answer.address])
-            self._recorder.lap(TEE, VERIFY, call.layer, call.chunk)
+        if self._checks_masked:
+            self._verify(asked, masked, joined(answer), answer.address)
         for name, into in asked.ring.parts(result):
             torch.sub(answer[name], into, out=into)
         self._recorder.lap(TEE, UNMASK, call.layer, call.chunk)
+        if not self._checks_masked:
+            self._verify(asked, asked.whole, result, answer.address)
         return result
+
+    def _verify(self, asked: Asked, sent: torch.Tensor, received: torch.Tensor, address: str) -> None:
+        if self._check is None:
+            return
+        wrong = self._check.wrong_rows(asked.ring.product, sent, received)
+        if wrong:
+            self._check.discard()
+            raise wrong_product(self._recorder, asked.ring.product, wrong, sent.shape[0], [address])
+        self._recorder.lap(TEE, VERIFY, asked.call.layer, asked.call.chunk)
 
     async def _meanwhile(self, call: Call, mask: Mask) -> tuple[Answer, torch.Tensor]:
         """What the server answers, and the mask's correction, which is made while the request is on its way."""

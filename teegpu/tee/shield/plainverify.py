@@ -21,7 +21,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
 from teegpu.tee.shield import sealed
 from teegpu.tee.shield.facts import Product, products
-from teegpu.tee.shield.verify import Progress, vectors
+from teegpu.tee.shield.keyfiles import kept
+from teegpu.tee.shield.verify import SEED, Progress, name_of, sizes_of, vectors
 
 FACTOR: Final = 16.0
 ROUNDOFF: Final[Mapping[str, float]] = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11, "int8": 0.0182}
@@ -126,78 +127,45 @@ class PlainKeys:
     ) -> PlainKeys:
         """As ``verify.Keys.load``."""
         path = key_path(folder, digest, checks)
-        seal = sealed.SealKey.load()
         binding: sealed.Binding = {"model": digest, "checks": checks, "version": _VERSION}
-        with sealed.making(path):
-            found = None if remake else cls._read(path, seal, spec, checks, binding, notify)
-            if found is not None:
-                return found
-            keys, seed = cls._make(store, spec, checks, progress)
-            parts = [("seed", ring.SEED_BYTES)]
-            for product, folded in keys._folded.items():
-                parts.append(("+".join(product), folded.values.nbytes + folded.norms.nbytes))
-            with sealed.SealedWriter(path, seal, _KIND, binding, parts) as writer:
-                writer.append(seed)
-                for folded in keys._folded.values():
-                    writer.append(folded.values.numpy())
-                    writer.append(folded.norms.numpy())
-        keys.path = path
-        return keys
-
-    @classmethod
-    def _make(cls, store: WeightStore, spec: ModelSpec, checks: int, progress: Progress) -> tuple[PlainKeys, bytes]:
-        todo = products(spec)
-        rows = {product: sum(spec.weights[name][0] for name in product) for product in todo}
-        seed = secrets.token_bytes(ring.SEED_BYTES)
-        signs = 1.0 - 2.0 * vectors(seed, max(rows.values()), checks).to(torch.float64)
-        total = sum(math.prod(spec.weights[name]) for product in todo for name in product)
-        done = 0
-        made: dict[Product, _Folded] = {}
-        for product in todo:
+        names = [SEED, *map(name_of, products(spec))]
+        parts = kept(
+            path, _KIND, binding, names, lambda: _drawn(store, spec, checks, progress), remake=remake, notify=notify
+        )
+        folded = {}
+        for product in products(spec):
             columns = spec.weights[product[0]][1]
-            values = torch.zeros((columns, checks), dtype=torch.float64)
-            squares = torch.zeros(columns, dtype=torch.float64)
-            step = max(1, _BLOCK_VALUES // columns)
-            start = 0
-            for name in product:
-                weight = store.load(name)
-                for first in range(0, weight.shape[0], step):
-                    block = weight[first : first + step].to(torch.float64)
-                    values += block.t() @ signs[start : start + block.shape[0]]
-                    squares += block.square().sum(0)
-                    start += block.shape[0]
-                    done += block.numel()
-                progress(done / total)
-            made[product] = _Folded(values.to(torch.float32), squares.sqrt().to(torch.float32))
-        return cls(seed, checks, made, max(rows.values())), seed
+            both = torch.from_numpy(parts[name_of(product)].view(np.float32))
+            values, norms = both.split([columns * checks, columns])
+            folded[product] = _Folded(values.view(columns, checks), norms)
+        return cls(parts[SEED].tobytes(), checks, folded, max(sizes_of(spec).values()), path)
 
-    @classmethod
-    def _read(
-        cls,
-        path: Path,
-        seal: sealed.SealKey,
-        spec: ModelSpec,
-        checks: int,
-        binding: sealed.Binding,
-        notify: Callable[[str], None],
-    ) -> PlainKeys | None:
-        folded: dict[Product, _Folded] = {}
-        most = 0
-        try:
-            with sealed.SealedFile(path, seal, _KIND, binding) as file:
-                seed = file.read("seed").tobytes()
-                for product in products(spec):
-                    columns = spec.weights[product[0]][1]
-                    both = torch.from_numpy(file.read("+".join(product)).view(np.float32))
-                    values, norms = both.split([columns * checks, columns])
-                    folded[product] = _Folded(values.view(columns, checks), norms)
-                    most = max(most, sum(spec.weights[name][0] for name in product))
-        except FileNotFoundError:
-            return None
-        except sealed.DamagedError as error:
-            notify(f"making the keys of verification anew: {error}")
-            return None
-        return cls(seed, checks, folded, most, path)
+
+def _drawn(store: WeightStore, spec: ModelSpec, checks: int, progress: Progress) -> dict[str, np.ndarray[Any, Any]]:
+    """A seed, and of each product ``S·W`` (columns, checks) and then the norms of the columns, float32."""
+    rows = sizes_of(spec)
+    seed = secrets.token_bytes(ring.SEED_BYTES)
+    signs = 1.0 - 2.0 * vectors(seed, max(rows.values()), checks).to(torch.float64)
+    total = sum(math.prod(spec.weights[name]) for product in rows for name in product)
+    done = 0
+    made = {SEED: np.frombuffer(seed, np.uint8)}
+    for product in rows:
+        columns = spec.weights[product[0]][1]
+        values = torch.zeros((columns, checks), dtype=torch.float64)
+        squares = torch.zeros(columns, dtype=torch.float64)
+        step = max(1, _BLOCK_VALUES // columns)
+        start = 0
+        for name in product:
+            weight = store.load(name)
+            for first in range(0, weight.shape[0], step):
+                block = weight[first : first + step].to(torch.float64)
+                values += block.t() @ signs[start : start + block.shape[0]]
+                squares += block.square().sum(0)
+                start += block.shape[0]
+                done += block.numel()
+            progress(done / total)
+        made[name_of(product)] = torch.cat([values.flatten(), squares.sqrt()]).to(torch.float32).numpy()
+    return made
 
 
 def key_path(folder: Path, digest: str, checks: int) -> Path:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
+import torch
+
 from teegpu.config import Config
 from teegpu.metrics.recorder import Recorder
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
+from teegpu.ring import RingMatrix
 from teegpu.tee.connections import Greets
 from teegpu.tee.greeting import Greeter
 from teegpu.tee.products import Products
 from teegpu.tee.shield import modes, sealed
 from teegpu.tee.shield.answers import NamingClient
-from teegpu.tee.shield.exchanges import Masked, TwoServers
-from teegpu.tee.shield.facts import FactTable
+from teegpu.tee.shield.exchanges import Check, Masked, TwoServers
+from teegpu.tee.shield.facts import FactTable, Product, quantised
 from teegpu.tee.shield.facts import products as all_products
 from teegpu.tee.shield.masks import MaskSource
 from teegpu.tee.shield.plainproducts import VerifiedProducts
@@ -29,6 +32,7 @@ from teegpu.tee.shield.refill import Refill
 from teegpu.tee.shield.sides import ApartGreeter, Instances
 from teegpu.tee.shield.sources import open_source
 from teegpu.tee.shield.verify import Keys
+from teegpu.tee.shield.wholeverify import WholeKeys
 from teegpu.tee.weights import TeeWeights
 from teegpu.wire.codec import Decoder as WireDecoder
 
@@ -98,15 +102,19 @@ class Shield:
             return reference
         keys = self._keys() if self.verified else None
         if self.mode == modes.TWO_SERVER:
-            return TwoServers(clients[0], clients[1], record, keys)
+            return TwoServers(clients[0], clients[1], record, keys, self._recomputed)
         if self._source is None:
             raise RuntimeError(f"the mode {self.mode} has no masks")
         if self.mode == modes.PADS and self._config.shield.refill_tokens:
             self._closing.enter_context(Refill(self._store.folder, self._config, self._notify))
         return Masked(self._source, clients[0], record, keys)
 
-    def _keys(self) -> Keys:
-        return Keys.load(
+    def _recomputed(self, product: Product, values: torch.Tensor) -> torch.Tensor:
+        return RingMatrix(quantised(self._store, self._spec, product)[0]).product(values)
+
+    def _keys(self) -> Check:
+        loader = Keys if self.mode == modes.LWE else WholeKeys
+        return loader.load(
             self._store,
             self._spec,
             self._digest,

@@ -14,6 +14,7 @@ from teegpu.model.weights import WeightStore
 from teegpu.ring import RingMatrix
 from teegpu.tee.shield.facts import Product, products, quantised
 from teegpu.tee.shield.verify import Keys
+from teegpu.tee.shield.wholeverify import WholeKeys
 from tests.conftest import TinyModel
 from tests.teegpu.audit.made import uniform
 
@@ -63,7 +64,8 @@ class Verified:
     def __init__(self, folder: ModelFolder) -> None:
         spec = read_spec(folder)
         with WeightStore(folder, spec) as store:
-            self.keys, _, _ = Keys.make(store, spec, 40)
+            self.keys = Keys.make(store, spec, 40)
+            self.whole_keys = WholeKeys.make(store, spec, 40)
             self.products = [product for product in products(spec) if product != ("lm_head",)]
             self.matrices = {each: RingMatrix(quantised(store, spec, each)[0]) for each in self.products}
 
@@ -78,17 +80,24 @@ def verified(tiny_model: TinyModel) -> Verified:
     return Verified(tiny_model("llama"))
 
 
+def small(rows: int, columns: int, numbers: torch.Generator) -> torch.Tensor:
+    """Values as the fixed point makes them."""
+    return torch.randint(-(2**14), 2**14, (rows, columns), generator=numbers).to(torch.int32)
+
+
+@pytest.mark.parametrize("checked", ["masked", "whole"])
 @pytest.mark.parametrize("kind", cheating.KINDS)
-def test_every_lie_is_caught_and_no_truth_is(verified: Verified, kind: str) -> None:
+def test_every_lie_is_caught_and_no_truth_is(verified: Verified, kind: str, checked: str) -> None:
+    keys, values = (verified.keys, uniform) if checked == "masked" else (verified.whole_keys, small)
     numbers, chance = torch.Generator().manual_seed(8), random.Random(8)
     earlier: dict[Product, torch.Tensor] = {}
     told = 0
     while told < TRIES:
         product = chance.choice(verified.products)
         matrix = verified.matrices[product]
-        sent = uniform(ROWS, matrix.shape[1], numbers)
+        sent = values(ROWS, matrix.shape[1], numbers)
         honest = matrix.product(sent)
-        assert verified.keys.wrong_rows(product, sent, honest) == []
+        assert keys.wrong_rows(product, sent, honest) == []
         if kind == "other-layer":
             answer = verified.matrices[verified.elsewhere(product)].product(sent)
         elif kind == "replay":
@@ -101,4 +110,4 @@ def test_every_lie_is_caught_and_no_truth_is(verified: Verified, kind: str) -> N
         wrong = (answer != honest).any(-1).nonzero().flatten().tolist()
         if wrong:
             told += 1
-            assert verified.keys.wrong_rows(product, sent, answer) == wrong
+            assert keys.wrong_rows(product, sent, answer) == wrong

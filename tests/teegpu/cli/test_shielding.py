@@ -99,20 +99,21 @@ def test_checks_are_made_shown_and_removed(teegpu: Teegpu, model: str, monkeypat
     assert "not made yet" in teegpu("checks", "show", "--model", model).out
     done = teegpu("checks", "make", "--model", model)
     assert (done.code, done.out) == (0, "")
-    assert "16 vectors" in done.err
+    assert "16 bits of vectors" in done.err
     before = json.loads(teegpu("checks", "show", "--model", model, "--json").out)
     assert before["checks"] == 16
     assert before["soundness"] == 2.0**-16
-    assert before["files"]["exact"]["size_bytes"] == os.path.getsize(before["files"]["exact"]["path"])
+    assert before["files"]["whole"]["size_bytes"] == os.path.getsize(before["files"]["whole"]["path"])
     assert before["files"]["plain"]["size_bytes"] is None
-    assert teegpu("checks", "make", "--plain", "--model", model).code == 0
-    content = Path(before["files"]["exact"]["path"]).read_bytes()
+    for kind in ("plain", "masked"):
+        assert teegpu("checks", "make", "--for", kind, "--model", model).code == 0
+    content = Path(before["files"]["whole"]["path"]).read_bytes()
     assert teegpu("checks", "make", "--model", model).code == 0
-    assert Path(before["files"]["exact"]["path"]).read_bytes() == content
+    assert Path(before["files"]["whole"]["path"]).read_bytes() == content
     assert teegpu("checks", "make", "--anew", "--model", model).code == 0
-    assert Path(before["files"]["exact"]["path"]).read_bytes() != content
+    assert Path(before["files"]["whole"]["path"]).read_bytes() != content
     assert "2^-16" in teegpu("checks", "show", "--model", model).out
-    assert "removed 2 files" in teegpu("checks", "rm", "--model", model).err
+    assert "removed 3 files" in teegpu("checks", "rm", "--model", model).err
 
 
 def test_hints_are_made_shown_and_removed(teegpu: Teegpu, model: str) -> None:

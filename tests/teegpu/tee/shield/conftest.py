@@ -17,6 +17,7 @@ from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.server import GpuServer, Identity
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.model.folder import ModelFolder
+from teegpu.ring import RingMatrix
 from teegpu.tee import plans
 from teegpu.tee.decoder import Decoder
 from teegpu.tee.generate import Session
@@ -90,8 +91,11 @@ class World:
         if mode == "reference":
             return Reference(harness.store, harness.spec, harness.recorder)
         if mode == "two-server":
-            return TwoServers(self.gpu(0), self.gpu(1), harness.recorder, check)
+            return TwoServers(self.gpu(0), self.gpu(1), harness.recorder, check, self._recomputed)
         return Masked(self.masks, self.gpu(0), harness.recorder, check)
+
+    def _recomputed(self, product: Product, values: torch.Tensor) -> torch.Tensor:
+        return RingMatrix(quantised(self.harness.store, self.harness.spec, product)[0]).product(values)
 
     def products(self, mode: str, check: Check | None = None) -> ShieldedProducts:
         return ShieldedProducts(self.facts, self.exchange(mode, check), self.harness.recorder)

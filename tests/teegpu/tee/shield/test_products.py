@@ -12,7 +12,7 @@ from teegpu.errors import VerificationError
 from teegpu.tee.plans import EMBED, programs
 from teegpu.tee.plans import get as plan_of
 from teegpu.tee.products import Call, drive
-from teegpu.tee.shield.verify import Keys
+from teegpu.tee.shield.wholeverify import WholeKeys
 from teegpu.wire import codec
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Execute, Result
@@ -122,8 +122,8 @@ def test_a_program_that_is_not_one_product_is_never_sent(tiny_model: TinyModel, 
 # Servers that lie
 
 
-def keys(one: World) -> Keys:
-    return Keys.make(one.harness.store, one.harness.spec, 40)[0]
+def keys(one: World) -> WholeKeys:
+    return WholeKeys.make(one.harness.store, one.harness.spec, 40)
 
 
 Tamper = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
