@@ -78,10 +78,11 @@ class WholeKeys:
         wanted = _product(sent, halves)
         high, low = wanted.split(chosen.shape[1], dim=-1)
         # Whole numbers below 2**53, and where the sum of two is another one, its parts leave nothing of it.
-        wrong = given.sub_(high).sub_(low).any(-1).nonzero().flatten()
-        if wrong.numel():
-            wrong = wrong[(sent[wrong].to(torch.int64).abs() <= fixedpoint.MOST).all(-1)]
-        return wrong.tolist()
+        left = given.sub_(high).sub_(low)
+        if not left.any():
+            return []
+        wrong = left.any(-1).nonzero().flatten()
+        return wrong[(sent[wrong].to(torch.int64).abs() <= fixedpoint.MOST).all(-1)].tolist()
 
     @property
     def nbytes(self) -> int:
@@ -186,8 +187,10 @@ def _halves(folded: torch.Tensor) -> torch.Tensor:
 
 def _product(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """int32 (rows, n) and float64 (n, m) → float64 (rows, m), a few rows at a time."""
-    result = torch.empty((values.shape[0], factor.shape[1]), dtype=torch.float64)
     step = max(1, _BLOCK_VALUES // max(1, values.shape[1]))
+    if values.shape[0] <= step:
+        return values.to(torch.float64) @ factor
+    result = torch.empty((values.shape[0], factor.shape[1]), dtype=torch.float64)
     for start in range(0, values.shape[0], step):
         block = slice(start, start + step)
         torch.mm(values[block].to(torch.float64), factor, out=result[block])
