@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
 import transports
-from transports import ClientOptions, Message, Reply, Server
+from tests.transports.conftest import echo
+from transports import ClientOptions, Incoming, Message, Reply, Server
 from transports.errors import ConnectError, ConnectionLostError
 
 NAMES = ("zmq", "pipelined")
@@ -82,17 +84,24 @@ def test_the_connection_is_lost(name: str) -> None:
 
 
 def test_what_stands_in_line_is_pending_too(serve: Callable[..., Server]) -> None:
-    server = serve()
+    looked = threading.Event()
+
+    def answer(server: Server, incoming: Incoming) -> None:
+        looked.wait(10.0)
+        echo(server, incoming)
+
+    server = serve(answer=answer)
     with transports.connect("pipelined", server.address, ClientOptions(window_requests=2)) as client:
 
         async def many() -> int:
             tasks = [asyncio.ensure_future(client.request_async(Message([bytes(10)]))) for _ in range(8)]
             await asyncio.sleep(0)
             pending = client.pending_bytes
+            looked.set()
             await asyncio.gather(*tasks)
             return pending
 
-        assert asyncio.run(many()) > 2 * 10  # more than the window; some may have been answered already
+        assert asyncio.run(many()) == 8 * 10  # more than the window
         assert client.pending_bytes == 0
 
 
