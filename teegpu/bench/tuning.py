@@ -116,14 +116,16 @@ class Tuning:
         most, weighs_local = runner.spec.max_positions, auto.local_fits(runner.spec)
         passes = 0
         single, chunks, long, own = _steps(wire, most, weighs_local)
+        # Between the others, so that a machine that is slow for some seconds is so for all of them.
+        alone = runner.calibration(layers_of(shape_of(runner.spec)))
         passes += calibration.run(single, until=began + SECONDS / 3)
+        passes += alone.run(own)
         passes += calibration.run(chunks, until=until)
+        passes += alone.run(own)
         if time.perf_counter() < began + SECONDS / 2:
             passes += calibration.run(long, until=until)
-        if own:
-            alone = runner.calibration(layers_of(shape_of(runner.spec)))
             passes += alone.run(own)
-            calibration.observed.merge(alone.observed)
+        calibration.observed.merge(alone.observed)
         seconds = _usual(calibration, f"runner/decode.{wire}")
         notify(Progress(1, 4, "tune", "passes", f"{passes} passes in {time.perf_counter() - began:.1f} s"))
         chooser = runner.chooser()
@@ -185,14 +187,16 @@ class Tuning:
 
 
 def slowdown_of(shape: Shape, rates: Rates, settings: Settings, tokens: int, measured_seconds: float) -> float:
-    """The slowdown with which the cost model gives ``measured_seconds`` for the prefill of ``tokens``. It is below 1
-    where waiting in lock step had made both sides slower than they are without pauses. 1 where it is not the cores that
-    bind the prefill, or where it is quicker than any slowdown explains: then it says nothing of them."""
+    """The slowdown with which the cost model gives ``measured_seconds`` for the prefill of ``tokens``. Over a slow link
+    it may be below 1: there the pauses of lock step had made both sides slower than they are without. 1 where it is not
+    the cores that bind the prefill, or where it is quicker than any slowdown explains: then it says nothing of them."""
 
     def phase(slowdown: float) -> Phase:
         return CostModel(shape, replace(rates, slowdown=slowdown)).prefill(settings, tokens)
 
     least, most = SLOWDOWNS
+    if rates.link.rtt_seconds <= FAR_SECONDS:
+        least = 1.0
     if phase(1.0).bound_by != "cores" or phase(least).seconds > measured_seconds:
         return 1.0
     for _ in range(20):
@@ -203,7 +207,7 @@ def slowdown_of(shape: Shape, rates: Rates, settings: Settings, tokens: int, mea
 
 def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], list[Step], list[Step]]:
     """What to measure over the link, in the order of its weight: single tokens, then many, then many more where time is
-    left; and what does without the link, so that a slow one does not make it rare."""
+    left; and what does without the link, and is measured between these."""
     one, late = min(PROMPT_TOKENS, most - 1), min(1024, most - 1)
     many = min(MANY_TOKENS, most)
     single = [Step("fused", each, 1, one, 8) for each in WIRES]
@@ -216,13 +220,13 @@ def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], l
         after = min(1024, most) - many
         chunks += [Step("fused", wire, many, after, 2), Step("batched", "fp32", many, after, 2)]
     long: list[Step] = []
-    own = [Step("local", wire, 1, one, 8), Step("local", wire, many, 0, 3)] if local else []
+    own = [Step("local", wire, 1, one, 4), Step("local", wire, many, 0, 2)] if local else []
     if most >= PROMPT_TOKENS:
         # What most predictions are about: over a slow link both sides wake up anew for each request, which the price of
         # a value would have in it if it were known from smaller chunks alone.
         chunks += [Step("fused", each, PROMPT_TOKENS, 0, 2) for each in dict.fromkeys((wire, "int8"))]
         long += [Step("fused", "fp32", PROMPT_TOKENS, 0, 2), Step("batched", "fp32", PROMPT_TOKENS, 0, 1)]
-        own += [Step("local", wire, PROMPT_TOKENS, 0, 3)] if local else []
+        own += [Step("local", wire, PROMPT_TOKENS, 0, 1)] if local else []
     return single, chunks, long, own
 
 
