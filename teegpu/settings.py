@@ -184,8 +184,8 @@ class RunSettings:
     )
     chunk_tokens: int = setting(
         0,
-        "Prompt tokens per chunk; chunks overlap where the transport can. 0: chosen by the runner, and with the plan "
-        "auto by prediction.",
+        "Prompt tokens per chunk at most; chunks are about equal, and overlap where the transport can. 0: chosen by "
+        "the runner, and with the plan auto by prediction.",
         minimum=0,
     )
     threads: int = setting(

@@ -86,7 +86,7 @@ class CostModel:
         """``tokens`` of a prompt after ``start`` that are in the KV cache, its first token included. Raises
         ``ValueError`` for unknown names, ``KeyError`` where a price is missing (see ``knows``)."""
         chunk = max(1, settings.chunk_tokens)
-        chunks = max(1.0, tokens / chunk)
+        chunks = max(1, math.ceil(tokens / chunk))
         overlaps = settings.overlaps and chunks > 1 and settings.plan != LOCAL
         asked = prompt_demand(self.shape, settings.plan, settings.wire_dtype, tokens, chunk, start)
         if settings.plan == LOCAL:
@@ -95,7 +95,7 @@ class CostModel:
             self.shape, settings.plan, settings.wire_dtype, tokens=tokens, chunk_tokens=chunk,
             overlaps=settings.overlaps, start=start,
         )  # fmt: skip
-        return self._remote(settings, asked, sent, min(chunk, tokens), chunks if overlaps else 1)
+        return self._remote(settings, asked, sent, math.ceil(tokens / chunks), chunks if overlaps else 1)
 
     def decode(self, settings: Settings, position: int) -> Phase:
         """One pass at ``position``, its token drawn. Raises as ``prefill``."""
@@ -126,7 +126,7 @@ class CostModel:
         seconds = sum(spent.values())
         return Phase(seconds, "runner", Work(tee=seconds), Traffic())
 
-    def _remote(self, settings: Settings, asked: Demand, sent: Traffic, rows: int, chunks: float) -> Phase:
+    def _remote(self, settings: Settings, asked: Demand, sent: Traffic, rows: int, chunks: int) -> Phase:
         rates, factor = self.rates, settings.product_cost
         spent = {place: rates.seconds(place, amount) for place, amount in asked.items()}
         tee = sum(seconds for place, seconds in spent.items() if place.startswith("tee/"))
@@ -238,8 +238,7 @@ def frames(tensors: Sequence[Tensor], wire_dtype: str) -> list[int]:
 @lru_cache(maxsize=512)
 def prompt_demand(shape: Shape, plan: str, wire_dtype: str, tokens: int, chunk: int, start: int) -> Demand:
     """The demand of a prompt of ``tokens`` after ``start``, in chunks. Raises ``ValueError`` for unknown names."""
-    edges = [*range(start, start + tokens, chunk), start + tokens]
-    spans = list(pairwise(edges))
+    spans = list(pairwise(traffic.chunk_edges(start, start + tokens, chunk)))
     last = len(spans) - 1
     # Where scores cross the link, no two chunks are alike; else they differ in attention alone.
     every = max(1, math.ceil(last / CHUNKS_COUNTED)) if plan in SCORES_ON_LINK else 1

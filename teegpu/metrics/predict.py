@@ -128,9 +128,8 @@ def lock_step(traffic: Traffic, link: Link, work: Work) -> Prediction:
     return Prediction(sum(parts.values()), max(parts, key=lambda name: parts[name]))
 
 
-def overlapped(traffic: Traffic, link: Link, work: Work, chunks: float) -> Prediction:
-    """``chunks`` under way together, the prompt over the size of one; ``traffic.rounds`` are those of one of them. See
-    the module."""
+def overlapped(traffic: Traffic, link: Link, work: Work, chunks: int) -> Prediction:
+    """``chunks`` of one size under way together; ``traffic.rounds`` are those of one of them. See the module."""
     busy = {"up": link.up_seconds(traffic), "down": link.down_seconds(traffic)}
     busy |= {"runner": work.runner, "server": work.server}
     name = max(busy, key=lambda key: busy[key])
@@ -139,7 +138,7 @@ def overlapped(traffic: Traffic, link: Link, work: Work, chunks: float) -> Predi
     if crowded > longest:
         name, longest = "cores", crowded
     waiting = traffic.rounds * (link.rtt_seconds + link.overhead_seconds)
-    together = max(1.0, chunks)
+    together = max(1, chunks)
     trip = waiting + sum(busy.values()) / together
     fill = max(0.0, trip - longest / together) / max(1, traffic.rounds)
     if trip > longest:

@@ -121,6 +121,13 @@ def together(plan: str, layers: int) -> int:
     return per_layer * layers + (2 if plan in SCORES_ON_LINK else 1)
 
 
+def chunk_edges(start: int, stop: int, chunk_tokens: int) -> list[int]:
+    """Where the chunks of the tokens from ``start`` to ``stop`` begin, and ``stop``: the fewest that have at most
+    ``chunk_tokens`` each, and as equal as can be. A small one after large ones would overlap with little."""
+    count = max(1, math.ceil((stop - start) / max(1, chunk_tokens)))
+    return [start + (stop - start) * number // count for number in range(count + 1)]
+
+
 @lru_cache(maxsize=512)
 def prefill(
     shape: Shape, plan: str, wire_dtype: str, *, tokens: int, chunk_tokens: int, overlaps: bool, start: int = 0
@@ -130,7 +137,7 @@ def prefill(
     With ``overlaps`` (a pipelined transport) the chunks are under way together, so that all of them take the rounds of
     the last one.
     """
-    edges = [*range(start, start + tokens, max(1, chunk_tokens)), start + tokens]
+    edges = chunk_edges(start, start + tokens, chunk_tokens)
     total = Traffic()
     last = len(edges) - 2
     for chunk, (begin, end) in enumerate(pairwise(edges)):

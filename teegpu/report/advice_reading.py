@@ -195,10 +195,9 @@ class Reading:
         sent, sends = self._as_sent(phase, now, now, Change()), self._as_sent(phase, now, then, change)
         work = self._work(phase)
         changed = self._changed(phase, work, change, sent, sends)
-        chunks = phase.chunks
+        chunks = int(phase.chunks)
         if change.chunk_tokens and phase.name == PREFILL:
-            # A last chunk that is smaller overlaps with less: what counts is the way of a whole one.
-            chunks = max(1.0, self.prompt_tokens / change.chunk_tokens)
+            chunks = max(1, math.ceil(self.prompt_tokens / change.chunk_tokens))
         if phase.overlaps:
             explained = predict.overlapped(sent, link, work, int(phase.chunks)).seconds / phase.seconds
             if not EXPLAINED[0] <= explained <= EXPLAINED[1]:

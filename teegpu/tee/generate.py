@@ -16,6 +16,7 @@ import torch
 from teegpu.errors import PromptError
 from teegpu.metrics.events import DECODE, PREFILL, TEE, Speculated
 from teegpu.metrics.recorder import Recorder
+from teegpu.metrics.traffic import chunk_edges
 from teegpu.tee.decoder import Decoder, Pass, Turn, Want
 from teegpu.tee.kv_cache import KVCache
 from teegpu.tee.products import drive
@@ -129,7 +130,7 @@ class Session:
         cache.reserve(len(prompt))
         self._rotary.prepare(len(prompt))
         ids = torch.tensor(prompt, dtype=torch.int64)
-        edges = [*range(reused, len(prompt), self._chunk_tokens), len(prompt)]
+        edges = chunk_edges(reused, len(prompt), self._chunk_tokens)
         passes: list[Pass] = []
         overlap = self._overlap and len(edges) > 2
         for chunk, (start, stop) in enumerate(pairwise(edges)):

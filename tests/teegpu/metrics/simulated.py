@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from teegpu.metrics import events as ev
@@ -125,7 +126,7 @@ def simulate(
 ) -> list[ev.Event]:
     """The events of a run: a prefill of ``prompt`` tokens and ``made`` steps of decode."""
     clock = Clocked(speeds or Speeds())
-    sizes = [chunk_tokens] * (prompt // chunk_tokens) + [prompt % chunk_tokens] * (prompt % chunk_tokens > 0)
+    sizes = [stop - start for start, stop in pairwise(traffic.chunk_edges(0, prompt, chunk_tokens))]
     clock.events.append(ev.PhaseBegan(ns(clock.at), ev.PREFILL, prompt, len(sizes)))
     chunks = [
         list(requests(shape, plan, wire, n, sum(sizes[:at]), "last" if at == len(sizes) - 1 else "none"))

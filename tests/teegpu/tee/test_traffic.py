@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from teegpu.metrics import traffic
 from teegpu.metrics.traffic import Shape, Traffic
@@ -162,3 +165,26 @@ def test_an_unknown_plan_is_refused() -> None:
     for plan, wire_dtype in (("fussed", "fp16"), ("fused", "fp8")):
         with pytest.raises(ValueError, match="no plan"):
             traffic.forward(shape, plan, wire_dtype, tokens=1, start=0, want="last")
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "chunk", "edges"),
+    [
+        (0, 1024, 256, [0, 256, 512, 768, 1024]),
+        (0, 300, 256, [0, 150, 300]),
+        (7, 8, 256, [7, 8]),
+        (10, 20, 4, [10, 13, 16, 20]),
+        (0, 100, 100, [0, 100]),
+        (0, 3, 1, [0, 1, 2, 3]),
+    ],
+)
+def test_chunks_are_few_and_about_equal(start: int, stop: int, chunk: int, edges: list[int]) -> None:
+    assert traffic.chunk_edges(start, stop, chunk) == edges
+
+
+@given(start=st.integers(0, 5000), tokens=st.integers(1, 5000), chunk=st.integers(1, 3000))
+def test_no_chunk_is_larger_than_asked_for(start: int, tokens: int, chunk: int) -> None:
+    edges = traffic.chunk_edges(start, start + tokens, chunk)
+    sizes = [stop - begin for begin, stop in pairwise(edges)]
+    assert (edges[0], edges[-1], len(sizes)) == (start, start + tokens, -(-tokens // chunk))
+    assert 0 < min(sizes) <= max(sizes) <= min(chunk, min(sizes) + 1)
