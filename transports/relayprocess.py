@@ -20,9 +20,9 @@ from transports.relay import Relay
 class Control:
     """Commands from the parent, over standard input and output."""
 
-    def __init__(self, relay: Relay) -> None:
+    def __init__(self, relay: Relay, parent: int) -> None:
         self._relay = relay
-        self._parent = os.getppid()
+        self._parent = parent
         self._pending = b""
 
     def __call__(self, readable: bool) -> bool:
@@ -72,6 +72,8 @@ def answer(reply: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    # Before anything is answered: a parent that has its answer may be gone the moment after.
+    parent = os.getppid()
     # Ctrl-C in a terminal reaches the whole group; the parent decides when the link ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # 50 us of slack per sleep is the default, and would be 5 % of a round trip of 2 ms.
@@ -93,7 +95,7 @@ def main() -> None:
         return
     try:
         answer({"endpoint": endpoint})
-        relay.run(0, Control(relay))
+        relay.run(0, Control(relay, parent))
     except BrokenPipeError:
         pass  # the parent went away between a command and its answer
     finally:
