@@ -52,7 +52,7 @@ def test_packed_frames_and_no_cache_make_the_tokens_of_transformers(
 ) -> None:
     """The first rungs of both chains, which need a server each, behind a link."""
     out = Path("x.json")
-    done = ladder("--rungs", "per-op,no-kv-cache", "--repeats", 1, "--link", "rtt=100us", "--out", out)
+    done = ladder("--rungs", "per-op,no-kv-cache", "--repeats", 1, "--link", "rtt=100us,bandwidth=1gbit", "--out", out)
     assert done.code == 0, done.err
     document = json.loads(out.read_text())
     assert (document["benchmark"], document["status"]) == ("ladder", "complete")
