@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from teegpu.cli.common import ConfigFile, sigterm_as_interrupt
 from teegpu.cli.shielding import AsJson, Model, Offline, Quiet, Subject, Threads, say, settings, shown, subject
+
+if TYPE_CHECKING:
+    from teegpu.tee.shield.keyfiles import SecretVectors
 
 app = typer.Typer(
     help="Make ahead the secret vectors with which products are verified (run --verify). A run makes them itself where "
@@ -53,19 +55,11 @@ def make(
     """Draw the vectors and compute what they give with each matrix: the weights are read once."""
     config = settings(model, offline, config_file, threads)
     with sigterm_as_interrupt(), shown(quiet=quiet) as notify, subject(config, notify, quiet=quiet) as found:
-        from teegpu.tee.shield.plainverify import PlainKeys
-        from teegpu.tee.shield.verify import Keys
-        from teegpu.tee.shield.wholeverify import WholeKeys
         from teegpu.units import human_bytes, human_seconds
 
         text = "computing what secret vectors give with each matrix"
         began = time.perf_counter()
-        loaders: dict[Kind, Callable[..., WholeKeys | Keys | PlainKeys]] = {
-            Kind.WHOLE: WholeKeys.load,
-            Kind.MASKED: Keys.load,
-            Kind.PLAIN: PlainKeys.load,
-        }
-        keys = loaders[kind](
+        keys = _classes()[kind].load(
             found.store,
             found.spec,
             found.digest,
@@ -124,8 +118,13 @@ def rm(model: Model = None, offline: Offline = None, config_file: ConfigFile = N
         say(f"removed {removed} file{'s' * (removed != 1)} of {found.name}")
 
 
-def _paths(found: Subject, checks: int) -> dict[Kind, Path]:
-    from teegpu.tee.shield import plainverify, verify, wholeverify
+def _classes() -> dict[Kind, type[SecretVectors]]:
+    from teegpu.tee.shield.plainverify import PlainKeys
+    from teegpu.tee.shield.verify import Keys
+    from teegpu.tee.shield.wholeverify import WholeKeys
 
-    modules = {Kind.WHOLE: wholeverify, Kind.MASKED: verify, Kind.PLAIN: plainverify}
-    return {kind: module.key_path(found.data, found.digest, checks) for kind, module in modules.items()}
+    return {Kind.WHOLE: WholeKeys, Kind.MASKED: Keys, Kind.PLAIN: PlainKeys}
+
+
+def _paths(found: Subject, checks: int) -> dict[Kind, Path]:
+    return {kind: keys.key_path(found.data, found.digest, checks) for kind, keys in _classes().items()}

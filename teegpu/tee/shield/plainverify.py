@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -29,10 +29,9 @@ import torch
 from teegpu import ring
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
-from teegpu.tee.shield import sealed
 from teegpu.tee.shield.facts import Product, products
-from teegpu.tee.shield.keyfiles import kept
-from teegpu.tee.shield.verify import SEED, Progress, name_of, sizes_of, vectors
+from teegpu.tee.shield.keyfiles import SEED, Parts, Progress, SecretVectors, name_of, sizes_of
+from teegpu.tee.shield.verify import vectors
 
 FACTOR: Final = 16.0
 ROUNDOFF: Final[Mapping[str, float]] = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11, "int8": 0.0182}
@@ -41,8 +40,6 @@ the norm of a group, when one value of it outweighs all others."""
 
 _SMALLEST: Final[Mapping[str, float]] = {"fp16": 2.0**-25}
 """What it changes a small value by, however small that is, where the range ends within reach."""
-_KIND: Final = "plain verification keys"
-_VERSION: Final = 1
 _BLOCK_VALUES: Final = 2**22
 
 
@@ -63,8 +60,11 @@ class _Folded:
     norms: torch.Tensor
 
 
-class PlainKeys:
+class PlainKeys(SecretVectors):
     """The secret vectors of a model for plain products."""
+
+    kind = "plain verification keys"
+    suffix = ".plain"
 
     def __init__(
         self, seed: bytes, checks: int, folded: dict[Product, _Folded], rows: int, path: Path | None = None
@@ -107,31 +107,35 @@ class PlainKeys:
         right &= torch.isfinite(given)
         return (~right).any(-1).nonzero().flatten().tolist()
 
-    def discard(self) -> None:
-        """Removes the file that they came from: the next run draws others."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+    @staticmethod
+    def drawn(store: WeightStore, spec: ModelSpec, checks: int, progress: Progress) -> Parts:
+        """A seed, and of each product ``S·W`` (columns, checks) and then the norms of the columns, float32."""
+        rows = sizes_of(spec)
+        seed = secrets.token_bytes(ring.SEED_BYTES)
+        signs = 1.0 - 2.0 * vectors(seed, max(rows.values()), checks).to(torch.float64)
+        total = sum(math.prod(spec.weights[name]) for product in rows for name in product)
+        done = 0
+        made = {SEED: np.frombuffer(seed, np.uint8)}
+        for product in rows:
+            columns = spec.weights[product[0]][1]
+            values = torch.zeros((columns, checks), dtype=torch.float64)
+            squares = torch.zeros(columns, dtype=torch.float64)
+            step = max(1, _BLOCK_VALUES // columns)
+            start = 0
+            for name in product:
+                weight = store.load(name)
+                for first in range(0, weight.shape[0], step):
+                    block = weight[first : first + step].to(torch.float64)
+                    values += block.t() @ signs[start : start + block.shape[0]]
+                    squares += block.square().sum(0)
+                    start += block.shape[0]
+                    done += block.numel()
+                progress(done / total)
+            made[name_of(product)] = torch.cat([values.flatten(), squares.sqrt()]).to(torch.float32).numpy()
+        return made
 
     @classmethod
-    def load(
-        cls,
-        store: WeightStore,
-        spec: ModelSpec,
-        digest: str,
-        *,
-        checks: int,
-        folder: Path,
-        progress: Progress = lambda _: None,
-        remake: bool = False,
-        notify: Callable[[str], None] = lambda _: None,
-    ) -> PlainKeys:
-        """As ``verify.Keys.load``."""
-        path = key_path(folder, digest, checks)
-        binding: sealed.Binding = {"model": digest, "checks": checks, "version": _VERSION}
-        names = [SEED, *map(name_of, products(spec))]
-        parts = kept(
-            path, _KIND, binding, names, lambda: _drawn(store, spec, checks, progress), remake=remake, notify=notify
-        )
+    def of(cls, parts: Parts, spec: ModelSpec, checks: int, path: Path | None = None) -> PlainKeys:
         folded = {}
         for product in products(spec):
             columns = spec.weights[product[0]][1]
@@ -139,35 +143,3 @@ class PlainKeys:
             values, norms = both.split([columns * checks, columns])
             folded[product] = _Folded(values.view(columns, checks), norms)
         return cls(parts[SEED].tobytes(), checks, folded, max(sizes_of(spec).values()), path)
-
-
-def _drawn(store: WeightStore, spec: ModelSpec, checks: int, progress: Progress) -> dict[str, np.ndarray[Any, Any]]:
-    """A seed, and of each product ``S·W`` (columns, checks) and then the norms of the columns, float32."""
-    rows = sizes_of(spec)
-    seed = secrets.token_bytes(ring.SEED_BYTES)
-    signs = 1.0 - 2.0 * vectors(seed, max(rows.values()), checks).to(torch.float64)
-    total = sum(math.prod(spec.weights[name]) for product in rows for name in product)
-    done = 0
-    made = {SEED: np.frombuffer(seed, np.uint8)}
-    for product in rows:
-        columns = spec.weights[product[0]][1]
-        values = torch.zeros((columns, checks), dtype=torch.float64)
-        squares = torch.zeros(columns, dtype=torch.float64)
-        step = max(1, _BLOCK_VALUES // columns)
-        start = 0
-        for name in product:
-            weight = store.load(name)
-            for first in range(0, weight.shape[0], step):
-                block = weight[first : first + step].to(torch.float64)
-                values += block.t() @ signs[start : start + block.shape[0]]
-                squares += block.square().sum(0)
-                start += block.shape[0]
-                done += block.numel()
-            progress(done / total)
-        made[name_of(product)] = torch.cat([values.flatten(), squares.sqrt()]).to(torch.float32).numpy()
-    return made
-
-
-def key_path(folder: Path, digest: str, checks: int) -> Path:
-    """Where the keys of the model with ``digest`` are, or will be."""
-    return folder / f"{digest[:32]}-{checks}.plain.keys"

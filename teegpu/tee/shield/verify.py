@@ -16,12 +16,11 @@ All of it is arithmetic modulo 2**32, so nothing is ever rounded.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -30,27 +29,19 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from teegpu import ring
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
-from teegpu.tee.shield import sealed
 from teegpu.tee.shield.facts import Product, products, quantised
-from teegpu.tee.shield.keyfiles import Parts, kept
+from teegpu.tee.shield.keyfiles import SEED, Parts, Progress, SecretVectors, name_of, sizes_of
 from teegpu.tee.shield.wrapping import multiply
 
-_KIND: Final = "verification keys"
-_VERSION: Final = 1
-SEED: Final = "seed"
-"""What a seed is called in a file."""
 _EXACT_FLOAT_ROWS: Final = 2**24 // ring.WEIGHT_MOST
 """Rows of int8 whose sums float32 holds."""
 
-Progress = Callable[[float], None]
-"""Told the share that is done, 0 to 1."""
 
+class Keys(SecretVectors):
+    """The secret vectors of a model for masked products."""
 
-class Keys:
-    """The secret vectors of a model, and what they give with each of its products.
-
-    ``checks`` is k. ``discard`` forgets them for good, which is what a failure asks for.
-    """
+    kind = "verification keys"
+    suffix = ""
 
     def __init__(
         self, seed: bytes, checks: int, folded: dict[Product, torch.Tensor], rows: int, path: Path | None = None
@@ -73,61 +64,28 @@ class Keys:
         """Memory that they take."""
         return self._vectors.nbytes + sum(folded.nbytes for folded in self._folded.values())
 
-    def discard(self) -> None:
-        """Removes the file that they came from: the next run draws others. It is no error where it is gone already."""
-        if self.path is not None:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+    @staticmethod
+    def drawn(store: WeightStore, spec: ModelSpec, checks: int, progress: Progress) -> Parts:
+        """A seed, and ``S·W`` of each product, int32 (columns, checks)."""
+        seed = secrets.token_bytes(ring.SEED_BYTES)
+        chosen = vectors(seed, max(sizes_of(spec).values()), checks).to(torch.float32)
+        made = {SEED: np.frombuffer(seed, np.uint8)}
+        for product, weight in streamed(store, spec, progress):
+            made[name_of(product)] = fold(weight, chosen).numpy()
+        return made
 
     @classmethod
-    def make(cls, store: WeightStore, spec: ModelSpec, checks: int, progress: Progress = lambda _: None) -> Keys:
-        """New ones, from the operating system's randomness: streams all weights once."""
-        return cls._of(_drawn(store, spec, checks, progress), spec, checks)
-
-    @classmethod
-    def load(
-        cls,
-        store: WeightStore,
-        spec: ModelSpec,
-        digest: str,
-        *,
-        checks: int,
-        folder: Path,
-        progress: Progress = lambda _: None,
-        remake: bool = False,
-        notify: Callable[[str], None] = lambda _: None,
-    ) -> Keys:
-        """The keys of the model with ``digest`` from ``folder``, made and sealed there where there are none, or
-        ``remake`` is set.
-
-        A damaged file is made anew, and ``notify`` told. Raises ``ShieldError`` for files that others may have read,
-        and where they can't be written.
-        """
-        path = key_path(folder, digest, checks)
-        binding: sealed.Binding = {"model": digest, "checks": checks, "version": _VERSION}
-        names = [SEED, *map(name_of, products(spec))]
-        parts = kept(
-            path, _KIND, binding, names, lambda: _drawn(store, spec, checks, progress), remake=remake, notify=notify
-        )
-        return cls._of(parts, spec, checks, path)
-
-    @classmethod
-    def _of(cls, parts: Parts, spec: ModelSpec, checks: int, path: Path | None = None) -> Keys:
-        folded = {}
-        for product in products(spec):
-            values = torch.from_numpy(parts[name_of(product)].view(np.int32))
-            folded[product] = values.view(spec.weights[product[0]][1], checks)
+    def of(cls, parts: Parts, spec: ModelSpec, checks: int, path: Path | None = None) -> Keys:
+        folded = folded_of(parts, spec)
         return cls(parts[SEED].tobytes(), checks, folded, max(sizes_of(spec).values()), path)
 
 
-def _drawn(store: WeightStore, spec: ModelSpec, checks: int, progress: Progress) -> dict[str, np.ndarray[Any, Any]]:
-    """A seed, and ``S·W`` of each product, int32 (columns, checks)."""
-    seed = secrets.token_bytes(ring.SEED_BYTES)
-    chosen = vectors(seed, max(sizes_of(spec).values()), checks).to(torch.float32)
-    made = {SEED: np.frombuffer(seed, np.uint8)}
-    for product, weight in streamed(store, spec, progress):
-        made[name_of(product)] = fold(weight, chosen).numpy()
-    return made
+def folded_of(parts: Parts, spec: ModelSpec) -> dict[Product, torch.Tensor]:
+    """``S·W`` of each product, int32 (columns, vectors)."""
+    return {
+        product: torch.from_numpy(parts[name_of(product)].view(np.int32)).view(spec.weights[product[0]][1], -1)
+        for product in products(spec)
+    }
 
 
 def streamed(store: WeightStore, spec: ModelSpec, progress: Progress) -> Iterator[tuple[Product, torch.Tensor]]:
@@ -140,21 +98,6 @@ def streamed(store: WeightStore, spec: ModelSpec, progress: Progress) -> Iterato
         yield product, weight
         done += weight.numel()
         progress(done / total)
-
-
-def sizes_of(spec: ModelSpec) -> dict[Product, int]:
-    """The rows of each product's matrix."""
-    return {product: sum(spec.weights[name][0] for name in product) for product in products(spec)}
-
-
-def name_of(product: Product) -> str:
-    """What ``product`` is called in a file."""
-    return "+".join(product)
-
-
-def key_path(folder: Path, digest: str, checks: int) -> Path:
-    """Where the keys of the model with ``digest`` are, or will be."""
-    return folder / f"{digest[:32]}-{checks}.keys"
 
 
 def vectors(seed: bytes, rows: int, checks: int) -> torch.Tensor:

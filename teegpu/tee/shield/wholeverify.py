@@ -16,12 +16,10 @@ sum is at most n · 2**(30 + b): ``b`` is chosen for each length such that it st
 
 from __future__ import annotations
 
-import contextlib
 import math
 import secrets
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -29,13 +27,11 @@ import torch
 from teegpu import ring
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
-from teegpu.tee.shield import fixedpoint, sealed
-from teegpu.tee.shield.facts import Product, products
-from teegpu.tee.shield.keyfiles import Parts, kept
-from teegpu.tee.shield.verify import SEED, Progress, name_of, sizes_of, streamed, vectors
+from teegpu.tee.shield import fixedpoint
+from teegpu.tee.shield.facts import Product
+from teegpu.tee.shield.keyfiles import SEED, Parts, Progress, SecretVectors, name_of, sizes_of
+from teegpu.tee.shield.verify import folded_of, streamed, vectors
 
-_KIND: Final = "whole verification keys"
-_VERSION: Final = 1
 _EXACT_BITS: Final = 53
 _VALUE_BITS: Final = 31
 _LOW_BITS: Final = 15
@@ -47,9 +43,11 @@ _BLOCK_VALUES: Final = 2**20
 _FOLD_VALUES: Final = 2**22
 
 
-class WholeKeys:
-    """The secret vectors of a model for products that did not wrap. ``checks`` is k: what is wrong passes with a
-    probability of 2**-k at most."""
+class WholeKeys(SecretVectors):
+    """The secret vectors of a model for products that did not wrap."""
+
+    kind = "whole verification keys"
+    suffix = ".whole"
 
     def __init__(
         self,
@@ -63,7 +61,7 @@ class WholeKeys:
         self.checks = checks
         self.path = path
         self._lengths = rows
-        self._vectors = {length: drawn(seed, length, checks) for length in set(rows.values())}
+        self._vectors = {length: whole_vectors(seed, length, checks) for length in set(rows.values())}
         self._halves = {product: _halves(values) for product, values in folded.items()}
 
     def wrong_rows(self, product: Product, sent: torch.Tensor, received: torch.Tensor) -> list[int]:
@@ -89,51 +87,18 @@ class WholeKeys:
         """Memory that they take."""
         return sum(values.nbytes for group in (self._vectors, self._halves) for values in group.values())
 
-    def discard(self) -> None:
-        """Removes the file that they came from: the next run draws others. It is no error where it is gone already."""
-        if self.path is not None:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+    @staticmethod
+    def drawn(store: WeightStore, spec: ModelSpec, checks: int, progress: Progress) -> Parts:
+        """A seed, and ``S·W`` of each product, int32 (columns, vectors)."""
+        seed = secrets.token_bytes(ring.SEED_BYTES)
+        made = {SEED: np.frombuffer(seed, np.uint8)}
+        for product, weight in streamed(store, spec, progress):
+            made[name_of(product)] = fold(weight, whole_vectors(seed, weight.shape[0], checks)).numpy()
+        return made
 
     @classmethod
-    def make(cls, store: WeightStore, spec: ModelSpec, checks: int, progress: Progress = lambda _: None) -> WholeKeys:
-        """New ones, from the operating system's randomness: streams all weights once."""
-        return cls._of(_drawn(store, spec, checks, progress), spec, checks)
-
-    @classmethod
-    def load(
-        cls,
-        store: WeightStore,
-        spec: ModelSpec,
-        digest: str,
-        *,
-        checks: int,
-        folder: Path,
-        progress: Progress = lambda _: None,
-        remake: bool = False,
-        notify: Callable[[str], None] = lambda _: None,
-    ) -> WholeKeys:
-        """As ``verify.Keys.load``."""
-        path = key_path(folder, digest, checks)
-        binding: sealed.Binding = {"model": digest, "checks": checks, "version": _VERSION}
-        names = [SEED, *map(name_of, products(spec))]
-        parts = kept(
-            path, _KIND, binding, names, lambda: _drawn(store, spec, checks, progress), remake=remake, notify=notify
-        )
-        return cls._of(parts, spec, checks, path)
-
-    @classmethod
-    def _of(cls, parts: Parts, spec: ModelSpec, checks: int, path: Path | None = None) -> WholeKeys:
-        folded = {}
-        for product in products(spec):
-            values = torch.from_numpy(parts[name_of(product)].view(np.int32))
-            folded[product] = values.view(spec.weights[product[0]][1], -1)
-        return cls(parts[SEED].tobytes(), checks, folded, sizes_of(spec), path)
-
-
-def key_path(folder: Path, digest: str, checks: int) -> Path:
-    """Where the keys of the model with ``digest`` are, or will be."""
-    return folder / f"{digest[:32]}-{checks}.whole.keys"
+    def of(cls, parts: Parts, spec: ModelSpec, checks: int, path: Path | None = None) -> WholeKeys:
+        return cls(parts[SEED].tobytes(), checks, folded_of(parts, spec), sizes_of(spec), path)
 
 
 def bits_of(length: int, checks: int) -> tuple[int, int]:
@@ -146,7 +111,7 @@ def bits_of(length: int, checks: int) -> tuple[int, int]:
     return count, -(-checks // count)
 
 
-def drawn(seed: bytes, length: int, checks: int) -> torch.Tensor:
+def whole_vectors(seed: bytes, length: int, checks: int) -> torch.Tensor:
     """``S`` for products of ``length`` values, (length, vectors) of float64: whole numbers from -2**(b-1) to
     2**(b-1) - 1, uniform."""
     count, bits = bits_of(length, checks)
@@ -166,14 +131,6 @@ def fold(weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         block = slice(start, start + step)
         result.addmm_(weight[block].to(torch.float64).t(), chosen[block])
     return result.to(torch.int32)
-
-
-def _drawn(store: WeightStore, spec: ModelSpec, checks: int, progress: Progress) -> dict[str, np.ndarray[Any, Any]]:
-    seed = secrets.token_bytes(ring.SEED_BYTES)
-    made = {SEED: np.frombuffer(seed, np.uint8)}
-    for product, weight in streamed(store, spec, progress):
-        made[name_of(product)] = fold(weight, drawn(seed, weight.shape[0], checks)).numpy()
-    return made
 
 
 def _halves(folded: torch.Tensor) -> torch.Tensor:

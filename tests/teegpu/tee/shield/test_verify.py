@@ -1,18 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from teegpu import ring
-from teegpu.errors import ShieldError
-from teegpu.model.reader import read_spec
-from teegpu.model.weights import WeightStore
-from teegpu.tee.shield import sealed, verify
-from teegpu.tee.shield.facts import products, quantised
+from teegpu.tee.shield import verify
 from teegpu.tee.shield.verify import Keys
-from tests.conftest import TinyModel
 
 PRODUCT = ("w",)
 OUT, IN, ROWS = 48, 40, 6
@@ -132,75 +125,3 @@ def test_vectors_are_even(weight: torch.Tensor) -> None:
     assert abs(float(drawn.mean()) - 0.5) < 0.01
     correlation = torch.corrcoef(drawn.t()) - torch.eye(40, dtype=torch.float64)
     assert float(correlation.abs().max()) < 0.12
-
-
-# Keys of a model
-
-
-def load(tiny_model: TinyModel, folder: Path, checks: int = 8, notes: list[str] | None = None, **more: bool) -> Keys:
-    model = tiny_model("llama")
-    spec = read_spec(model)
-    with WeightStore(model, spec) as store:
-        notify = (lambda _: None) if notes is None else notes.append
-        return Keys.load(store, spec, store.digest(), checks=checks, folder=folder, notify=notify, **more)
-
-
-def test_a_single_vector_is_kept_as_it_was_made(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder = sealed.data_folder(str(tmp_path / "shield"))
-    first = load(tiny_model, folder, checks=1)
-    again = load(tiny_model, folder, checks=1)
-    assert all(torch.equal(first._folded[product], again._folded[product]) for product in first._folded)
-
-
-def accepts(keys: Keys, tiny_model: TinyModel) -> bool:
-    model = tiny_model("llama")
-    spec = read_spec(model)
-    with WeightStore(model, spec) as store:
-        for product in products(spec):
-            weight, _ = quantised(store, spec, product)
-            sent = uniform(3, weight.shape[1], 5)
-            received = ring.RingMatrix(weight).product(sent)
-            if keys.wrong_rows(product, sent, received):
-                return False
-            received[2, -1] += 1
-            if keys.wrong_rows(product, sent, received) not in ([2], []):
-                return False
-    return True
-
-
-def test_keys_are_kept_and_bound(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder = sealed.data_folder(str(tmp_path / "shield"))
-    first = load(tiny_model, folder)
-    assert accepts(first, tiny_model)
-    again = load(tiny_model, folder)
-    assert torch.equal(first._vectors, again._vectors)
-    assert accepts(again, tiny_model)
-    other = load(tiny_model, folder, checks=9)
-    assert other.path != again.path
-    remade = load(tiny_model, folder, remake=True)
-    assert not torch.equal(first._vectors, remade._vectors)
-    assert remade.nbytes > 0
-
-
-def test_keys_that_failed_somebody_are_drawn_anew(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder = sealed.data_folder(str(tmp_path / "shield"))
-    first = load(tiny_model, folder)
-    first.discard()
-    first.discard()
-    assert not torch.equal(first._vectors, load(tiny_model, folder)._vectors)
-
-
-def test_damaged_keys_are_made_anew_and_open_ones_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder = sealed.data_folder(str(tmp_path / "shield"))
-    path = load(tiny_model, folder).path
-    assert path is not None
-    content = bytearray(path.read_bytes())
-    content[-20] ^= 1
-    path.write_bytes(content)
-    notes: list[str] = []
-    assert accepts(load(tiny_model, folder, notes=notes), tiny_model)
-    assert len(notes) == 1
-    assert "anew" in notes[0]
-    path.chmod(0o644)
-    with pytest.raises(ShieldError, match="chmod 600"):
-        load(tiny_model, folder)

@@ -1,19 +1,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from teegpu import ring
-from teegpu.errors import ShieldError
-from teegpu.model.reader import read_spec
-from teegpu.model.weights import WeightStore
-from teegpu.tee.shield import fixedpoint, sealed, wholeverify
-from teegpu.tee.shield.facts import products, quantised
+from teegpu.tee.shield import fixedpoint, wholeverify
 from teegpu.tee.shield.wholeverify import WholeKeys
-from tests.conftest import TinyModel
 
 PRODUCT = ("w",)
 OUT, IN, ROWS = 48, 40, 6
@@ -29,7 +23,7 @@ def fixed(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 def keys_of(weight: torch.Tensor, checks: int, seed: bytes = bytes(range(32))) -> WholeKeys:
-    folded = wholeverify.fold(weight, wholeverify.drawn(seed, weight.shape[0], checks))
+    folded = wholeverify.fold(weight, wholeverify.whole_vectors(seed, weight.shape[0], checks))
     return WholeKeys(seed, checks, {PRODUCT: folded}, {PRODUCT: weight.shape[0]})
 
 
@@ -114,7 +108,7 @@ def test_extremes_are_exact() -> None:
 
 def test_sums_are_those_of_whole_numbers() -> None:
     weight = torch.randint(-127, 128, (1000, 70), generator=generator(4)).to(torch.int8)
-    chosen = wholeverify.drawn(bytes(32), 1000, 40)
+    chosen = wholeverify.whole_vectors(bytes(32), 1000, 40)
     expected = weight.to(torch.int64).t() @ chosen.to(torch.int64)
     assert torch.equal(wholeverify.fold(weight, chosen).to(torch.int64), expected)
     halves = wholeverify._halves(wholeverify.fold(weight, chosen))
@@ -126,21 +120,21 @@ def test_sums_are_those_of_whole_numbers() -> None:
 
 def test_folding_is_exact_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randint(-127, 128, (50, 9), generator=generator(4)).to(torch.int8)
-    chosen = wholeverify.drawn(bytes(32), 50, 40)
+    chosen = wholeverify.whole_vectors(bytes(32), 50, 40)
     whole = wholeverify.fold(weight, chosen)
     monkeypatch.setattr(wholeverify, "_FOLD_VALUES", 70)
     assert torch.equal(wholeverify.fold(weight, chosen), whole)
 
 
 def test_vectors_are_uniform() -> None:
-    drawn = wholeverify.drawn(bytes(32), 4096, 40)
+    drawn = wholeverify.whole_vectors(bytes(32), 4096, 40)
     count, bits = wholeverify.bits_of(4096, 40)
     assert drawn.shape == (4096, count)
     assert set(drawn.unique().tolist()) == set(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
     least = 4096 * count / 2**bits
     frequencies = torch.bincount((drawn.flatten() + 2 ** (bits - 1)).to(torch.int64))
     assert float((frequencies - least).abs().max()) < 6 * math.sqrt(least)
-    assert not torch.equal(drawn, wholeverify.drawn(bytes(31) + b"1", 4096, 40))
+    assert not torch.equal(drawn, wholeverify.whole_vectors(bytes(31) + b"1", 4096, 40))
 
 
 def test_nothing_is_said_of_what_is_not_finite(weight: torch.Tensor) -> None:
@@ -151,69 +145,3 @@ def test_nothing_is_said_of_what_is_not_finite(weight: torch.Tensor) -> None:
     assert keys.wrong_rows(PRODUCT, sent, received) == []
     received[2, 0] += 1
     assert keys.wrong_rows(PRODUCT, sent, received) == [2]
-
-
-# Keys of a model
-
-
-def load(
-    tiny_model: TinyModel, folder: Path, checks: int = 16, notes: list[str] | None = None, **more: bool
-) -> WholeKeys:
-    model = tiny_model("llama")
-    spec = read_spec(model)
-    with WeightStore(model, spec) as store:
-        notify = (lambda _: None) if notes is None else notes.append
-        return WholeKeys.load(store, spec, store.digest(), checks=checks, folder=folder, notify=notify, **more)
-
-
-def accepts(keys: WholeKeys, tiny_model: TinyModel) -> bool:
-    model = tiny_model("llama")
-    spec = read_spec(model)
-    with WeightStore(model, spec) as store:
-        for product in products(spec):
-            weight, _ = quantised(store, spec, product)
-            sent = fixed(3, weight.shape[1], 5)
-            received = ring.RingMatrix(weight).product(sent)
-            if keys.wrong_rows(product, sent, received):
-                return False
-            received[2, -1] += 1
-            if keys.wrong_rows(product, sent, received) not in ([2], []):
-                return False
-    return True
-
-
-def same(one: WholeKeys, other: WholeKeys) -> bool:
-    return all(torch.equal(values, other._vectors[length]) for length, values in one._vectors.items())
-
-
-def test_keys_are_kept_and_bound(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder = sealed.data_folder(str(tmp_path / "shield"))
-    first = load(tiny_model, folder)
-    assert accepts(first, tiny_model)
-    again = load(tiny_model, folder)
-    assert same(first, again)
-    assert accepts(again, tiny_model)
-    other = load(tiny_model, folder, checks=9)
-    assert other.path != again.path
-    remade = load(tiny_model, folder, remake=True)
-    assert not same(first, remade)
-    assert remade.nbytes > 0
-    remade.discard()
-    remade.discard()
-    assert not same(remade, load(tiny_model, folder))
-
-
-def test_damaged_keys_are_made_anew_and_open_ones_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder = sealed.data_folder(str(tmp_path / "shield"))
-    path = load(tiny_model, folder).path
-    assert path is not None
-    content = bytearray(path.read_bytes())
-    content[-20] ^= 1
-    path.write_bytes(content)
-    notes: list[str] = []
-    assert accepts(load(tiny_model, folder, notes=notes), tiny_model)
-    assert len(notes) == 1
-    assert "anew" in notes[0]
-    path.chmod(0o644)
-    with pytest.raises(ShieldError, match="chmod 600"):
-        load(tiny_model, folder)
