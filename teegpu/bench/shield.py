@@ -38,8 +38,7 @@ from teegpu.tee.shield.padmaker import PadMaker
 from teegpu.tee.shield.pads import PadSource
 from teegpu.tee.shield.padsegment import LEAF_TOKENS
 from teegpu.tee.shield.samplers import SIGMA
-from teegpu.tee.shield.verify import Keys
-from teegpu.tee.shield.wholeverify import WholeKeys
+from teegpu.tee.shield.setup import keys_for
 from teegpu.tee.shield.wrapping import multiply
 
 MODES: Final = ("two-server", "pads", "lwe")
@@ -144,9 +143,7 @@ class ShieldBenchmark:
         notify(Progress(0, total, "the model", "quantising its weights"))
         facts = FactTable.make(store, spec)
         matrices = {product: RingMatrix(quantised(store, spec, product)[0]) for product in products(spec)}
-        checks = self._base.shield.checks
-        whole_keys = WholeKeys.make(store, spec, checks)
-        masked_keys = Keys.make(store, spec, checks) if "lwe" in self._modes else None
+        made = {loader: loader.make(store, spec, self._base.shield.checks) for loader in map(keys_for, self._modes)}
         self._measure_local(store)
         notify(Progress(1, total, "the model", "quantising its weights", "done"))
         for number, mode in enumerate(self._modes):
@@ -156,8 +153,7 @@ class ShieldBenchmark:
             for _ in range(self._repeats):
                 for phase in (CHUNK, STEP):
                     clock = _Clock()
-                    keys = masked_keys if mode == "lwe" and masked_keys else whole_keys
-                    self._pass(clock, mode, take, facts, matrices, keys, phase)
+                    self._pass(clock, mode, take, facts, matrices, made[keys_for(mode)], phase)
                     self._keep(mode, clock, phase)
             cost = self._timed[mode, TOTAL].seconds[CHUNK]
             notify(Progress(3 + 2 * number, total, mode, "runs", f"{min(cost) * 1e3:.2f} ms a token in a chunk"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final, Protocol
 
 import torch
@@ -74,12 +75,8 @@ class TwoServers:
             torch.sub(one[name], other[name], out=into)
         self._recorder.lap(TEE, UNMASK, call.layer, call.chunk)
         if self._check is not None:
-            wrong = self._check.wrong_rows(asked.ring.product, asked.whole, product)
-            if wrong:
-                self._check.discard()
-                at_fault = self._at_fault(asked, (share, one), (seed, other))
-                raise wrong_product(self._recorder, asked.ring.product, wrong, rows, at_fault)
-            self._recorder.lap(TEE, VERIFY, call.layer, call.chunk)
+            at_fault = partial(self._at_fault, asked, (share, one), (seed, other))
+            _verify(self._check, self._recorder, asked, asked.whole, product, at_fault)
         return product
 
     async def _both(self, first: Call, second: Call) -> tuple[Answer, Answer]:
@@ -126,23 +123,15 @@ class Masked:
         masked = asked.whole + mask.operand
         self._recorder.lap(TEE, MASK, call.layer, call.chunk)
         answer, result = await self._meanwhile(asked.to_call(masked), mask)
-        if self._checks_masked:
-            self._verify(asked, masked, joined(answer), answer.address)
+        check = self._check
+        if check is not None and self._checks_masked:
+            _verify(check, self._recorder, asked, masked, joined(answer), lambda: [answer.address])
         for name, into in asked.ring.parts(result):
             torch.sub(answer[name], into, out=into)
         self._recorder.lap(TEE, UNMASK, call.layer, call.chunk)
-        if not self._checks_masked:
-            self._verify(asked, asked.whole, result, answer.address)
+        if check is not None and not self._checks_masked:
+            _verify(check, self._recorder, asked, asked.whole, result, lambda: [answer.address])
         return result
-
-    def _verify(self, asked: Asked, sent: torch.Tensor, received: torch.Tensor, address: str) -> None:
-        if self._check is None:
-            return
-        wrong = self._check.wrong_rows(asked.ring.product, sent, received)
-        if wrong:
-            self._check.discard()
-            raise wrong_product(self._recorder, asked.ring.product, wrong, sent.shape[0], [address])
-        self._recorder.lap(TEE, VERIFY, asked.call.layer, asked.call.chunk)
 
     async def _meanwhile(self, call: Call, mask: Mask) -> tuple[Answer, torch.Tensor]:
         """What the server answers, and the mask's correction, which is made while the request is on its way."""
@@ -160,6 +149,24 @@ class Masked:
         correction = mask.correction()
         self._recorder.lap(TEE, self._work, call.layer, call.chunk)
         return await finish(), correction
+
+
+def _verify(
+    check: Check,
+    recorder: Recorder,
+    asked: Asked,
+    sent: torch.Tensor,
+    received: torch.Tensor,
+    at_fault: Callable[[], list[str]],
+) -> None:
+    """Raises ``VerificationError`` where ``received`` is not the product of ``sent``, and gives up the keys that found
+    it: ``at_fault`` then says whose it is."""
+    product = asked.ring.product
+    wrong = check.wrong_rows(product, sent, received)
+    if wrong:
+        check.discard()
+        raise wrong_product(recorder, product, wrong, sent.shape[0], at_fault())
+    recorder.lap(TEE, VERIFY, asked.call.layer, asked.call.chunk)
 
 
 def joined(answer: Mapping[str, torch.Tensor]) -> torch.Tensor:

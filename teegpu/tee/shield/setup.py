@@ -39,6 +39,11 @@ from teegpu.wire.codec import Decoder as WireDecoder
 Notify = Callable[[str], None]
 
 
+def keys_for(mode: str) -> type[Keys | WholeKeys]:
+    """What the products of a private ``mode`` are checked with: with noise in them, as they were sent, masked."""
+    return Keys if mode == modes.LWE else WholeKeys
+
+
 class Shield:
     """The shield of one run, on the model in ``store`` with ``digest``. ``close`` it when it is over; that may be done
     twice.
@@ -113,8 +118,7 @@ class Shield:
         return RingMatrix(quantised(self._store, self._spec, product)[0]).product(values)
 
     def _keys(self) -> Check:
-        loader = Keys if self.mode == modes.LWE else WholeKeys
-        return loader.load(
+        return keys_for(self.mode).load(
             self._store,
             self._spec,
             self._digest,
