@@ -28,7 +28,7 @@ from teegpu.errors import PromptError, UsageError, nearest
 from teegpu.metrics.recorder import Recorder
 from teegpu.model import texts
 from teegpu.model.folder import ModelFolder
-from teegpu.model.reader import read_config, read_spec
+from teegpu.model.reader import read_spec, rotary_config
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.model.weights import WeightStore
 from teegpu.options import client_options, wire_limits
@@ -288,7 +288,7 @@ class _Models:
         self.digest = store.digest()
         self.tokenizer = Tokenizer(folder)
         self._weights = TeeWeights(store, self._spec)
-        self._rotary = RotaryTable(read_config(folder))
+        self._rotary = RotaryTable(rotary_config(folder))
         self._whole_numbers = wholenumbers.WholeNumbers(store, self._spec, self.digest, base.model.cache_path)
         self._connections: dict[str, Client] = {}
         for dtype, server in servers.items():

@@ -18,7 +18,7 @@ from teegpu.config import Config
 from teegpu.metrics.recorder import Recorder
 from teegpu.model import texts
 from teegpu.model.folder import ModelFolder
-from teegpu.model.reader import read_config
+from teegpu.model.reader import rotary_config
 from teegpu.model.spec import ModelSpec
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.model.weights import WeightStore
@@ -107,7 +107,7 @@ def capture(
         server = stack.enter_context(EmbeddedServer(folder, base, threads=server_threads))
         store = stack.enter_context(WeightStore(folder, spec))
         digest = store.digest()
-        weights, rotary = TeeWeights(store, spec), RotaryTable(read_config(folder))
+        weights, rotary = TeeWeights(store, spec), RotaryTable(rotary_config(folder))
         rotary.prepare(tokens)
         ids = torch.tensor(texts.prompt_of(Tokenizer(folder), tokens))
         server.wait()

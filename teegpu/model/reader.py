@@ -128,6 +128,13 @@ def known_config(folder: ModelFolder) -> Any:
     return config
 
 
+def rotary_config(folder: ModelFolder) -> Any:
+    """What rotary angles are computed from: where they are scaled that is done by transformers' own functions, which
+    take its own config object. Raises as ``read_config``."""
+    known = known_config(folder)
+    return known if known.rope_parameters.get("rope_type", "default") == "default" else read_config(folder)
+
+
 def eos_token_ids(folder: ModelFolder, config: Any) -> tuple[int, ...]:
     """Token ids that end a generation: those of generation_config.json, then those of the config, each once."""
     ids: list[int] = []

@@ -27,7 +27,7 @@ from teegpu.metrics.recorder import Recorder
 from teegpu.metrics.start import Start
 from teegpu.metrics.summary import Summary
 from teegpu.model.folder import ModelFolder
-from teegpu.model.reader import known_config, read_config, read_spec
+from teegpu.model.reader import read_spec, rotary_config
 from teegpu.model.spec import ModelSpec
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.model.weights import WeightStore
@@ -154,9 +154,7 @@ class Runner:
         self.tokenizer = Tokenizer(self.folder)
         self._weights = TeeWeights(self._store, self.spec)
         self._preload()
-        known = known_config(self.folder)
-        scaled = known.rope_parameters.get("rope_type", "default") != "default"  # by transformers' own functions
-        self._rotary = self._parts.rotary(read_config(self.folder) if scaled else known)
+        self._rotary = self._parts.rotary(rotary_config(self.folder))
         if offloads and (modes.shielded(config) or modes.verified(config)):
             self._shield = stack.enter_context(
                 contextlib.closing(
