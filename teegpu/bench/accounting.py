@@ -20,6 +20,7 @@ from teegpu.config import Config
 from teegpu.errors import PromptError, TeegpuError, UsageError
 from teegpu.metrics.events import DECODE, PREFILL, Event, PhaseBegan, PhaseEnded
 from teegpu.metrics.summary import PhaseTotal
+from teegpu.metrics.traffic import chunk_count
 from teegpu.model import texts
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
@@ -50,7 +51,7 @@ def cases(plans: Sequence[str], transports: Sequence[str], prompt_tokens: int, c
             }
             made.append(Case(f"{plan} {transport}", given))
             if transport.startswith("pipelined") and chunk_tokens < prompt_tokens:
-                chunks = -(-prompt_tokens // chunk_tokens)
+                chunks = chunk_count(prompt_tokens, chunk_tokens)
                 label = f"{plan} {transport}, {chunks} chunks"
                 made.append(Case(label, given | {"run.chunk_tokens": chunk_tokens}))
     return made

@@ -54,6 +54,7 @@ OVERLAPPED: Final = (512, 64)
 TURNS: Final = (1024, 256)
 """The same where both sides take turns with all cores: smaller chunks change hands more often than those chosen do."""
 SLOWDOWNS: Final = (0.5, 3.0)
+"""Within which a slowdown is looked for."""
 SAMPLED_TOKENS: Final = 256
 """Of a real text, whose activations are compressed."""
 

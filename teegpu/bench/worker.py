@@ -23,6 +23,7 @@ from teegpu.metrics.document import limit
 from teegpu.metrics.events import DECODE, PREFILL
 from teegpu.metrics.linkestimate import LinkFigures
 from teegpu.metrics.summary import PhaseTotal, Summary
+from teegpu.metrics.traffic import chunk_count
 from teegpu.model.folder import ModelFolder
 from teegpu.tee.plans import Plan
 from teegpu.tee.shield import modes
@@ -142,7 +143,7 @@ def _load_runner(
         "wire_dtype": document["settings"]["wire_dtype"] if runner.welcome is not None else None,
         "notes": notes,
     }
-    chunks = -(-prompt_tokens // runner.chunk_tokens)
+    chunks = chunk_count(prompt_tokens, runner.chunk_tokens)
     seen: list[torch.Tensor] = []
 
     def measure() -> Sample:

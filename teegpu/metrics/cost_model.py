@@ -86,7 +86,7 @@ class CostModel:
         """``tokens`` of a prompt after ``start`` that are in the KV cache, its first token included. Raises
         ``ValueError`` for unknown names, ``KeyError`` where a price is missing (see ``knows``)."""
         chunk = max(1, settings.chunk_tokens)
-        chunks = max(1, math.ceil(tokens / chunk))
+        chunks = traffic.chunk_count(tokens, chunk)
         overlaps = settings.overlaps and chunks > 1 and settings.plan != LOCAL
         asked = prompt_demand(self.shape, settings.plan, settings.wire_dtype, tokens, chunk, start)
         if settings.plan == LOCAL:

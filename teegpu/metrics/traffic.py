@@ -121,10 +121,15 @@ def together(plan: str, layers: int) -> int:
     return per_layer * layers + (2 if plan in SCORES_ON_LINK else 1)
 
 
+def chunk_count(tokens: int, chunk_tokens: int) -> int:
+    """The fewest chunks of at most ``chunk_tokens`` that ``tokens`` fit into; at least one."""
+    return max(1, math.ceil(tokens / max(1, chunk_tokens)))
+
+
 def chunk_edges(start: int, stop: int, chunk_tokens: int) -> list[int]:
     """Where the chunks of the tokens from ``start`` to ``stop`` begin, and ``stop``: the fewest that have at most
     ``chunk_tokens`` each, and as equal as can be. A small one after large ones would overlap with little."""
-    count = max(1, math.ceil((stop - start) / max(1, chunk_tokens)))
+    count = chunk_count(stop - start, chunk_tokens)
     return [start + (stop - start) * number // count for number in range(count + 1)]
 
 

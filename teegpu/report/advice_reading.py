@@ -197,7 +197,7 @@ class Reading:
         changed = self._changed(phase, work, change, sent, sends)
         chunks = int(phase.chunks)
         if change.chunk_tokens and phase.name == PREFILL:
-            chunks = max(1, math.ceil(self.prompt_tokens / change.chunk_tokens))
+            chunks = traffic.chunk_count(self.prompt_tokens, change.chunk_tokens)
         if phase.overlaps:
             explained = predict.overlapped(sent, link, work, int(phase.chunks)).seconds / phase.seconds
             if not EXPLAINED[0] <= explained <= EXPLAINED[1]:

@@ -16,7 +16,7 @@ import torch
 from teegpu.errors import PromptError
 from teegpu.metrics.events import DECODE, PREFILL, TEE, Speculated
 from teegpu.metrics.recorder import Recorder
-from teegpu.metrics.traffic import chunk_edges
+from teegpu.metrics.traffic import chunk_count, chunk_edges
 from teegpu.tee.decoder import Decoder, Pass, Turn, Want
 from teegpu.tee.kv_cache import KVCache
 from teegpu.tee.products import drive
@@ -114,7 +114,7 @@ class Session:
         reused = self._reuse(run.context)
         run.done.reused_tokens = reused
         expected = len(run.context) - reused
-        record.begin(PREFILL, expected, -(-expected // self._chunk_tokens))
+        record.begin(PREFILL, expected, chunk_count(expected, self._chunk_tokens))
         fresh = 0
         try:
             logits = self._prefill_logits(run.context, reused)
