@@ -6,7 +6,9 @@ Importing it imports no transport: a name's module is loaded when the name is us
 from __future__ import annotations
 
 from transports.base import (
+    Answered,
     Buffer,
+    Changed,
     Client,
     ClientOptions,
     Compression,
@@ -14,13 +16,16 @@ from transports.base import (
     Incoming,
     Message,
     Reply,
+    Sent,
     Server,
     ServerOptions,
 )
 from transports.registry import connect, listen, names
 
 __all__ = [
+    "Answered",
     "Buffer",
+    "Changed",
     "Client",
     "ClientOptions",
     "Compression",
@@ -28,6 +33,7 @@ __all__ = [
     "Incoming",
     "Message",
     "Reply",
+    "Sent",
     "Server",
     "ServerOptions",
     "connect",

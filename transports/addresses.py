@@ -12,6 +12,7 @@ MAX_IPC_PATH_BYTES = 107
 """A Unix socket's path has to fit into sockaddr_un with its final zero."""
 
 _TCP = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[A-Za-z0-9._-]+|\*):(?P<port>\d{1,5}|\*)")
+_LOOPBACK = re.compile(r"127(\.\d{1,10}){1,3}|\[(0{0,4}:){2,7}0{0,3}1\]", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -24,6 +25,20 @@ class Address:
     path: str = ""
     host: str = ""
     port: int = 0
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on this machine, and nobody reaches it from another one."""
+        host = self.host.lower()
+        return self.scheme != "tcp" or host == "localhost" or _LOOPBACK.fullmatch(host) is not None
+
+
+def is_local(text: str) -> bool:
+    """``Address.local`` of an address as it was written; False for what is none."""
+    try:
+        return parse(text, listening=True).local
+    except BadAddressError:
+        return False
 
 
 def parse(text: str, *, listening: bool = False) -> Address:

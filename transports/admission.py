@@ -16,7 +16,6 @@ import itertools
 import logging
 import os
 import stat
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -25,8 +24,8 @@ from pathlib import Path
 import zmq
 
 from transports.errors import BadKeyError
-from transports.security import PUBLIC_SUFFIX, CurveServer, PublicKey, read_public
-from transports.wakeup import Wakeup
+from transports.security import PUBLIC_SUFFIX, CurveServer, PublicKey, read_public, writable_by_others
+from transports.sockets import Wakeup, inner_address, read_event
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +44,6 @@ MAX_FILES = 65536
 ZAP_VERSION = b"1.0"
 ZAP_OK, ZAP_REFUSED, ZAP_ERROR = b"200", b"400", b"500"
 
-_MONITOR_EVENT = struct.Struct("=HI")
-_monitor_numbers = itertools.count()
-
 Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
@@ -59,7 +55,7 @@ class AllowList:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ``BadKeyError`` where the folder can't be read, or where everybody could add a key to it."""
+        """Raises ``BadKeyError`` where the folder can't be read, or where others could add a key to it."""
         self.folder = folder
         self.names: dict[str, str] = {}
         """The clients' names, by the hexadecimal digits of their keys."""
@@ -73,8 +69,9 @@ class AllowList:
             raise BadKeyError(f"{folder}: this folder of clients' keys can't be read: {reason}") from None
         if not stat.S_ISDIR(status.st_mode):
             raise BadKeyError(f"{folder}: this is to be a folder of clients' public keys, and it is a file")
-        if status.st_mode & stat.S_IWOTH:
-            raise BadKeyError(f"{folder}: everybody on this machine can admit clients there: chmod o-w {folder}")
+        danger = writable_by_others(folder)
+        if danger:
+            raise BadKeyError(f"{folder}: others can admit clients there: {danger}")
         self.refresh()
 
     def refresh(self) -> None:
@@ -101,8 +98,9 @@ class AllowList:
 
     def _look(self) -> Signature:
         found = []
-        if os.stat(self.folder).st_mode & stat.S_IWOTH:
-            raise PermissionError(errno.EPERM, "everybody on this machine can write to that folder")
+        danger = writable_by_others(self.folder)
+        if danger:
+            raise PermissionError(errno.EPERM, danger)
         with os.scandir(self.folder) as entries:
             for entry in itertools.islice(entries, MAX_FILES):
                 if entry.name.endswith(PUBLIC_SUFFIX) and not entry.name.startswith("."):
@@ -195,7 +193,7 @@ class Gatekeeper:
             self._monitor.setsockopt(zmq.LINGER, 0)
             self._zap.bind("inproc://zeromq.zap.01")
             # A socket has one monitor, and that is the guard's: it hands on the handshakes that failed.
-            self.handshakes = f"inproc://teegpu-handshakes-{next(_monitor_numbers)}"
+            self.handshakes = inner_address("handshakes")
             self._monitor.bind(self.handshakes)
             options.apply(socket)
         except BaseException:
@@ -239,7 +237,7 @@ class Gatekeeper:
                 self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
 
     def _on_event(self, parts: list[bytes]) -> None:
-        event, cause = _MONITOR_EVENT.unpack(parts[0])
+        event, cause = read_event(parts)
         if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             # The other side may have seen first that it is of no use; or somebody looked whether the port is open.
             self._cuts.failed("a connection ended before any key was shown: a client without keys, or no client at all")

@@ -10,14 +10,17 @@ Nobody constructs a client or a server: ``transports.connect`` and ``transports.
 from __future__ import annotations
 
 import abc
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from transports.security import CurveClient, CurveServer
 
 Buffer = bytes | bytearray | memoryview
+
+COMPRESSED_FROM_BYTES = 64 * 1024
+"""Smaller frames are never compressed: on a link where that could pay they take little time anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,88 +100,135 @@ class ClientOptions:
     max_message_bytes: int = 2 * 2**30
     max_frames: int = 64
     compression_level: int = 1
-    compression_min_bytes: int = 2**20
     curve: CurveClient | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """Settings of a server. The limits per client bound what one peer can make the server hold.
+    """Settings of a server. The limits per client bound what one peer can make the server hold: where there are keys,
+    over all connections of a key.
 
-    A connection over which no whole message came within ``hello_timeout_seconds`` is ended; what is remembered of a
-    client that has been silent for ``idle_timeout_seconds`` is forgotten. ``curve`` are its keys and those of its
-    clients; None: nothing is encrypted, and whoever reaches it may use it.
+    Of more than ``max_client_connections`` of a key, or than ``max_clients`` connections in use, the one that was idle
+    longest makes room. A connection over which no whole message came within ``hello_timeout_seconds`` is ended; what is
+    remembered of a client that has been silent for ``idle_timeout_seconds`` is forgotten. ``curve`` are its keys and
+    those of its clients; None: nothing is encrypted, and whoever reaches it may use it.
     """
 
     max_message_bytes: int = 2 * 2**30
     max_frames: int = 64
     max_client_requests: int = 64
     max_client_bytes: int = 2**30
+    max_client_connections: int = 16
     max_clients: int = 256
     hello_timeout_seconds: float = 30.0
     idle_timeout_seconds: float = 3600.0
     compression_level: int = 1
-    compression_min_bytes: int = 2**20
     curve: CurveServer | None = None
 
 
+class Sent(Awaitable[Reply]):
+    """A request on its way: look whether its reply has come (``poll``), wait for it (``wait``), or await it. Each gives
+    the same reply, or raises what ``Client.request`` would, as often as it is asked.
+
+    ``sent_ns`` is the reading of ``time.perf_counter_ns`` from which on it was on its way, as in ``Reply``: compressing
+    ends there, and the round trip begins.
+    """
+
+    __slots__ = ()
+    sent_ns: int
+
+    @abc.abstractmethod
+    def poll(self) -> Reply | None:
+        """The reply once that is there, None before. Never waits."""
+
+    @abc.abstractmethod
+    def wait(self) -> Reply:
+        """The reply. Meanwhile the thread does nothing else."""
+
+    def __await__(self) -> Generator[Any, None, Reply]:
+        """The reply. Where nothing overlaps, this waits without suspending, so that a coroutine over it needs no event
+        loop."""
+        yield from ()
+        return self.wait()
+
+
+class Answered(Sent):
+    """A request whose reply is there already."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.sent_ns = reply.sent_ns
+        self._reply = reply
+
+    def poll(self) -> Reply:
+        return self._reply
+
+    def wait(self) -> Reply:
+        return self._reply
+
+
+class Changed(Sent):
+    """``sent``, whose reply is what ``change`` makes of it: for clients around other clients."""
+
+    def __init__(self, sent: Sent, change: Callable[[Reply], Reply]) -> None:
+        self.sent_ns = sent.sent_ns
+        self._sent = sent
+        self._change = change
+
+    def poll(self) -> Reply | None:
+        reply = self._sent.poll()
+        return None if reply is None else self._change(reply)
+
+    def wait(self) -> Reply:
+        return self._change(self._sent.wait())
+
+    def __await__(self) -> Generator[Any, None, Reply]:
+        return self._change((yield from self._sent.__await__()))
+
+
 class Client(abc.ABC):
-    """One connection to one server.
+    """One connection to one server. There is one verb, ``begin``; the others are made of it.
 
-    Blocking and awaited calls are the same verb in two forms. A lock-step client has one request in flight: its
-    ``request_async`` returns an awaitable that is done when it returns, so a coroutine over it never suspends and needs
-    no event loop. An overlapping client (``overlaps``) suspends there, and needs a running asyncio loop.
+    A client that overlaps has many requests in flight, and suspends where it is awaited: that takes a running asyncio
+    loop. One that works in lock step never suspends. Blocking and awaited calls may be used on one client, one after
+    the other, never at once.
 
-    Both forms may be used on one client, one after the other, never at once.
-
-    ``on_sent`` is called with each message once it has been handed to the link, before the wait for its reply, and
-    with the reading of ``time.perf_counter_ns`` from which on it was on its way (``Reply.sent_ns``): whoever keeps
-    account of time knows then where compressing ends and the round trip begins.
+    ``compresses``: large frames go through zstd where that is quicker.
     """
 
     name: ClassVar[str]
     overlaps: ClassVar[bool] = False
+    compresses: ClassVar[bool] = False
     endpoint: str
-    on_sent: Callable[[Message, int], None] | None = None
 
     @abc.abstractmethod
-    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
-        """Send ``message`` and wait for its reply.
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Sent:
+        """Send ``message`` and go on. Waits for room in the window first, where there is none. A client that can't go
+        on meanwhile has the reply, or raises, when ``begin`` returns.
 
         ``timeout_seconds`` replaces the client's ``reply_timeout_seconds`` for this request.
 
         Raises ``ReplyTimeoutError``, ``ConnectError``, ``ConnectionLostError``, ``FrameError``, ``LimitError`` (see
-        ``transports.errors``).
+        ``transports.errors``), as do the methods of what it returns.
         """
 
-    def post(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply | None]:
-        """Send ``message`` and go on. The function that is returned never waits: it gives the reply once that is there
-        and None before, and raises what ``request`` would.
+    async def begin_async(self, message: Message, *, timeout_seconds: float | None = None) -> Sent:
+        """``begin``, for whoever awaits the reply on an event loop: room in the window is awaited too.
 
-        A client that can't go on meanwhile has the reply, or raises, when ``post`` returns."""
-        reply = self.request(message, timeout_seconds=timeout_seconds)
-        return lambda: reply
+        Cancelling it, or what it returns, forgets the request; a late reply to it is dropped."""
+        return self.begin(message, timeout_seconds=timeout_seconds)
 
-    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply]:
-        """Send ``message`` and go on. The function that is returned waits for the reply, and raises what ``request``
-        would. Meanwhile other connections may be used; on this one, only where the client has several in flight.
+    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+        """Send ``message`` and wait for its reply."""
+        return self.begin(message, timeout_seconds=timeout_seconds).wait()
 
-        A client that can't go on meanwhile has the reply, or raises, when ``begin`` returns."""
-        reply = self.request(message, timeout_seconds=timeout_seconds)
-        return lambda: reply
+    async def request_async(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+        """Send ``message`` and await its reply."""
+        return await (await self.begin_async(message, timeout_seconds=timeout_seconds))
 
     @property
     def pending_bytes(self) -> int:
         """Bytes of the requests that have no reply yet, those that stand in line for the window included."""
         return 0
-
-    def request_all(self, messages: Sequence[Message], *, timeout_seconds: float | None = None) -> list[Reply]:
-        """The replies to ``messages``, in their order. An overlapping client has them in flight together."""
-        return [self.request(message, timeout_seconds=timeout_seconds) for message in messages]
-
-    @abc.abstractmethod
-    def request_async(self, message: Message, *, timeout_seconds: float | None = None) -> Awaitable[Reply]:
-        """``request`` as an awaitable. Cancelling it forgets the request; a late reply to it is dropped."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -230,9 +280,10 @@ class Server(abc.ABC):
     address: str
     """Where it really listens: port 0 and wildcards are resolved."""
 
-    user_bytes: int = 0
-    """What the caller may take from memory for a request, beyond the request and its reply. Growth of the process that
-    neither this nor any message explains is held against peers whose messages do not end."""
+    user_bytes: Callable[[], int] = staticmethod(lambda: 0)
+    """Gives what the caller may take from memory for a request, beyond the request and its reply; called from another
+    thread. Growth of the process that neither this nor any message explains is held against peers whose messages do not
+    end."""
 
     @property
     @abc.abstractmethod

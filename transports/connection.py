@@ -1,139 +1,97 @@
 """One zmq connection to a server: a DEALER socket, and a monitor that tells when the connection is up or lost.
 
-Shared by the lock-step and the overlapping client. zmq reconnects by itself, but a connection that was lost is never
-used again here: what was in flight is gone, and the server behind the address may be another one. The client drops
-this object and opens a new one with its next request.
+Shared by the lock-step and the overlapping client. zmq is not to reconnect by itself: nobody would look after what
+arrives then. An attempt that failed before the handshake is made again (``reopen``). A connection that was lost after
+it is never used again: what was in flight is gone, and the server behind the address may be another one. The client
+drops this object and opens a new one with its next request.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import select
-import struct
+import socket as sockets
 import time
 from collections.abc import Sequence
-from typing import cast
 
 import zmq
 
-from transports import mechanism
-from transports.base import Buffer, ClientOptions
+from transports import addresses
+from transports.base import ClientOptions
 from transports.inflow import Inflow
 from transports.security import CURVE_OVERHEAD_BYTES
-
-ZERO_COPY_BYTES = 64 * 1024
-"""From here on, lending zmq the buffer is cheaper than copying it (its free callback costs a thread hop)."""
+from transports.sockets import NOBLOCK, has_message, keep_alive, monitor, read_event
 
 CUT_HANDSHAKES = 3
 """So often the peer closes the connection in the middle of the handshake before it is asked what it expects."""
 
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 0.5
+"""After an attempt to connect that failed; each pause is twice the one before."""
+
 GREETING_SECONDS = 1.0
 """How long the peer has for its greeting. It blocks, but only where no connection comes about anyway."""
-
-KEEPALIVE_IDLE_SECONDS = 15
-KEEPALIVE_INTERVAL_SECONDS = 5
-KEEPALIVE_PROBES = 3
-
-# Plain integers: zmq's own constants are enums, whose operators cost more than the call that they are passed to.
-EVENTS = int(zmq.EVENTS)
-POLLIN = int(zmq.POLLIN)
-NOBLOCK = int(zmq.NOBLOCK)
-NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
-
-_MONITOR_EVENT = struct.Struct("=HI")
-_monitor_numbers = itertools.count()
-
-
-def keep_alive(socket: zmq.Socket[bytes]) -> None:
-    """Have the kernel find out within half a minute that an idle peer's machine is gone.
-
-    Not zmq's own heartbeats: those queue behind the data, so that a slow or stalled link looks like a dead peer.
-    """
-    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_SECONDS)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_SECONDS)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
-
-
-def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
-    """Hand a whole message to ``socket`` without waiting: small frames are copied, large ones lent.
-
-    ``parts`` are flat (see ``frames.byte_view``).
-    Raises ``zmq.Again`` when the peer's queue is full (the first frame decides: no half message is ever sent).
-    """
-    last = len(parts) - 1
-    for index, part in enumerate(parts):
-        socket.send(part, NOBLOCK if index == last else NOBLOCK_MORE, copy=len(part) < ZERO_COPY_BYTES)
-
-
-def has_message(socket: zmq.Socket[bytes]) -> bool:
-    """Whether a whole message can be read now. Also the only way to learn it after an edge on the descriptor."""
-    return bool(cast(int, socket.get(EVENTS)) & POLLIN)
-
-
-def receive_parts(socket: zmq.Socket[bytes]) -> list[memoryview]:
-    """A whole message, without copying it; its frames may be written to. Raises ``zmq.Again`` when there is none."""
-    frame = socket.recv(NOBLOCK, copy=False)
-    parts = [frame.buffer]
-    while frame.more:
-        frame = socket.recv(NOBLOCK, copy=False)
-        parts.append(frame.buffer)
-    return parts
 
 
 class Connection:
     """A DEALER socket with its monitor. ``established`` is set by the client at the first valid reply, and it counts
-    replies to nothing that is in flight (``strays``, ``stray_bytes``) and the bytes of replies that may still come to
-    requests that nobody waits for any more (``owed_bytes``).
+    replies to nothing that is in flight (``strays``, ``stray_bytes``). ``threads`` are those of zmq.
 
-    ``denied`` says why the two sides will never come to terms about keys; empty as long as they might.
+    ``retry_at_ns`` is when to try again, where an attempt has failed; 0 where none has. ``denied`` says why the two
+    sides will never come to terms about keys; empty as long as they might.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, options: ClientOptions) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, options: ClientOptions, threads: Sequence[int]
+    ) -> None:
         self.endpoint = endpoint
         self.established = False
         self.handshaken = False
         self.lost = False
         self.note = ""
         self.denied = ""
-        self.inflow = Inflow()
-        self.looked_ns = 0
+        self.inflow = Inflow(threads)
+        self.retry_at_ns = 0
         self.strays = 0
         self.stray_bytes = 0
-        self.owed_bytes = 0
+        self._context = context
+        self._options = options
         self._curve = options.curve
+        self._retry_seconds = FIRST_RETRY_SECONDS
         self._cut_handshakes = 0
         self.connect_deadline_ns = time.perf_counter_ns() + int(options.connect_timeout_seconds * 1e9)
-        self.socket = context.socket(zmq.DEALER)
-        self.monitor = context.socket(zmq.PAIR)
-        try:
-            self._open(options)
-        except BaseException:
-            self.close()
-            raise
-        self._poll = select.poll()
-        self._poll.register(self.socket.FD, select.POLLIN)
-        self._poll.register(self.monitor.FD, select.POLLIN)
+        self._open()
 
-    def _open(self, options: ClientOptions) -> None:
-        socket = self.socket
+    def reopen(self) -> None:
+        """Try again, with new sockets: what was given to the old ones is to be sent again."""
+        self.close()
+        self.retry_at_ns = 0
+        self._open()
+        self.check_monitor()  # read empty, its descriptor tells of what follows
+
+    def _open(self) -> None:
+        options = self._options
+        socket = self.socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)  # the window bounds what is queued to send
         socket.setsockopt(zmq.RCVHWM, 2 * options.window_requests)
         socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes + (CURVE_OVERHEAD_BYTES if options.curve else 0))
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
         socket.setsockopt(zmq.IPV6, int("[" in self.endpoint))
         keep_alive(socket)
         if options.curve is not None:
             options.curve.apply(socket)
-        address = f"inproc://teegpu-monitor-{next(_monitor_numbers)}"
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         events |= zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        socket.monitor(address, events | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-        self.monitor.setsockopt(zmq.LINGER, 0)
-        self.monitor.connect(address)
-        socket.connect(self.endpoint)
+        events |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CLOSED
+        self.monitor = monitor(self._context, socket, int(events))
+        try:
+            socket.connect(self.endpoint)
+        except BaseException:
+            self.close()
+            raise
+        self._poll = select.poll()
+        self._poll.register(socket.FD, select.POLLIN)
+        self._poll.register(self.monitor.FD, select.POLLIN)
 
     def readable(self) -> bool:
         return has_message(self.socket)
@@ -154,22 +112,25 @@ class Connection:
             raise
 
     def on_monitor(self, parts: Sequence[bytes]) -> None:
-        event, cause = _MONITOR_EVENT.unpack(parts[0])
+        event, cause = read_event(parts)
         if event == zmq.EVENT_CONNECTED:
             self.inflow.connected(cause)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.handshaken = True
             self._cut_handshakes = 0
-        elif event == zmq.EVENT_DISCONNECTED:
-            # Before the handshake it only says that this attempt failed; zmq tries again until the connect time-out.
+        elif event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+            # Before the handshake it only says that this attempt failed; there are more until the connect time-out.
             self.lost = self.lost or self.handshaken
+            if not self.lost and not self.retry_at_ns:
+                self.retry_at_ns = time.perf_counter_ns() + int(self._retry_seconds * 1e9)
+                self._retry_seconds = min(2 * self._retry_seconds, LONGEST_RETRY_SECONDS)
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             self._cut_handshakes += 1
         elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             if cause == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
                 self._other_mechanism()
             else:
-                self.note = "; what listens there is not a teegpu server"
+                self.note = "what listens there is not a teegpu server"
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._curve is not None:
             self.denied = (
                 f"the server at {self.endpoint} does not know this client's key (link.client_key, fingerprint "
@@ -192,7 +153,7 @@ class Connection:
         """The peer ends every handshake without a word: because the keys differ, or for another reason?"""
         self._cut_handshakes = 0
         left = (self.connect_deadline_ns - time.perf_counter_ns()) / 1e9
-        found = mechanism.ask(self.endpoint, min(left, GREETING_SECONDS)) if left > 0 else ""
+        found = ask_mechanism(self.endpoint, min(left, GREETING_SECONDS)) if left > 0 else ""
         if found and (found == "CURVE") != (self._curve is not None):
             self._other_mechanism()
         elif found and self._curve is not None:
@@ -207,3 +168,51 @@ class Connection:
         self.inflow.close()
         self.monitor.close(0)
         self.socket.close(0)
+
+
+_NEVER_MS = 2**30
+"""zmq makes no connection by itself: who answers next is to be greeted first. -1 says the same, but with it zmq throws
+away what has come, and was not read yet, when the server closes the connection."""
+
+GREETING_BYTES = 64
+OUR_GREETING = b"\xff" + bytes(8) + b"\x7f" + bytes([3, 0])
+"""The greeting's beginning, signature and version: the peer then shows all of its own. Had it ours whole, it might
+close the connection for what it reads there before it has answered."""
+
+_MECHANISM = slice(12, 32)
+
+
+def ask_mechanism(endpoint: str, timeout_seconds: float) -> str:
+    """What a zmq peer says of itself before any key is exchanged: ``"CURVE"``, ``"NULL"``, …; empty where nobody
+    answers like a zmq peer within the time.
+
+    A server to which the client shows a wrong key just closes the connection, as a server that ends does, or a relay to
+    nobody. The greeting tells them apart: it is ZMTP's first 64 bytes, of which 20 name the mechanism."""
+    deadline = time.monotonic() + timeout_seconds
+    with contextlib.suppress(OSError), connect_plainly(endpoint, timeout_seconds) as connection:
+        connection.sendall(OUR_GREETING)
+        greeting = b""
+        while len(greeting) < GREETING_BYTES:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            part = connection.recv(GREETING_BYTES - len(greeting))
+            if not part:
+                return ""
+            greeting += part
+        if greeting[0] == 0xFF and greeting[9] == 0x7F:
+            return greeting[_MECHANISM].rstrip(b"\0").decode("ascii", "replace")
+    return ""
+
+
+def connect_plainly(endpoint: str, timeout_seconds: float) -> sockets.socket:
+    """A connection without zmq, which keeps ``timeout_seconds``. Raises ``OSError``."""
+    address = addresses.parse(endpoint)
+    if address.scheme == "ipc":
+        connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout_seconds)
+            connection.connect(address.path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+    return sockets.create_connection((address.host.strip("[]"), address.port), timeout=timeout_seconds)

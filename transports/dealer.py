@@ -7,15 +7,17 @@ reply before took longer than that, it sleeps at once: there is no gain in sight
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import zmq
 
 from transports import addresses, envelope
 from transports.base import Buffer, Client, ClientOptions, Compression, Message, Reply
-from transports.connection import Connection, receive_parts, send_parts
+from transports.connection import Connection
 from transports.errors import (
     AuthenticationError,
     BadAddressError,
@@ -27,21 +29,21 @@ from transports.errors import (
     TransportError,
 )
 from transports.exchange import Exchange
-from transports.frames import flatten
-from transports.inflow import FRAMING_BYTES
+from transports.inflow import STRAY_BYTES
+from transports.reach import why_silent
+from transports.sockets import FRAMING_BYTES, receive_parts, send_parts
 
 if TYPE_CHECKING:
-    from transports.compression import Compressor
+    from transports.compression import Bandwidth, Compressor
 
 ErrorMaker = Callable[[], TransportError]
 
-INFLOW_SECONDS = 0.05
-"""How often it is looked at, at most and while a reply is awaited at least, whether more arrives than can be one."""
+LOOK_SECONDS = 1.0
+"""How long it may take to find out why nobody answers, once nobody has."""
 
 MAX_STRAYS = 1024
-MAX_STRAY_BYTES = 2**20
 """Replies to nothing that is in flight which one connection may bring, beyond those of requests that were given up. Our
-own servers send none."""
+own servers send none. All of them have ``inflow.STRAY_BYTES`` at most."""
 
 MAX_BANDWIDTH = 2**63
 """What the envelope has room for. The bandwidth is measured with what the server says of its own time."""
@@ -50,66 +52,61 @@ MAX_BANDWIDTH = 2**63
 class DealerClient(Client):
     """Base of the zmq clients. ``dropped_replies`` counts late, duplicate and unknown replies."""
 
-    def __init__(self, endpoint: str, options: ClientOptions, compressor: Compressor | None = None) -> None:
+    def __init__(self, endpoint: str, options: ClientOptions) -> None:
         address = addresses.parse(endpoint)
         if address.scheme == "inprocess":
             raise BadAddressError(f"transport '{self.name}' reaches tcp:// and ipc:// addresses, not '{endpoint}'")
         self.endpoint = address.text
         self.options = options
         self.dropped_replies = 0
-        self._compressor = compressor
         self._spin_ns = int(options.spin_seconds * 1e9)
         self._quick = True
-        self._flags = envelope.ACCEPTS_ZSTD if compressor else 0
+        self._flags = envelope.ACCEPTS_ZSTD if self.compresses else 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._threads: Sequence[int] = ()
         self._connection: Connection | None = None
         self._in_flight: dict[int, Exchange] = {}
         self._in_flight_bytes = 0
         self._next_id = 1
-        self._moved_up = 0
-        self._moved_down = 0
         self._closed = False
+        self._bandwidth: Bandwidth | None = None
+        self._compressor: Compressor | None = None
+        if self.compresses:
+            from transports.compression import Bandwidth, Compressor
+
+            self._bandwidth = link = Bandwidth()
+            self._compressor = Compressor(options.compression_level, lambda: link.bytes_per_second)
         try:
-            self._connection = Connection(self._context, self.endpoint, options)
+            before = _threads()
+            # zmq starts its threads with a context's first socket.
+            self._context.socket(zmq.PAIR).close(0)
+            self._threads = tuple(_threads() - before)
+            self._connection = self._connect()
         except BaseException as error:
             self._context.destroy(linger=0)
             if isinstance(error, zmq.ZMQError):
                 raise BadAddressError(f"can't connect to {endpoint}: {error.strerror}") from error
             raise
 
+    def _connect(self) -> Connection:
+        return Connection(self._context, self.endpoint, self.options, self._threads)
+
     # ---- the blocking form
 
-    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Exchange:
         if self._in_flight:
             self._wait_for_room(message.nbytes)
-        exchange = self._submit(message, timeout_seconds)
-        self._wait_for(exchange)
-        return exchange.result()
+        return self._submit(message, timeout_seconds)
 
-    def post(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply | None]:
-        exchange = self._submit(message, timeout_seconds)
-
-        def poll() -> Reply | None:
-            if not exchange.done:
-                try:
-                    self._look(exchange)
-                except BaseException:
-                    self._fail(self._lost("was given up"))  # as in _wait_for
-                    raise
-            return exchange.result() if exchange.done else None
-
-        return poll
-
-    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply]:
-        if self._in_flight:
-            self._wait_for_room(message.nbytes)
-        exchange = self._submit(message, timeout_seconds)
-
-        def wait() -> Reply:
-            self._wait_for(exchange)
-            return exchange.result()
-
-        return wait
+    def look(self, exchange: Exchange) -> None:
+        """Take what has come meanwhile. Never waits."""
+        if exchange.done:
+            return
+        try:
+            self._look(exchange)
+        except BaseException:
+            self._fail(self._lost("was given up"))  # as in wait_for
+            raise
 
     def _look(self, exchange: Exchange) -> None:
         """What ``_step`` does, without waiting."""
@@ -124,7 +121,8 @@ class DealerClient(Client):
     def pending_bytes(self) -> int:
         return self._in_flight_bytes
 
-    def _wait_for(self, exchange: Exchange) -> None:
+    def wait_for(self, exchange: Exchange) -> None:
+        """Return when ``exchange`` is done."""
         try:
             while not exchange.done:
                 self._step(exchange)
@@ -137,7 +135,7 @@ class DealerClient(Client):
     def _wait_for_room(self, nbytes: int) -> None:
         """Wait until the window has room. Each request that fills it comes to its end, by a reply or a deadline."""
         while self._in_flight and not self._has_room(nbytes):
-            self._wait_for(next(iter(self._in_flight.values())))
+            self.wait_for(next(iter(self._in_flight.values())))
 
     def _has_room(self, nbytes: int) -> bool:
         """A message larger than the whole window may go when nothing else is in flight."""
@@ -152,6 +150,7 @@ class DealerClient(Client):
         connection = self._connection
         if connection is None:
             raise RuntimeError("a request is in flight without a connection")
+        socket = connection.socket
         spin_until = time.perf_counter_ns() + (self._spin_ns if self._quick else 0)
         while True:
             if connection.readable():
@@ -163,17 +162,17 @@ class DealerClient(Client):
         self._check_connection(connection)
         now = time.perf_counter_ns()
         self._expire(now)
-        if exchange.done or connection is not self._connection:
-            return
+        if exchange.done or connection is not self._connection or connection.socket is not socket:
+            return  # a new socket is to be read empty first: it tells of nothing before
         connection.sleep((self._next_deadline_ns(connection) - now) / 1e9)
 
     def _next_deadline_ns(self, connection: Connection) -> int:
-        """When the next request in flight, or the first attempt to connect, will have taken too long, or it is time to
-        look after what arrives."""
+        """When the next request in flight, or all attempts to connect, will have taken too long, or the next attempt is
+        due."""
         deadline = min(entry.deadline_ns for entry in self._in_flight.values())
-        if connection.inflow.counts:
-            deadline = min(deadline, time.perf_counter_ns() + int(INFLOW_SECONDS * 1e9))
-        return deadline if connection.handshaken else min(deadline, connection.connect_deadline_ns)
+        if connection.handshaken:
+            return deadline
+        return min(deadline, connection.connect_deadline_ns, connection.retry_at_ns or deadline)
 
     # ---- sending
 
@@ -189,13 +188,15 @@ class DealerClient(Client):
             options = self.options
             timeout_seconds = options.connect_timeout_seconds if first else options.reply_timeout_seconds
         exchange.timeout_seconds = timeout_seconds
-        exchange.moved_up_before = self._moved_up
-        exchange.moved_down_before = self._moved_down
         exchange.sent_ns = time.perf_counter_ns()
         exchange.deadline_ns = exchange.sent_ns + int(timeout_seconds * 1e9)
         self._in_flight[exchange.request_id] = exchange
         self._in_flight_bytes += exchange.raw_bytes
-        self._moved_up += exchange.bytes_up
+        connection.inflow.awaited_bytes += exchange.max_reply_bytes + FRAMING_BYTES
+        if not connection.handshaken:
+            exchange.parts = parts
+            if connection.retry_at_ns:
+                return exchange  # it is sent with the next attempt
         try:
             send_parts(connection.socket, parts)
         except BaseException as error:
@@ -203,13 +204,13 @@ class DealerClient(Client):
                 # zmq gives up where the two sides do not agree on keys, and then takes nothing to send.
                 connection.check_monitor()
                 self._raise_denied(connection)
+                if connection.retry_at_ns and not connection.handshaken:
+                    return exchange
             # A message that was sent in part can't be taken back: this connection is of no use any more.
             self._fail(self._lost("could not be sent to"))
             if isinstance(error, zmq.ZMQError):
                 raise ConnectionLostError(f"can't send to {self.endpoint}: {error.strerror}") from error
             raise
-        if self.on_sent is not None:
-            self.on_sent(message, exchange.sent_ns)
         return exchange
 
     def _raise_denied(self, connection: Connection) -> None:
@@ -219,15 +220,15 @@ class DealerClient(Client):
 
     def _prepare(self, message: Message) -> tuple[list[Buffer], Exchange]:
         options = self.options
-        frames, lengths, total = flatten(
+        frames, lengths, total = envelope.flatten(
             message, "request", max_frames=options.max_frames, max_message_bytes=options.max_message_bytes
         )
         codecs: Sequence[int] = ()
         itemsizes: Sequence[int] = ()
         up = Compression()
         bandwidth = 0
-        if self._compressor is not None:
-            bandwidth = min(int(self._compressor.bandwidth_bytes_per_second or 0), MAX_BANDWIDTH)
+        if self._compressor is not None and self._bandwidth is not None:
+            bandwidth = min(int(self._bandwidth.bytes_per_second or 0), MAX_BANDWIDTH)
             frames, codecs, itemsizes, up = self._compressor.compress(frames, message.kinds)
         request_id = self._next_id
         self._next_id += 1
@@ -235,7 +236,7 @@ class DealerClient(Client):
         parts = [head, *frames]
         bytes_up = len(head) + (sum(map(len, frames)) if codecs else total)
         most = message.max_reply_bytes or options.max_message_bytes
-        return parts, Exchange(request_id, total, bytes_up, up, min(most, options.max_message_bytes))
+        return parts, Exchange(self, request_id, total, bytes_up, up, min(most, options.max_message_bytes))
 
     def _ready_connection(self) -> Connection:
         """The connection, opened anew if need be. Raises ``ConnectionLostError`` if it was lost since the last use.
@@ -245,19 +246,16 @@ class DealerClient(Client):
         """
         connection = self._connection
         if connection is None:
-            connection = self._connection = Connection(self._context, self.endpoint, self.options)
+            connection = self._connection = self._connect()
             return connection
         connection.check_monitor()
         self._raise_denied(connection)
         if connection.lost:
-            self._fail(self._lost("was lost"))
-            raise ConnectionLostError(f"the connection to {self.endpoint} was lost since the last request")
-        now = time.perf_counter_ns()
-        if now - connection.looked_ns >= INFLOW_SECONDS * 1e9:
-            connection.looked_ns = now
-            if self._flooded(connection):
-                self._fail(self._flood)
-                raise self._flood()
+            error = self._excess(connection) or ConnectionLostError(
+                f"the connection to {self.endpoint} was lost since the last request"
+            )
+            self._fail(lambda: error)
+            raise error
         return connection
 
     # ---- receiving
@@ -273,9 +271,11 @@ class DealerClient(Client):
 
     def _accept(self, parts: list[memoryview], connection: Connection) -> None:
         """Match a reply with its request."""
+        if connection.inflow.excess:  # a part of the stream is missing: what is whole may be so by chance
+            self._check_connection(connection)
+            return
         received_ns = time.perf_counter_ns()
         bytes_down = sum(map(len, parts))
-        self._moved_down += bytes_down
         connection.inflow.settle()
         request_id = envelope.peek_request_id(parts[0])
         if request_id is None:
@@ -304,28 +304,25 @@ class DealerClient(Client):
         self.dropped_replies += 1
         connection.strays += 1
         connection.stray_bytes += nbytes
-        if connection.strays > MAX_STRAYS or connection.stray_bytes > MAX_STRAY_BYTES + connection.owed_bytes:
+        if connection.strays > MAX_STRAYS or connection.stray_bytes > STRAY_BYTES + connection.inflow.owed_bytes:
             text = f"{self.endpoint} goes on answering what nobody asked: the server is broken, or means harm"
             self._fail(lambda: FrameError(text))
 
-    def _flooded(self, connection: Connection) -> bool:
-        """Whether more has come, without the end of a message, than all that we asked for can be."""
-        unfinished = connection.inflow.unfinished()
-        if unfinished <= FRAMING_BYTES:
-            return False
-        awaited = sum(entry.max_reply_bytes + FRAMING_BYTES for entry in self._in_flight.values())
-        return unfinished > awaited + connection.owed_bytes + MAX_STRAY_BYTES
-
-    def _flood(self) -> TransportError:
-        return FrameError(
-            f"{self.endpoint} sends more than the answer to all that it was asked can be: the server is broken, or "
-            "means harm"
-        )
+    def _excess(self, connection: Connection) -> TransportError | None:
+        """Why ``connection`` was ended from this side."""
+        inflow = connection.inflow
+        if not inflow.excess:
+            return None
+        if inflow.hostile:
+            return FrameError(f"{self.endpoint} {inflow.excess}: the server is broken, or means harm")
+        return ConnectionLostError(f"{self.endpoint} {inflow.excess}, and was disconnected")
 
     def _establish(self, connection: Connection) -> None:
         """The first exchange is over: what else is in flight has no longer the connect time-out to keep to."""
         connection.established = connection.handshaken = True
+        connection.check_monitor()  # a quick reply comes before anybody has read that the connection is there
         for exchange in self._in_flight.values():
+            exchange.parts = ()
             if not exchange.explicit:
                 exchange.timeout_seconds = self.options.reply_timeout_seconds
                 exchange.deadline_ns = exchange.sent_ns + int(exchange.timeout_seconds * 1e9)
@@ -345,28 +342,15 @@ class DealerClient(Client):
                 "be right"
             )
         down = Compression()
-        if self._compressor is not None:
-            self._observe(
-                self._compressor, exchange, bytes_down, (received_ns - exchange.sent_ns - head.measured) / 1e9
-            )
+        if self._bandwidth is not None:
+            seconds = (received_ns - exchange.sent_ns - head.measured) / 1e9
+            self._bandwidth.observe(exchange.bytes_up + bytes_down, seconds)
         if head.compressed:
             if self._compressor is None:
                 raise FrameError(f"{self.endpoint} sent compressed frames, which were not asked for")
             frames, down = self._compressor.decompress(frames, head.codecs, head.itemsizes, head.raw_lengths)
         server_ns = min(head.measured, received_ns - exchange.sent_ns)
         return Reply(frames, exchange.sent_ns, received_ns, exchange.bytes_up, bytes_down, exchange.up, down, server_ns)
-
-    def _observe(self, compressor: Compressor, exchange: Exchange, bytes_down: int, seconds: float) -> None:
-        """Tell the compression policy what the link carried in ``seconds``, the server's own time left out.
-
-        One exchange alone goes up, then down. With others in flight both directions are busy at once with bytes of
-        all of them, so the busier direction is what took the time. That may make the link look faster than it is
-        where the server is the bottleneck, in which case compressing would not help either.
-        """
-        up = self._moved_up - exchange.moved_up_before
-        down = self._moved_down - exchange.moved_down_before
-        alone = up == exchange.bytes_up and down == bytes_down
-        compressor.observe(up + down if alone else max(up, down), seconds)
 
     def _raise_refusal(self, refusal: int, reason: str) -> NoReturn:
         if refusal == envelope.REFUSED_LIMIT:
@@ -382,6 +366,8 @@ class DealerClient(Client):
     def _remove(self, exchange: Exchange) -> None:
         if self._in_flight.pop(exchange.request_id, None) is not None:
             self._in_flight_bytes -= exchange.raw_bytes
+            if self._connection is not None:
+                self._connection.inflow.awaited_bytes -= exchange.max_reply_bytes + FRAMING_BYTES
 
     def _finish(self, exchange: Exchange) -> None:
         """``exchange`` has its reply or error. An overlapping client also tells who awaits it."""
@@ -389,17 +375,26 @@ class DealerClient(Client):
 
     def _check_connection(self, connection: Connection) -> None:
         connection.check_monitor()
-        if connection.lost:
+        excess = self._excess(connection)
+        if excess is not None:
+            self._fail(lambda: excess)
+        elif connection.lost:
             # What had arrived before is still good.
             while connection is self._connection and connection.readable():
                 self._receive(connection)
             self._fail(self._lost("was lost"))
-        elif self._flooded(connection):
-            self._fail(self._flood)
         elif connection.denied:
             self._fail(lambda: AuthenticationError(connection.denied))
         elif not connection.handshaken and time.perf_counter_ns() >= connection.connect_deadline_ns:
             self._fail(self._unreachable(self.options.connect_timeout_seconds))
+        elif connection.retry_at_ns and time.perf_counter_ns() >= connection.retry_at_ns:
+            self._reopen(connection)
+
+    def _reopen(self, connection: Connection) -> None:
+        connection.reopen()
+        with contextlib.suppress(zmq.Again):  # this attempt has failed already: the monitor tells, and another follows
+            for exchange in self._in_flight.values():
+                send_parts(connection.socket, exchange.parts)
 
     def _expire(self, now_ns: int) -> None:
         for exchange in [entry for entry in self._in_flight.values() if entry.deadline_ns <= now_ns]:
@@ -415,14 +410,14 @@ class DealerClient(Client):
         seconds = f"{exchange.timeout_seconds:g} s"
         setting = "the limit given for this request" if exchange.explicit else "link.reply_timeout_seconds"
         if connection is not None:
-            connection.owed_bytes += exchange.max_reply_bytes
+            connection.inflow.owed_bytes += exchange.max_reply_bytes
         exchange.error = ReplyTimeoutError(f"no reply from {self.endpoint} within {seconds} ({setting})")
         self._finish(exchange)
 
     def _unreachable(self, seconds: float) -> ErrorMaker:
-        note = self._connection.note if self._connection else ""
+        note = (self._connection.note if self._connection else "") or why_silent(self.endpoint, LOOK_SECONDS)
         return lambda: ConnectError(
-            f"no server answers at {self.endpoint} within {seconds:g} s{note} "
+            f"no server answers at {self.endpoint} within {seconds:g} s{note and ': '}{note} "
             f"(start one with 'teegpu serve --bind {self.endpoint}', or set run.endpoints)"
         )
 
@@ -451,3 +446,18 @@ class DealerClient(Client):
         self._closed = True
         self._fail(lambda: ConnectionLostError(f"the client of {self.endpoint} was closed with a request in flight"))
         self._context.destroy(linger=0)
+
+
+class LockStepClient(DealerClient):
+    """Transport "zmq": one request after the other."""
+
+    name: ClassVar[str] = "zmq"
+
+
+class CompressedLockStepClient(LockStepClient):
+    name: ClassVar[str] = "zmq+zstd"
+    compresses: ClassVar[bool] = True
+
+
+def _threads() -> set[int]:
+    return set(map(int, os.listdir("/proc/self/task")))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from transports.base import Compression, Reply
+from transports.base import Buffer, Compression, Reply, Sent
 from transports.errors import TransportError
 
+if TYPE_CHECKING:
+    from transports.dealer import DealerClient
 
-class Exchange:
+
+class Exchange(Sent):
     """A request in flight, and its outcome once ``done``: ``reply`` or ``error``.
 
     An abandoned exchange (``abandoned``: nobody waits for it any more) keeps its place in the window until its reply
@@ -16,6 +21,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "_client",
         "abandoned",
         "bytes_up",
         "deadline_ns",
@@ -23,8 +29,7 @@ class Exchange:
         "explicit",
         "future",
         "max_reply_bytes",
-        "moved_down_before",
-        "moved_up_before",
+        "parts",
         "raw_bytes",
         "reply",
         "request_id",
@@ -33,18 +38,27 @@ class Exchange:
         "up",
     )
 
-    def __init__(self, request_id: int, raw_bytes: int, bytes_up: int, up: Compression, max_reply_bytes: int) -> None:
+    def __init__(
+        self,
+        client: DealerClient,
+        request_id: int,
+        raw_bytes: int,
+        bytes_up: int,
+        up: Compression,
+        max_reply_bytes: int,
+    ) -> None:
+        self._client = client
         self.request_id = request_id
         self.raw_bytes = raw_bytes
         self.bytes_up = bytes_up
         self.up = up
         self.max_reply_bytes = max_reply_bytes
+        self.parts: Sequence[Buffer] = ()
+        """The whole message, until the connection is there."""
         self.sent_ns = 0
         self.deadline_ns = 0
         self.timeout_seconds = 0.0
         self.explicit = False
-        self.moved_up_before = 0
-        self.moved_down_before = 0
         self.abandoned = False
         self.reply: Reply | None = None
         self.error: TransportError | None = None
@@ -60,3 +74,23 @@ class Exchange:
         if self.reply is None:
             raise RuntimeError("the result of an exchange that is not done")
         return self.reply
+
+    def poll(self) -> Reply | None:
+        self._client.look(self)
+        return self.result() if self.done else None
+
+    def wait(self) -> Reply:
+        self._client.wait_for(self)
+        return self.result()
+
+    def __await__(self) -> Generator[Any, None, Reply]:
+        if not self._client.overlaps:
+            return self.wait()
+        if self.done:
+            return self.result()
+        self.future = asyncio.get_running_loop().create_future()
+        try:
+            return (yield from self.future)
+        finally:
+            self.abandoned = not self.done
+            self.future = None

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from transports.errors import FrameError
 
 RAW, ZSTD, SHUFFLED_ZSTD = 0, 1, 2
-CODEC_NAMES = {RAW: "raw", ZSTD: "zstd", SHUFFLED_ZSTD: "shuffle+zstd"}
 SHUFFLED_ITEMSIZES = (2, 4)
 
 MIN_LEVEL, MAX_LEVEL = 1, 19  # above 19 zstd needs windows of up to 128 MiB on both sides, for a few per cent

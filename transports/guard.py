@@ -6,15 +6,22 @@ tell of connections that say nothing. So the guard has zmq's monitor tell the de
 duplicate (the number can't come to mean another connection then), and shuts the connection down where
 
 - no whole, valid message has come within the hello time-out (zmq itself ends those that do not finish its handshake);
-- more has arrived since the last whole message than one may have (the kernel counts a TCP connection's bytes);
+- there are keys, and more has arrived than a handshake has, before the peer has proved to have one that is allowed (zmq
+  would take in one command of a handshake as large as a message may be);
+- more has arrived since the last whole message than one may have, or over all connections of one key than it may have
+  in hand (the kernel counts a TCP connection's bytes);
 - the process has grown by more than its users and the bytes of unfinished messages explain: a frame without content has
   2 bytes on the link and takes 64 in zmq. Those with the fewest finished messages go first;
-- there are more connections than clients are allowed: the oldest that has said nothing makes room;
-- the router asks for it (``end``): a client takes none of its replies.
+- there are too many: of those that have said nothing the oldest makes room, of those with one key the one that was idle
+  longest, and of all others that of the key with the most, so that nobody can keep others out;
+- the router asks for it (``end``): a client takes none of its replies, or goes on with what is refused.
 
-zmq then sees the end of the stream and frees what it gathered. Over ipc the kernel counts no bytes, and zmq does not
-say which connection a message came over: connections are counted there, and nothing else of this applies. The socket's
-file lets in nobody but its own user.
+zmq then sees the end of the stream and frees what it gathered. Over ipc the kernel counts no bytes: what has to do with
+them does not apply there, and the rest does. The socket's file lets in nobody but its own user.
+
+Where zmq has several threads (with keys), one may hand over a connection's messages, or its end, before the other has
+told that it was accepted. A connection whose message came first is taken for what it is once zmq tells of it, and one
+that zmq tells of too late for no other: its number may be that of another connection then.
 """
 
 from __future__ import annotations
@@ -25,15 +32,25 @@ import itertools
 import logging
 import os
 import socket as sockets
-import struct
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
 
-from transports.connection import NOBLOCK, has_message
-from transports.inflow import FRAMING_BYTES, received_bytes
+from transports.sockets import (
+    FRAMING_BYTES,
+    NOBLOCK,
+    cut,
+    duplicate,
+    has_message,
+    identity,
+    monitor,
+    read_event,
+    resident_bytes,
+    tcp_counts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,27 +70,39 @@ TRIMMING_SWEEPS = 8
 next ones are held against what the process had before."""
 
 SPARE_CONNECTIONS = 64
-"""Beyond the clients allowed: those that have not said anything yet, and one-off questions."""
+"""Beyond the clients allowed: those that have not said anything yet."""
 
-_DISCARDS, _DISCARD_BYTES = 64, 2**20
-_RESET = struct.pack("ii", 1, 0)
+HANDSHAKE_BYTES = 4096
+"""A CURVE handshake of ours has some 600 in all."""
+
+_PROVEN_BYTES = 64 + 170 + 32
+"""A server with keys that has sent more has let the client in: before its READY it sends its greeting and WELCOME, and
+in place of READY at most a word of error."""
+
 _SOURCE = int(zmq.SRCFD)
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_ACCEPT_FAILED
-_MONITOR_EVENT = struct.Struct("=HI")
-_monitor_numbers = itertools.count(1)
 
 
 @dataclass(slots=True)
 class Peer:
-    """A connection. ``number`` counts them, for logs; ``client`` is zmq's name for it once it has sent something."""
+    """A connection. ``kernel_id`` is the kernel's name for it, ``number`` counts them, for logs; ``client`` is zmq's
+    name for it once it has sent something, and ``account`` whose it is. ``requests`` of it are in the server,
+    ``refused_bytes`` were refused since the last that was not; ``seen`` is when its last message came. ``proven``: its
+    key is one that is allowed."""
 
     socket: sockets.socket
+    kernel_id: int
     number: int
     address: str
     accepted: float
     client: bytes = b""
+    account: bytes = b""
     messages: int = 0
+    requests: int = 0
+    refused_bytes: int = 0
+    seen: float = 0.0
     tcp: bool = True
+    proven: bool = True
     settled_messages: int = 0
     settled_bytes: int = 0
     unfinished: int = 0
@@ -92,9 +121,12 @@ class Guard:
         context: zmq.Context[zmq.Socket[bytes]],
         socket: zmq.Socket[bytes],
         *,
-        max_connections: int,
+        max_clients: int,
+        max_account_connections: int,
+        max_account_bytes: int,
         max_message_bytes: int,
         max_unfinished_bytes: int,
+        keyed: bool,
         hello_timeout_seconds: float,
         queued_messages: int,
         explained_bytes: Callable[[], int],
@@ -103,8 +135,11 @@ class Guard:
     ) -> None:
         self.user_bytes = 0
         self.ended = 0
-        self._max_connections = max_connections
+        self._max_clients = max_clients
+        self._max_account_connections = max_account_connections
         self._max_unfinished = max_message_bytes + FRAMING_BYTES
+        self._max_account_unfinished = max_account_bytes + self._max_unfinished
+        self._keyed = keyed
         self._max_all_unfinished = max_unfinished_bytes
         self._queued_messages = queued_messages
         self._hello_seconds = hello_timeout_seconds
@@ -112,24 +147,20 @@ class Guard:
         self._clock = clock
         self._peers: dict[int, Peer] = {}
         self._clients: dict[bytes, Peer] = {}
+        self._early: dict[int, tuple[bytes, bytes]] = {}
+        """Account and client whose message has come over a descriptor of which zmq has not told yet."""
         self._numbers = itertools.count(1)
         self._trimming = 0
-        self._page_bytes = os.sysconf("SC_PAGE_SIZE")
         self._watched = socket
-        self._monitor = context.socket(zmq.PAIR)
-        self._monitor.setsockopt(zmq.LINGER, 0)
-        self._monitor.setsockopt(zmq.RCVHWM, 0)  # zmq's own thread would wait for us to make room
         self._handed_on: zmq.Socket[bytes] | None = None
         events = _EVENTS
         if failed_handshakes is not None:
             events |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
             self._handed_on = context.socket(zmq.PAIR)
             self._handed_on.connect(failed_handshakes)
-        address = f"inproc://teegpu-guard-{next(_monitor_numbers)}"
-        socket.monitor(address, int(events))
-        self._monitor.connect(address)
+        self._monitor = monitor(context, socket, int(events))
         self.fd = self._monitor.FD
-        self._memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        has_message(self._monitor)  # zmq signals over the descriptor only to who has looked, and found nothing
 
     @property
     def connections(self) -> int:
@@ -140,7 +171,7 @@ class Guard:
         gone: list[Peer] = []
         while has_message(self._monitor):
             parts = self._monitor.recv_multipart(NOBLOCK)
-            event, value = _MONITOR_EVENT.unpack(parts[0])
+            event, value = read_event(parts)
             if event == zmq.EVENT_ACCEPTED:
                 self._accepted(value)
             elif event in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
@@ -151,9 +182,12 @@ class Guard:
                     os.strerror(value),
                     extra={"event": "accept-failed", "reason": os.strerror(value)},
                 )
-            elif (peer := self._peers.pop(value, None)) is not None:
-                self._forget(peer)
-                gone.append(peer)
+            else:
+                self._early.pop(value, None)
+                peer = self._peers.pop(value, None)
+                if peer is not None:
+                    self._forget(peer)
+                    gone.append(peer)
         return gone
 
     def _hand_on(self, parts: list[bytes]) -> None:
@@ -162,20 +196,56 @@ class Guard:
                 self._handed_on.send_multipart(parts, NOBLOCK)
 
     def _accepted(self, fd: int) -> None:
+        account, client = self._early.pop(fd, (b"", b""))
         try:
-            socket = sockets.socket(fileno=os.dup(fd))
+            socket = duplicate(fd)
         except OSError:
             return  # it has gone already, and the event that says so follows
         replaced = self._peers.pop(fd, None)
         if replaced is not None:
             self._forget(replaced)
-        peer = Peer(socket, next(self._numbers), _address_of(socket), self._clock())
+        kernel_id = identity(socket)
+        if any(each.kernel_id == kernel_id for each in self._peers.values()):
+            socket.close()  # it has gone, and its number went to our duplicate of that other one
+            return
+        peer = Peer(socket, kernel_id, next(self._numbers), _address_of(socket), self._clock())
         self._peers[fd] = peer
         peer.tcp = socket.family != sockets.AF_UNIX
-        if len(self._peers) > self._max_connections:
-            silent = (each for each in self._peers.values() if each.tcp and not each.messages and not each.ended)
-            oldest = min(silent, key=lambda each: each.accepted, default=peer)
-            self._end(oldest, f"there are more than {self._max_connections} connections (limits.clients)")
+        peer.proven = not (self._keyed and peer.tcp)
+        if client:
+            self._give(peer, account, client)
+            self.admit(peer)
+            peer.messages, peer.seen = 1, peer.accepted
+        most = self._max_clients + SPARE_CONNECTIONS
+        alive = [each for each in self._peers.values() if not each.ended]
+        silent = [each for each in alive if not each.messages]
+        # Who is in use keeps its place, and leaves some to newcomers.
+        if len(alive) > most and len(silent) > SPARE_CONNECTIONS:
+            oldest = min(silent, key=lambda each: each.accepted)
+            self._end(oldest, f"there are more than {most} connections (limits.clients)")
+
+    def admit(self, peer: Peer) -> None:
+        """The first valid message of ``peer`` has come: where there are too many with it, another one makes room."""
+        about = {"event": "client-came", "connection": peer.number, "peer": peer.address}
+        log.info("client %d came from %s", peer.number, peer.address, extra=about)
+        others = [each for each in self._peers.values() if each.messages and not each.ended and each is not peer]
+        same = [each for each in others if each.account == peer.account]
+        if len(same) >= self._max_account_connections:
+            self._end_idle(same, f"its key has more than {self._max_account_connections} (limits.client_connections)")
+        elif len(others) >= self._max_clients:
+            counts = Counter(each.account for each in others)
+            most = max(counts.values())
+            crowd = [each for each in others if counts[each.account] == most]
+            # Where each has one, and all are at work, it is the newcomer's request that is refused.
+            if most == 1:
+                crowd = [each for each in crowd if not each.requests]
+            self._end_idle(crowd, f"there are more than {self._max_clients} (limits.clients)")
+
+    def _end_idle(self, peers: list[Peer], reason: str) -> None:
+        """End that of ``peers`` that was idle longest; one that is at work only where all are."""
+        idlest = min(peers, key=lambda each: (each.requests > 0, each.seen), default=None)
+        if idlest is not None:
+            self._end(idlest, f"it makes room for another connection: {reason}")
 
     def _forget(self, peer: Peer) -> None:
         peer.socket.close()
@@ -186,44 +256,61 @@ class Guard:
         """The connection of ``client``, where it has sent something before."""
         return self._clients.get(client)
 
-    def bind(self, client: bytes, frame: zmq.Frame) -> Peer | None:
-        """The connection that ``frame``, the first of the first message of ``client``, came over; None where that can't
-        be told. Only right after ``update``: a descriptor's number may stand for another connection since."""
+    def bind(self, account: bytes, client: bytes, frame: zmq.Frame) -> Peer | None:
+        """The connection that ``frame``, the first of the first message of ``client``, came over, and which is of
+        ``account`` from now on; None where that can't be told, or not yet. Only right after ``update``: a descriptor's
+        number may stand for another connection since."""
         try:
-            peer = self._peers.get(frame.get(_SOURCE))
+            fd = frame.get(_SOURCE)
         except zmq.ZMQError:
-            return None  # ipc, or it ended as soon as it was there
+            return None
+        peer = self._peers.get(fd)
         if peer is not None:
-            self._clients.pop(peer.client, None)
-            peer.client = client
-            self._clients[client] = peer
+            self._give(peer, account, client)
+            peer.proven = True
+        elif self._keyed:
+            self._early[fd] = account, client
         return peer
+
+    def _give(self, peer: Peer, account: bytes, client: bytes) -> None:
+        self._clients.pop(peer.client, None)
+        peer.client, peer.account, peer.messages = client, account, 0
+        self._clients[client] = peer
 
     def sweep(self, *, paused: bool) -> float:
         """Look after all connections; returns the seconds until this is to be done again. Whatever has arrived whole
         was read before, unless reading is ``paused``."""
         now = self._clock()
         suspects: list[Peer] = []
-        unfinished = 0
+        accounts: defaultdict[bytes, list[Peer]] = defaultdict(list)
+        queued = 1 + self._queued_messages if paused else 1
         for peer in list(self._peers.values()):
-            if peer.ended or not peer.tcp:
+            if peer.ended:
                 continue
             if not peer.messages and now - peer.accepted > self._hello_seconds:
                 self._end(peer, f"it said nothing for {self._hello_seconds:g} s (limits.hello_timeout_seconds)")
                 continue
             self._count(peer)
-            unfinished += peer.unfinished
-            allowed = self._max_unfinished * (1 + self._queued_messages if paused else 1)
-            if peer.unfinished > allowed:
+            if not peer.proven and peer.unfinished > HANDSHAKE_BYTES:
+                self._end(peer, f"it has sent more than {HANDSHAKE_BYTES} bytes, and no key that is allowed")
+            elif peer.unfinished > self._max_unfinished * queued:
                 self._end(peer, "its message is larger than limits.message_mib allows, and has no end")
             elif peer.unfinished >= SUSPECT_BYTES:
                 suspects.append(peer)
+                if peer.account:
+                    accounts[peer.account].append(peer)
             else:
                 peer.resident_then = None
         if self._trimming:
             self._trimming -= 1
             _trim()
+        for mine in accounts.values():
+            mine.sort(key=lambda peer: peer.unfinished)
+            while sum(peer.unfinished for peer in mine) > self._max_account_unfinished * queued:
+                suspects.remove(largest := mine.pop())
+                self._end(largest, "with other messages of its key, its own is larger than limits.client_mib allows")
         if suspects:
+            unfinished = sum(peer.unfinished for peer in suspects)
             if unfinished > self._max_all_unfinished:
                 self._end_newest(suspects, "too many bytes of unfinished messages have come from all clients together")
             else:
@@ -232,9 +319,11 @@ class Guard:
 
     def _count(self, peer: Peer) -> None:
         """Bring ``peer.unfinished`` up to date: bytes that zmq has read since the last whole message."""
-        received = received_bytes(peer.socket)
-        if received is None:
+        counts = tcp_counts(peer.socket)
+        if counts is None:
             return
+        received, acknowledged = counts
+        peer.proven = peer.proven or acknowledged > _PROVEN_BYTES
         if peer.messages != peer.settled_messages:
             peer.settled_messages = peer.messages
             peer.settled_bytes = received
@@ -242,7 +331,7 @@ class Guard:
         peer.unfinished = received - peer.settled_bytes
 
     def _judge(self, suspects: list[Peer], unfinished: int) -> None:
-        resident, explained = self._resident(), self._explained_bytes() + unfinished
+        resident, explained = resident_bytes(), self._explained_bytes() + unfinished
         for peer in suspects:
             if peer.resident_then is None or resident < peer.resident_then:
                 peer.resident_then, peer.explained_then = resident, explained
@@ -271,20 +360,10 @@ class Guard:
         if peer is not None and not peer.ended:
             self._end(peer, reason)
 
-    def _resident(self) -> int:
-        return int(os.pread(self._memory, 256, 0).split()[1]) * self._page_bytes
-
     def _end(self, peer: Peer, reason: str) -> None:
         peer.ended = True
         self.ended += 1
-        with contextlib.suppress(OSError):  # the other side was quicker
-            # A reset when it is closed: a peer in the middle of sending would not take notice of an orderly end.
-            peer.socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, _RESET)
-            peer.socket.shutdown(sockets.SHUT_RDWR)
-            # What is in the kernel's buffer comes before the end: zmq would still take in megabytes of it.
-            for _ in range(_DISCARDS):
-                if not peer.socket.recv(_DISCARD_BYTES, sockets.MSG_TRUNC | sockets.MSG_DONTWAIT):
-                    break
+        cut(peer.socket)
         log.warning(
             "ended the connection of %s: %s",
             peer.address,
@@ -305,7 +384,6 @@ class Guard:
             peer.socket.close()
         self._peers.clear()
         self._clients.clear()
-        os.close(self._memory)
 
 
 def _address_of(socket: sockets.socket) -> str:

@@ -10,11 +10,11 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Awaitable
 from typing import ClassVar
 
 from transports import addresses
 from transports.base import (
+    Answered,
     Buffer,
     Client,
     ClientOptions,
@@ -26,10 +26,9 @@ from transports.base import (
     ServerLoad,
     ServerOptions,
 )
-from transports.done import DoneReply
+from transports.envelope import flatten
 from transports.errors import BadAddressError, ConnectError, ConnectionLostError, LimitError, ReplyTimeoutError
 from transports.fairqueue import FairQueue
-from transports.frames import flatten
 
 _servers: dict[str, InprocessServer] = {}
 _servers_lock = threading.Lock()
@@ -154,7 +153,7 @@ class InprocessServer(Server):
                 raise ConnectionLostError(f"the server at {self.address} has ended")
             if self._draining:
                 raise ConnectionLostError(f"the server at {self.address} is being stopped")
-            reason = self._queue.push(request.client, request, request.nbytes, time.monotonic())
+            reason = self._queue.push(request.client, request.client, request, request.nbytes, time.monotonic())
             if reason is None:
                 self._unanswered.add(request)
             else:
@@ -180,7 +179,7 @@ class InprocessClient(Client):
         self._server: InprocessServer | None = None
         self._closed = False
 
-    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Answered:
         if self._closed:
             raise ConnectionLostError(f"the client of {self.endpoint} is closed")
         options = self.options
@@ -197,8 +196,6 @@ class InprocessClient(Client):
         except ConnectionLostError:
             self._server = None
             raise
-        if self.on_sent is not None:
-            self.on_sent(message, sent_ns)
         deadline = time.perf_counter() + seconds
         while True:
             try:
@@ -212,7 +209,7 @@ class InprocessClient(Client):
                 self._server = None
                 raise ConnectionLostError(f"the server at {self.endpoint} ended with a request in flight")
             else:
-                return self._receive(reply, sent_ns, nbytes, bytes_down)
+                return Answered(self._receive(reply, sent_ns, nbytes, bytes_down))
 
     def _receive(self, frames: list[memoryview], sent_ns: int, bytes_up: int, bytes_down: int) -> Reply:
         options = self.options
@@ -230,9 +227,6 @@ class InprocessClient(Client):
         if self._server is None:
             raise ConnectError(f"no server of this process listens at {self.endpoint}")
         return self._server
-
-    def request_async(self, message: Message, *, timeout_seconds: float | None = None) -> Awaitable[Reply]:
-        return DoneReply(self.request(message, timeout_seconds=timeout_seconds))
 
     def close(self) -> None:
         self._closed = True

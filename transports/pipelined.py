@@ -4,7 +4,7 @@ Replies are matched by id and may come in any order. A window in requests and in
 finds it full waits in line. A cancelled request keeps its place in the window until its reply comes or its time is
 over, since the server still works on it.
 
-The same client also works without an event loop (``request``, ``request_all``): a step of decoding is many small round
+The same client also works without an event loop (``begin``, ``request``): a step of decoding is many small round
 trips, and each would pay for the hops through a loop. Both ways use one socket. Its descriptor is edge-triggered, so
 each way empties the socket before it sleeps, and the awaited way looks again after every send. What belongs to an
 event loop is kept apart (``_LoopSide``) and made anew for each loop: a receive that is pending in a loop that has
@@ -16,19 +16,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+from collections.abc import Callable
+from typing import ClassVar, cast
 
 import zmq
 import zmq.asyncio
 
-from transports.base import ClientOptions, Message, Reply
+from transports.base import ClientOptions, Message
 from transports.connection import Connection
 from transports.dealer import DealerClient, ErrorMaker
 from transports.exchange import Exchange
-
-if TYPE_CHECKING:
-    from transports.compression import Compressor
 
 
 class _LoopSide:
@@ -111,38 +108,20 @@ class PipelinedClient(DealerClient):
 
     _side: _LoopSide | None = None
 
-    def __init__(self, endpoint: str, options: ClientOptions, compressor: Compressor | None = None) -> None:
+    def __init__(self, endpoint: str, options: ClientOptions) -> None:
         self._line: deque[tuple[asyncio.Future[None], int]] = deque()
         self._granted: dict[asyncio.Future[None], int] = {}
-        super().__init__(endpoint, options, compressor)
+        super().__init__(endpoint, options)
 
     # ---- without an event loop
 
-    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
-        self._harvest()
-        return super().request(message, timeout_seconds=timeout_seconds)
-
-    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply]:
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Exchange:
         self._harvest()
         return super().begin(message, timeout_seconds=timeout_seconds)
 
-    def request_all(self, messages: Sequence[Message], *, timeout_seconds: float | None = None) -> list[Reply]:
-        self._harvest()
-        exchanges: list[Exchange] = []
-        try:
-            for message in messages:
-                self._wait_for_room(message.nbytes)
-                exchanges.append(self._submit(message, timeout_seconds))
-            for exchange in exchanges:
-                self._wait_for(exchange)
-        finally:
-            for exchange in exchanges:
-                exchange.abandoned = not exchange.done
-        return [exchange.result() for exchange in exchanges]
-
     # ---- with one
 
-    async def request_async(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+    async def begin_async(self, message: Message, *, timeout_seconds: float | None = None) -> Exchange:
         loop = asyncio.get_running_loop()
         nbytes = message.nbytes
         if self._line or not self._has_room(nbytes):
@@ -154,15 +133,10 @@ class PipelinedClient(DealerClient):
         except BaseException:
             self._admit()
             raise
-        exchange.future = loop.create_future()
         self._listen(loop)
         # Sending may have taken notice of a message without reading it; the descriptor would not tell of it again.
         self._drain()
-        try:
-            return await exchange.future
-        finally:
-            exchange.abandoned = not exchange.done
-            exchange.future = None
+        return exchange
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have ``loop`` watch the connection and the deadlines of what is in flight."""
@@ -208,6 +182,8 @@ class PipelinedClient(DealerClient):
     def _on_monitor(self, connection: Connection) -> None:
         if connection is self._connection:
             self._check_connection(connection)
+            if self._side is not None:
+                self._listen(self._side.loop)  # the next attempt to connect is at a time of its own
 
     def _on_deadline(self, side: _LoopSide) -> None:
         side.timer = None
@@ -292,12 +268,23 @@ class PipelinedClient(DealerClient):
             if not turn.done() and not turn.get_loop().is_closed():
                 turn.set_exception(make_error())
 
+    def _reopen(self, connection: Connection) -> None:
+        side = self._side
+        self._leave(connection)
+        super()._reopen(connection)
+        if side is not None and not side.loop.is_closed():
+            self._listen(side.loop)
+
     def _disconnect(self, connection: Connection) -> None:
+        self._leave(connection)
+        super()._disconnect(connection)
+
+    def _leave(self, connection: Connection) -> None:
         if self._side is not None and self._side.connection is connection:
             self._side.close()
             self._side = None
-        super()._disconnect(connection)
 
 
 class CompressedPipelinedClient(PipelinedClient):
     name: ClassVar[str] = "pipelined+zstd"
+    compresses: ClassVar[bool] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -10,8 +11,8 @@ from transports.base import Client, ClientOptions, Server, ServerOptions
 from transports.errors import UnknownTransportError
 
 _CLIENTS = {
-    "zmq": ("transports.zeromq", "LockStepClient"),
-    "zmq+zstd": ("transports.zeromq", "CompressedLockStepClient"),
+    "zmq": ("transports.dealer", "LockStepClient"),
+    "zmq+zstd": ("transports.dealer", "CompressedLockStepClient"),
     "pipelined": ("transports.pipelined", "PipelinedClient"),
     "pipelined+zstd": ("transports.pipelined", "CompressedPipelinedClient"),
     "inprocess": ("transports.inprocess", "InprocessClient"),
@@ -28,31 +29,33 @@ def names() -> tuple[str, ...]:
     return tuple(_CLIENTS)
 
 
-def connect(name: str, endpoint: str, options: ClientOptions | None = None) -> Client:
-    """A client of the server at ``endpoint``. Returns at once: the first request finds out whether a server is there.
+def client_class(name: str) -> type[Client]:
+    """The class of transport ``name``: it says whether requests overlap, and whether frames are compressed.
 
-    Raises ``UnknownTransportError`` and ``BadAddressError``.
+    Raises ``UnknownTransportError``.
     """
     if name not in _CLIENTS:
         match = get_close_matches(name, _CLIENTS, n=1, cutoff=0.5)
         hint = f", did you mean '{match[0]}'?" if match else ""
         raise UnknownTransportError(f"there is no transport '{name}'{hint} (run.transport: {', '.join(_CLIENTS)})")
-    options = options or ClientOptions()
     module_name, class_name = _CLIENTS[name]
-    client_class = vars(import_module(module_name))[class_name]
-    arguments: list[object] = [endpoint, options]
-    if name.endswith("+zstd"):
-        from transports.compression import Compressor
+    found: type[Client] = vars(import_module(module_name))[class_name]
+    return found
 
-        arguments.append(Compressor(level=options.compression_level, min_bytes=options.compression_min_bytes))
-    client: Client = client_class(*arguments)
-    return client
+
+def connect(name: str, endpoint: str, options: ClientOptions | None = None) -> Client:
+    """A client of the server at ``endpoint``. Returns at once: the first request finds out whether a server is there.
+
+    Raises ``UnknownTransportError`` and ``BadAddressError``.
+    """
+    make: Callable[[str, ClientOptions], Client] = client_class(name)
+    return make(endpoint, options or ClientOptions())
 
 
 def listen(address: str, options: ServerOptions | None = None) -> Server:
     """A server on ``address``. One server serves all clients whose transport reaches that kind of address.
 
-    Raises ``BadAddressError``.
+    Raises ``BadAddressError``, and ``LimitError`` where the system allows too few descriptors for so many clients.
     """
     options = options or ServerOptions()
     scheme = addresses.parse(address, listening=True).scheme

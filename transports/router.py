@@ -7,10 +7,11 @@ bounds (it is left asleep while one client's small requests are answered at once
 sleep on zmq's descriptor, which is edge-triggered; therefore whoever gives the lock back has read the socket empty, or
 has noted (``_paused``) that it has not. Sending only hands buffers to zmq's own thread, so it needs no thread of ours.
 
-Bounds: a request over its client's bounds (number, bytes, clients) is refused with a reason, which its client sees as
-``LimitError``. When what waits to be computed exceeds a few clients' worth of bytes, reading pauses for all, and zmq's
-queues and TCP hold the senders back. A reply to a client that is gone is dropped and counted; a client that reads none
-of its replies loses its connection, as do those that ``transports.guard`` finds.
+Bounds: a client is a key, however many connections it has; where there are no keys, a connection. A request over its
+client's bounds (number, bytes, clients) is refused with a reason, which the client sees as ``LimitError``. When what
+waits to be computed exceeds what one client can have there, reading pauses for all (zmq can't do so for one), and its
+queues and TCP hold the senders back. A reply to a client that is gone is dropped and counted; a connection that reads
+none of its replies is ended, as is one that goes on with what is refused, and those that ``transports.guard`` finds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -25,21 +27,22 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from transports import binding, envelope
+from transports import envelope
 from transports.base import Buffer, Compression, Incoming, Message, Server, ServerLoad, ServerOptions
-from transports.connection import (
+from transports.errors import FrameError, LimitError, TransportError
+from transports.fairqueue import FairQueue
+from transports.guard import SPARE_CONNECTIONS, SWEEP_SECONDS, Guard, Peer
+from transports.security import CURVE_OVERHEAD_BYTES
+from transports.sockets import (
     NOBLOCK,
     NOBLOCK_MORE,
     ZERO_COPY_BYTES,
+    Wakeup,
+    bind,
     has_message,
     keep_alive,
+    reserve_descriptors,
 )
-from transports.errors import FrameError, LimitError, TransportError
-from transports.fairqueue import FairQueue
-from transports.frames import flatten
-from transports.guard import SPARE_CONNECTIONS, SWEEP_SECONDS, Guard, Peer
-from transports.security import CURVE_OVERHEAD_BYTES
-from transports.wakeup import Wakeup
 
 if TYPE_CHECKING:
     from transports.admission import Gatekeeper
@@ -51,7 +54,8 @@ RECEIVE_QUEUE_MESSAGES = 8
 """Per client, in zmq, before they are counted: enough to keep a link busy, few enough to bound memory."""
 
 WAITING_CLIENTS_WORTH = 2
-"""Reading pauses when this many clients' full byte allowances wait to be computed."""
+"""Reading pauses when this many clients' full byte allowances wait to be computed, or what one client of the largest
+message and another one can have there: no client can make it pause by itself."""
 
 HELD_CLIENTS_WORTH = 4
 """When this many clients' full byte allowances are held, replies that are not taken included, the client with the
@@ -61,6 +65,10 @@ IDLE_SWEEP_SECONDS = 1.0
 
 REFUSALS_QUEUED = 16
 """Room for refusals in a client's send queue, beyond one reply for each of its requests."""
+
+REFUSAL_BYTES = 64 * 1024
+"""What a request that is refused counts beside its own bytes. A connection whose requests are refused in a row, until
+they count as much as a client may hold, is ended: reading them is work, and it is done while others wait."""
 
 IO_THREADS_WITH_KEYS = 4
 
@@ -78,14 +86,18 @@ def _io_threads(options: ServerOptions) -> int:
 class _Request:
     """A request as it came; its ``Incoming.token`` too."""
 
-    __slots__ = ("answered", "arrived_ns", "client", "head", "nbytes", "parts", "taken_ns")
+    __slots__ = ("account", "answered", "arrived_ns", "client", "head", "nbytes", "parts", "peer", "taken_ns")
 
-    def __init__(self, client: bytes, parts: list[memoryview], head: envelope.Envelope, nbytes: int) -> None:
+    def __init__(
+        self, account: bytes, client: bytes, parts: list[memoryview], head: envelope.Envelope, nbytes: int
+    ) -> None:
+        self.account = account
         self.client = client
         self.parts = parts
         self.head = head
         self.arrived_ns = time.perf_counter_ns()
         self.nbytes = nbytes
+        self.peer: Peer | None = None
         self.taken_ns = self.arrived_ns
         self.answered = False
 
@@ -94,6 +106,7 @@ class RouterServer(Server):
     """See the module. ``refused``, ``malformed`` and ``undelivered`` count what did not go well."""
 
     def __init__(self, address: str, options: ServerOptions) -> None:
+        reserve_descriptors(options.max_clients + SPARE_CONNECTIONS)
         self.options = options
         self.refused = 0
         self.malformed = 0
@@ -107,7 +120,9 @@ class RouterServer(Server):
             max_client_requests=options.max_client_requests,
             max_client_bytes=options.max_client_bytes,
         )
-        self._max_waiting_bytes = WAITING_CLIENTS_WORTH * options.max_client_bytes
+        self._max_waiting_bytes = max(
+            WAITING_CLIENTS_WORTH * options.max_client_bytes, options.max_client_bytes + options.max_message_bytes
+        )
         self._lock = threading.Lock()
         self._paused = False
         self._mid_message = False
@@ -127,7 +142,7 @@ class RouterServer(Server):
         try:
             self._gatekeeper = self._configure()
             self._guard = self._make_guard()
-            self._binding = binding.bind(self._socket, address)
+            self._binding = bind(self._socket, address)
         except BaseException:
             if self._gatekeeper is not None:
                 self._gatekeeper.close()
@@ -163,9 +178,12 @@ class RouterServer(Server):
         return Guard(
             self._context,
             self._socket,
-            max_connections=options.max_clients + SPARE_CONNECTIONS,
+            max_clients=options.max_clients,
+            max_account_connections=options.max_client_connections,
+            max_account_bytes=options.max_client_bytes,
             max_message_bytes=options.max_message_bytes,
             max_unfinished_bytes=self._max_waiting_bytes + options.max_message_bytes,
+            keyed=options.curve is not None,
             hello_timeout_seconds=options.hello_timeout_seconds,
             queued_messages=RECEIVE_QUEUE_MESSAGES,
             explained_bytes=lambda: self._queue.held_bytes,
@@ -269,11 +287,7 @@ class RouterServer(Server):
         if self._compressor is None:
             from transports.compression import Compressor
 
-            self._compressor = Compressor(
-                level=self.options.compression_level,
-                min_bytes=self.options.compression_min_bytes,
-                bandwidth_bytes_per_second=lambda: self._client_bandwidth,
-            )
+            self._compressor = Compressor(self.options.compression_level, lambda: self._client_bandwidth)
         return self._compressor
 
     def reply(self, incoming: Incoming, message: Message) -> Compression:
@@ -285,7 +299,7 @@ class RouterServer(Server):
         if not isinstance(request, _Request) or request.answered:
             raise ValueError("reply() takes an Incoming from next(), once")
         options = self.options
-        frames, lengths, _ = flatten(
+        frames, lengths, _ = envelope.flatten(
             message, "reply", max_frames=options.max_frames, max_message_bytes=options.max_message_bytes
         )
         codecs: list[int] = []
@@ -304,9 +318,11 @@ class RouterServer(Server):
         request.answered = True
         seconds = (time.perf_counter_ns() - request.taken_ns) / 1e9
         with self._lock:
-            self._queue.done(request.client, request.nbytes, seconds)
+            self._queue.done(request.account, request.nbytes, seconds)
+            if request.peer is not None:
+                request.peer.requests -= 1
             if not self._closed:
-                self._send(request.client, parts)
+                self._send(request.account, request.client, parts)
                 self._read()
 
     def wake(self) -> None:
@@ -321,16 +337,21 @@ class RouterServer(Server):
             self._closed = True
             while (request := self._queue.pop()) is not None:
                 reason = envelope.pack_refusal(request.head.request_id, envelope.REFUSED_CLOSING, "try another server")
-                self._send(request.client, reason)
+                self._send(request.account, request.client, reason)
         self._io_signal.set()
         self._thread.join()
         self._guard.close()
         self._binding.release()
         if self._gatekeeper is not None:
             self._gatekeeper.close()
-        # zmq itself sends what it has been given, for as long as the socket lingers; term waits for that.
-        self._socket.close(linger=int(drain_seconds * 1000))
-        self._context.term()
+        # zmq itself sends what it has been given, for as long as the socket lingers; term waits for that, and a signal
+        # would end its wait, so other threads get those that come.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._socket.close(linger=int(drain_seconds * 1000))
+            self._context.term()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._caller_signal.close()
         self._io_signal.close()
 
@@ -383,10 +404,15 @@ class RouterServer(Server):
             self._mid_message = True
             first, parts = self._receive()
             self._mid_message = False
-            if self._gatekeeper is not None and not self._gatekeeper.admits(str(first.get("User-Id"))):
-                self._turn_away(parts)
-                continue
-            self._accept(first, parts)
+            client = bytes(parts[0])
+            account = client
+            if self._gatekeeper is not None:
+                user = str(first.get("User-Id"))
+                account = user.encode()
+                if not self._gatekeeper.admits(user):
+                    self._turn_away(account, client, parts)
+                    continue
+            self._accept(account, client, first, parts)
 
     def _receive(self) -> tuple[zmq.Frame, list[memoryview]]:
         """A whole message; of one that has far too many frames the rest is dropped as it is read."""
@@ -404,7 +430,7 @@ class RouterServer(Server):
             return
         for peer in self._guard.update():
             if peer.messages:
-                self._queue.leave(peer.client)
+                self._queue.leave(peer.account, peer.client)
                 about = {"event": "client-left", "connection": peer.number, "peer": peer.address}
                 log.info(
                     "client %d at %s left after %d messages",
@@ -417,7 +443,7 @@ class RouterServer(Server):
         if self._closed:
             return SWEEP_SECONDS
         # A compressed message is there in both forms for a moment.
-        self._guard.user_bytes = self.user_bytes + 2 * self._largest_compressed
+        self._guard.user_bytes = self.user_bytes() + 2 * self._largest_compressed
         seconds = self._guard.sweep(paused=self._paused)
         queue = self._queue
         if queue.held_bytes > HELD_CLIENTS_WORTH * self.options.max_client_bytes:
@@ -429,11 +455,11 @@ class RouterServer(Server):
             queue.forget_silent(now - self.options.idle_timeout_seconds)
         return seconds
 
-    def _peer_of(self, client: bytes, first: zmq.Frame) -> Peer | None:
+    def _peer_of(self, account: bytes, client: bytes, first: zmq.Frame) -> Peer | None:
         peer = self._guard.known(client)
         if peer is None:
             self._update_connections()
-            peer = self._guard.bind(client, first)
+            peer = self._guard.bind(account, client, first)
         return peer
 
     def _skip_rest(self) -> None:
@@ -442,18 +468,17 @@ class RouterServer(Server):
             self._socket.recv(NOBLOCK, copy=False)
         self._mid_message = False
 
-    def _turn_away(self, parts: list[memoryview]) -> None:
+    def _turn_away(self, account: bytes, client: bytes, parts: list[memoryview]) -> None:
         """The key of this client was taken off the allow-list while it was connected."""
         self.refused += 1
         request_id = envelope.peek_request_id(parts[1]) if len(parts) > 1 else None
         if request_id is not None:
             reason = "the server does not allow this client's key any more"
-            self._send(bytes(parts[0]), envelope.pack_refusal(request_id, envelope.REFUSED_KEY, reason))
+            self._send(account, client, envelope.pack_refusal(request_id, envelope.REFUSED_KEY, reason))
 
-    def _accept(self, first: zmq.Frame, parts: list[memoryview]) -> None:
+    def _accept(self, account: bytes, client: bytes, first: zmq.Frame, parts: list[memoryview]) -> None:
         """Check one message and queue it, or refuse it."""
-        client = bytes(parts[0])
-        peer = self._peer_of(client, first)
+        peer = self._peer_of(account, client, first)
         if len(parts) < 2:
             self.malformed += 1
             return
@@ -472,26 +497,37 @@ class RouterServer(Server):
             if request_id is not None:
                 limit = isinstance(error, LimitError)
                 refusal = envelope.REFUSED_LIMIT if limit else envelope.REFUSED_FRAMING
-                self._send(client, envelope.pack_refusal(request_id, refusal, str(error)))
+                self._send(account, client, envelope.pack_refusal(request_id, refusal, str(error)))
             return
+        now = time.monotonic()
         if peer is not None:
             if not peer.messages:
-                about = {"event": "client-came", "connection": peer.number, "peer": peer.address}
-                log.info("client %d came from %s", peer.number, peer.address, extra=about)
+                self._guard.admit(peer)
             peer.messages += 1
-        request = _Request(client, frames, head, head.raw_bytes)
+            peer.seen = now
+        request = _Request(account, client, frames, head, head.raw_bytes)
         reason, kind = None, envelope.REFUSED_LIMIT
         if self._draining:
             reason, kind = "the server is being stopped: try another one, or later", envelope.REFUSED_CLOSING
         else:
-            reason = self._queue.push(client, request, request.nbytes, time.monotonic())
+            reason = self._queue.push(account, client, request, request.nbytes, now)
         if reason is not None:
             self.refused += 1
-            self._send(client, envelope.pack_refusal(head.request_id, kind, reason))
+            self._send(account, client, envelope.pack_refusal(head.request_id, kind, reason))
             about = {"event": "refused", "connection": 0 if peer is None else peer.number, "reason": reason}
             log.warning("refused a request: %s", reason, extra=about)
+        if peer is None:
+            return
+        if reason is None:
+            request.peer = peer
+            peer.requests += 1
+            peer.refused_bytes = 0
+        else:
+            peer.refused_bytes += request.nbytes + REFUSAL_BYTES
+            if peer.refused_bytes > self.options.max_client_bytes:
+                self._guard.end(client, "it goes on with requests that are refused")
 
-    def _send(self, client: bytes, parts: list[Buffer] | list[bytes]) -> None:
+    def _send(self, account: bytes, client: bytes, parts: list[Buffer] | list[bytes]) -> None:
         """Hand a reply to zmq. Large frames are lent to it and stay on the client's account until they are sent."""
         socket = self._socket
         if self._mid_send:
@@ -515,7 +551,7 @@ class RouterServer(Server):
                 socket.send(part, flags)
             else:
                 tracker = socket.send(part, flags, copy=False, track=True)
-                self._queue.owe(client, len(part), _taken(tracker))
+                self._queue.owe(account, client, len(part), _taken(tracker))
         self._mid_send = False
 
     def _end_cut_reply(self) -> None:

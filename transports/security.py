@@ -53,8 +53,9 @@ class PublicKey:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits, for people to compare and for logs."""
-        return hashlib.sha256(self.raw).hexdigest()[:16]
+        """128 bits as 32 hexadecimal digits, for people to compare and for logs: nobody can find another key with the
+        same ones."""
+        return hashlib.sha256(self.raw).hexdigest()[:32]
 
     def __str__(self) -> str:
         return self.fingerprint
@@ -177,10 +178,14 @@ def _word(text: str, where: str) -> str:
 
 
 def read_public(path: Path) -> PublicKey:
-    """Raises ``BadKeyError``, also for a file that anybody could have written."""
-    text, status = _read(path)
-    if status.st_mode & stat.S_IWOTH:
-        raise BadKeyError(f"{path}: everybody on this machine can change this key: chmod o-w {path}")
+    """Raises ``BadKeyError``, also for a file that others could have written."""
+    text, _ = _read(path)
+    try:
+        danger = writable_by_others(path)
+    except OSError as error:
+        danger = (error.strerror or str(error)).lower()
+    if danger:
+        raise BadKeyError(f"{path}: others could have changed this key: {danger}")
     return parse_public(text, str(path))
 
 
@@ -192,6 +197,20 @@ def read_secret(path: Path) -> KeyPair:
     if danger:
         raise BadKeyError(f"{path}: {danger}")
     return pair
+
+
+def writable_by_others(path: Path) -> str:
+    """Who else could have put there what is at ``path``, and what to do; empty where only root and we could: neither it
+    nor a folder above it belongs to another user, or can be written by its group or by all. (In a folder like /tmp they
+    can write, but not replace what is not theirs.)"""
+    real = path.resolve()
+    for each in (real, *real.parents):
+        status = each.stat()
+        if status.st_uid not in {0, os.geteuid()}:
+            return f"{each} belongs to another user (uid {status.st_uid})"
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (each != real and status.st_mode & stat.S_ISVTX):
+            return f"{each} can be written by others (mode {stat.S_IMODE(status.st_mode):o}): chmod go-w {each}"
+    return ""
 
 
 def unsafe(path: Path, status: os.stat_result) -> str:

@@ -5,7 +5,7 @@
 
 Up is from the listening side to the target (TEE runner to GPU server), down is back. Bandwidth counts the bytes that
 the programs exchange: the headers of TCP and IP are not emulated, nor are packet loss, slow start, and the round trip
-that opening a connection costs. The relay runs in a process of its own (``transports.relayprocess``, started anew, not
+that opening a connection costs. The relay runs in a process of its own (``transports.netem.process``, started anew, not
 forked), because in this one it would wait for the interpreter lock whenever Python code computes. That process ends
 with the link, or with the program that started it, however that ends.
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from transports.errors import BadAddressError, ConnectionLostError, LinkSpecError
-from transports.linkspec import LinkSpec
+from transports.netem.spec import LinkSpec
 
 __all__ = ["EmulatedLink", "LinkMeasurement", "LinkSpec", "LinkSpecError", "LinkStats", "measure"]
 
@@ -37,7 +37,7 @@ START_TIMEOUT_SECONDS = 10.0
 ANSWER_TIMEOUT_SECONDS = 10.0
 CLOSE_TIMEOUT_SECONDS = 2.0
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class EmulatedLink:
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "transports.relayprocess"],
+            [sys.executable, "-m", "transports.netem.process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

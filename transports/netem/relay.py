@@ -1,6 +1,6 @@
 """The process behind an emulated link: bytes in, bytes out, later.
 
-Each direction of the link is one pipe (``transports.pipes``), shared by all its connections: a serialiser that works
+Each direction of the link is one pipe (``pipes``), shared by all its connections: a serialiser that works
 at the link's rate, then a delay. A chunk that is read at time t leaves the serialiser at ``max(t, free) + size / rate``
 and is delivered one delay later; ``free`` is that first sum for the chunk before. All of these are absolute times, so a
 late wake-up delays what was due then and nothing after it. Chunks are read up to ``BUFFER_SECONDS`` ahead of the
@@ -28,7 +28,7 @@ from typing import Any
 
 from transports import addresses
 from transports.errors import BadAddressError
-from transports.pipes import BUFFER_SECONDS, MAX_WAKE_SECONDS, Clock, Connection, Pipe, Stream
+from transports.netem.pipes import BUFFER_SECONDS, MAX_WAKE_SECONDS, Clock, Connection, Pipe, Stream
 
 SPARE_CHUNKS = 64
 WAKE_TRIES, MAX_IDLE_SECONDS = 15, 0.005

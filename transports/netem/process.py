@@ -1,4 +1,4 @@
-"""``python -m transports.relayprocess``: the process of an emulated link, run by ``transports.link`` only.
+"""``python -m transports.netem.process``: the process of an emulated link, run by ``transports.netem.link`` only.
 
 The first line on standard input is the set-up, then come commands; each is one JSON object on a line and gets one line
 on standard output. The process ends when standard input ends, so it cannot outlive its parent.
@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from transports.errors import BadAddressError
-from transports.relay import Relay
+from transports.netem.relay import Relay
 
 
 class Control:
