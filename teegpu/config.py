@@ -7,6 +7,10 @@ A value is taken from the first of these that has it: command-line flag, environ
 ``TEEGPU_<SECTION>_<KEY>``, the file given with ``--config`` (or else ``config.toml`` in the current folder), the user's
 ``$XDG_CONFIG_HOME/teegpu/config.toml``, the default. ``Config.source`` says which one it was.
 
+Settings that are ``guarded`` are taken from flags and the file of ``--config`` alone: whoever controls the machine
+chooses its environment, the current folder, and where the user's own files are looked for. Elsewhere such a setting is
+refused, unless it says the default, which changes nothing.
+
 Nothing here needs torch, or any package: the command line is built on it and must start quickly.
 """
 
@@ -15,19 +19,24 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from teegpu import operators
 from teegpu.errors import ConfigError, nearest
+from teegpu.fields import Setting, Value
+from teegpu.files import expanded, replace, user_folder
 from teegpu.settings import (
+    GONE,
     PLANS,
     SECTIONS,
     SERVER_DTYPES,
     SETTINGS,
     TRANSPORTS,
     WIRE_DTYPES,
+    ApiSettings,
     CompressionSettings,
     LimitSettings,
     LinkSettings,
@@ -37,9 +46,7 @@ from teegpu.settings import (
     RunSettings,
     SamplingSettings,
     ServerSettings,
-    Setting,
     ShieldSettings,
-    Value,
 )
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "SETTINGS",
     "TRANSPORTS",
     "WIRE_DTYPES",
+    "ApiSettings",
     "CompressionSettings",
     "Config",
     "LimitSettings",
@@ -63,8 +71,10 @@ __all__ = [
     "load",
     "render",
     "to_toml",
+    "updated",
     "user_file",
     "variable_name",
+    "write",
 ]
 
 ENVIRONMENT_PREFIX = "TEEGPU_"
@@ -85,6 +95,7 @@ class Config:
     record: RecordSettings = field(default_factory=RecordSettings)
     shield: ShieldSettings = field(default_factory=ShieldSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    api: ApiSettings = field(default_factory=ApiSettings)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def source(self, key: str) -> str:
@@ -95,6 +106,14 @@ class Config:
         if key not in SETTINGS:
             raise KeyError(key)
         return self.sources.get(key, "default")
+
+    def chosen(self, key: str) -> bool:
+        """Whether somebody chose the value of ``key``: it is not the default, or a flag or a variable gives it. (A file
+        may just list all settings.)"""
+        section, _, name = key.partition(".")
+        source = self.source(key)
+        given = source == "flag" or source.startswith(ENVIRONMENT_PREFIX)
+        return given or vars(vars(self)[section])[name] != SETTINGS[key].default
 
     def values(self) -> dict[str, Value]:
         """Every value by its dotted key, in the order of ``config.toml``."""
@@ -107,11 +126,7 @@ class Config:
 
 def user_file(environ: Mapping[str, str] | None = None) -> Path:
     """The user's own configuration file, whether it exists or not."""
-    environ = os.environ if environ is None else environ
-    base = environ.get("XDG_CONFIG_HOME", "")
-    # the XDG specification: a path that is not absolute is to be ignored
-    root = Path(base) if Path(base).is_absolute() else Path(environ.get("HOME") or Path.home()) / ".config"
-    return root / "teegpu" / FILE_NAME
+    return user_folder("config", environ) / FILE_NAME
 
 
 def files(
@@ -120,8 +135,10 @@ def files(
     """The files that ``load`` reads, strongest last. Raises ``ConfigError`` where ``config_file`` does not exist."""
     if config_file is not None and not config_file.exists():
         raise ConfigError(f"--config {config_file}: there is no such file")
-    project = config_file if config_file is not None else (folder or Path()) / FILE_NAME
-    return [path for path in (user_file(environ), project) if path.exists()]
+    if config_file is None:
+        return [path for path in (user_file(environ), (folder or Path()) / FILE_NAME) if path.exists()]
+    own = user_file(environ)
+    return [own, config_file] if own.exists() and not own.samefile(config_file) else [config_file]
 
 
 def load(
@@ -137,45 +154,69 @@ def load(
     what ``--config`` says. ``environ`` and ``folder`` stand in for the process's own.
 
     Raises ``ConfigError`` for a file that can't be read, an unknown section, key or variable, and a value of the wrong
-    type or outside its limits; the message names the place and the nearest known name. Raises ``KeyError`` for a flag
-    that is no setting, which is a mistake in the calling code.
+    type or outside its limits, or where it must not come from; the message names the place and the nearest known name.
+    Raises ``KeyError`` for a flag that is no setting, which is a mistake in the calling code.
     """
     environ = os.environ if environ is None else environ
     values: dict[str, Value] = {}
     sources: dict[str, str] = {}
 
+    def take(key: str, value: Value, source: str, *, given: bool = False) -> None:
+        known = SETTINGS[key]
+        if known.guarded and not given:
+            if value != known.default:
+                raise ConfigError(
+                    f"{source}: {key} decides what is secret or believed, so only flags and the file of --config may "
+                    "set it: give it so, and take it out of there"
+                )
+        elif not known.tightens or _at_least(known, value, values.get(key, known.default)):
+            values[key], sources[key] = value, source
+
     for path in files(config_file, environ=environ, folder=folder):
         for key, raw in _read(path):
-            values[key] = _checked(key, raw, str(path))
-            sources[key] = str(path)
+            take(key, _checked(key, raw, str(path)), str(path), given=path == config_file)
 
     for variable, key in _variables(environ):
+        given = environ[variable]
         try:
-            values[key] = SETTINGS[key].parse(environ[variable])
+            value = SETTINGS[key].parse(given)
         except ValueError as error:
-            raise ConfigError(f"{variable}={environ[variable]!r} {error}") from None
-        sources[key] = variable
+            raise ConfigError(f"{variable}={given!r} {_gone(f'{key}={given}') or error}") from None
+        take(key, value, variable)
 
     for key, raw in (flags or {}).items():
         if key not in SETTINGS:
             raise KeyError(key)
         if raw is not None:
-            values[key] = _checked(key, raw, "the command line")
-            sources[key] = "flag"
+            take(key, _checked(key, raw, "the command line"), "flag", given=True)
 
     chosen: dict[str, dict[str, Value]] = {section: {} for section in SECTIONS}
     for key, value in values.items():
         section, name = key.split(".")
         chosen[section][name] = value
+    if listed := str(chosen["run"].get("operators", "")):
+        if chosen["run"].get("endpoints"):
+            raise ConfigError("run.operators and run.endpoints both say which servers there are: give one of them")
+        chosen["run"]["endpoints"] = operators.read(expanded(listed, "run.operators"))
+        sources["run.endpoints"] = listed
     sections: dict[str, Any] = {section: kind(**chosen[section]) for section, kind in SECTIONS.items()}
     return Config(**sections, sources=sources)
+
+
+def _at_least(known: Setting, value: Value, other: Value) -> bool:
+    return known.choices.index(str(value)) >= known.choices.index(str(other))
 
 
 def _checked(key: str, raw: object, place: str) -> Value:
     try:
         return SETTINGS[key].check(raw)
     except ValueError as error:
-        raise ConfigError(f"{place}: {key} = {_shown(raw)} {error}") from None
+        raise ConfigError(f"{place}: {key} = {_shown(raw)} {_gone(f'{key}={raw}') or error}") from None
+
+
+def _gone(key: str) -> str:
+    """``is gone: …`` for a setting, or a value of one, that was there in an earlier version; else empty."""
+    return f"is gone: {GONE[key]}" if key in GONE else ""
 
 
 def _shown(raw: object) -> str:
@@ -187,7 +228,7 @@ def _read(path: Path) -> Iterator[tuple[str, object]]:
     import tomllib
 
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -197,6 +238,9 @@ def _read(path: Path) -> Iterator[tuple[str, object]]:
             home = [key for key in SETTINGS if key.endswith(f".{section}")]
             hint = f"; did you mean it in section [{home[0].split('.')[0]}]?" if home else ""
             raise ConfigError(f"{path}: '{section}' stands outside of any section{hint}")
+        for name in table:
+            if gone := _gone(f"{section}.{name}"):
+                raise ConfigError(f"{path}: {section}.{name} {gone}")
         if section not in SECTIONS:
             raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, list(SECTIONS))}")
         for name, raw in table.items():
@@ -213,9 +257,12 @@ def variable_name(key: str) -> str:
 
 def _variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     known = {variable_name(key): key for key in SETTINGS}
+    gone = {variable_name(key): key for key in GONE if "=" not in key}
     for variable in sorted(environ):
         if not variable.startswith(ENVIRONMENT_PREFIX):
             continue
+        if variable in gone:
+            raise ConfigError(f"environment variable {variable}: {gone[variable]} {_gone(gone[variable])}")
         if variable not in known:
             hint = nearest(variable, list(known))
             raise ConfigError(f"environment variable {variable} is no setting{hint}; 'teegpu config show' lists them")
@@ -234,17 +281,68 @@ def to_toml(value: object) -> str:
     return repr(value)
 
 
+def updated(text: str, changes: Mapping[str, Value], place: str) -> str:
+    """``text`` of the settings file at ``place`` with ``changes`` by dotted key (``"run.transport"``).
+
+    A key that is there gets its new value where it stands; others are added to the end of their section. Comments and
+    layout stay. Raises ``ConfigError`` for a file that is no TOML.
+    """
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+
+    try:
+        document: Any = tomlkit.parse(text)
+    except TOMLKitError as error:
+        raise ConfigError(f"{place}: not a valid TOML file: {error}") from None
+    for key, value in changes.items():
+        section, name = key.split(".")
+        if section not in document:
+            document[section] = tomlkit.table()
+        table = document[section]
+        if not isinstance(table, MutableMapping):
+            raise ConfigError(f"{place}: '{section}' stands outside of any section")
+        # tomlkit counts the comment above the next heading to this section: a new key goes before it.
+        rest = _above_the_next(document[section]) if name not in table else []
+        table[name] = list(value) if isinstance(value, tuple) else value
+        for item in rest:
+            document[section].add(item)
+    return tomlkit.dumps(document)
+
+
+def _above_the_next(table: Any) -> list[Any]:
+    """Takes the blank lines and comments at the end of ``table`` out of it; commented-out settings stay."""
+    from tomlkit.items import Comment, Table, Whitespace
+
+    body: list[Any] = table.value.body if isinstance(table, Table) else []
+    taken = []
+    while body and (
+        isinstance(body[-1][1], Whitespace)
+        or (isinstance(body[-1][1], Comment) and body[-1][1].as_string().lstrip().startswith("# "))
+    ):
+        taken.append(body.pop()[1])
+    return taken[::-1]
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces the settings file ``path`` as a whole; it keeps its permissions. Raises ``OSError``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, text, mode=path.stat().st_mode & 0o777 if path.exists() else 0o644)
+
+
 PROJECT_HEADER = """\
 Settings of teegpu, with their defaults. This file is read when teegpu is started in the folder where it lies.
 
 A value is taken from the first of these that has it: command-line flag, environment variable
 TEEGPU_<SECTION>_<KEY> (TEEGPU_RUN_TRANSPORT), the file given with --config or else this file, the user's own
 $XDG_CONFIG_HOME/teegpu/config.toml, the default. 'teegpu config show' prints each value and where it came from.
+What is marked as guarded decides what is secret or believed: values other than the default are taken from flags and
+the file given with --config alone.
 """
 
 USER_HEADER = """\
 Settings of teegpu. The values here are the defaults, commented out: remove the '#' before one to change it. What stays
 commented out follows the defaults of the installed version. 'teegpu config show' prints what is in force, and why.
+What is marked as guarded is refused here, unless the file is given with --config.
 """
 
 
@@ -259,6 +357,7 @@ def render(*, active: bool) -> str:
         for item in fields(kind):
             known: Setting = item.metadata["setting"]
             comment = known.comment + (f" One of: {', '.join(known.choices)}." if known.choices else "")
+            comment += " Guarded." if known.guarded else ""
             lines += [f"# {line}" for line in textwrap.wrap(comment, 116, break_on_hyphens=False)]
             lines.append(f"{'' if active else '#'}{item.name} = {to_toml(known.default)}")
     return "\n".join(lines) + "\n"

@@ -1,31 +1,41 @@
-"""Endpoints of GPU servers as ``run.endpoints`` writes them: ``tcp://host:port#layers=A-B,key=NAME,share=1``. Syntax
-and the cover of the model's layers only; whether an address can be used is for the transports to say."""
+"""Endpoints of GPU servers as ``run.endpoints`` writes them: ``tcp://host:port#layers=A-B,key=NAME,share=1``, or
+``@/path/to/file.json#key=NAME`` for those that a file lists. ``operator=NAME`` says who runs a server;
+``evidence=FILE`` and ``policy=FILE`` are to show a TEE behind its key. Syntax and the cover of the model's layers only;
+whether an address can be used is for the transports to say."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from teegpu.errors import ConfigError, nearest
 
 Layers = tuple[int, int]
 """The first and the last layer of a range, both within it."""
 
-_OPTIONS = ("layers", "key", "share")
+_OPTIONS = ("layers", "key", "share", "operator", "evidence", "policy")
 _SHARES = ("1", "2")
+FORMAT = "teegpu.endpoints/1"
+_MOST_BYTES = 1 << 20
 _LAYERS = re.compile(r"(\d{1,6})-(\d{1,6})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """A server: its address, the layers that it is to compute (None: all), the name of its public key (empty:
-    ``link.server_key``), and which of two shares it gets (0: not said)."""
+    ``link.server_key``), which of two shares it gets (0: not said), and who runs it. ``evidence`` and ``policy`` are
+    files: evidence that its key is a TEE's, and what judges that."""
 
     address: str
     layers: Layers | None = None
     key: str = ""
     share: int = 0
+    operator: str = ""
+    evidence: str = ""
+    policy: str = ""
 
     def __str__(self) -> str:
         options = [] if self.layers is None else [f"layers={self.layers[0]}-{self.layers[1]}"]
@@ -33,6 +43,8 @@ class Endpoint:
             options.append(f"key={self.key}")
         if self.share:
             options.append(f"share={self.share}")
+        who = {"operator": self.operator, "evidence": self.evidence, "policy": self.policy}
+        options += [f"{name}={value}" for name, value in who.items() if value]
         return self.address + ("#" + ",".join(options) if options else "")
 
 
@@ -42,10 +54,15 @@ def parse(text: str) -> Endpoint:
     if "://" not in address:
         raise ConfigError(
             f"run.endpoints: '{text}' is not an address: write tcp://host:port or ipc:///path, and after a '#' "
-            "layers=A-B, key=NAME or share=1"
+            "layers=A-B, key=NAME or share=1; or @FILE, which lists such endpoints"
         )
+    return _parse(text, address, rest if mark else None)
+
+
+def _parse(text: str, address: str, rest: str | None) -> Endpoint:
+    """``rest``: what stands after a '#', which may be missing."""
     given: dict[str, str] = {}
-    for part in rest.split(",") if mark else ():
+    for part in () if rest is None else rest.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in _OPTIONS:
             raise ConfigError(
@@ -59,7 +76,14 @@ def parse(text: str) -> Endpoint:
     if "share" in given and share not in _SHARES:
         raise ConfigError(f"run.endpoints: '{text}': share={share} is neither share=1 nor share=2")
     layers = _layers(given["layers"], text) if "layers" in given else None
-    return Endpoint(address, layers, given.get("key", ""), int(share))
+    who = {name: given.get(name, "") for name in ("operator", "evidence", "policy")}
+    if not all(each.isprintable() for each in who.values()):
+        raise ConfigError(f"run.endpoints: '{text}': there is a sign in it that nobody can read")
+    if bool(who["evidence"]) != bool(who["policy"]) or (who["evidence"] and "key" not in given):
+        raise ConfigError(
+            f"run.endpoints: '{text}': evidence= and policy= go together, and with the key= that they are of"
+        )
+    return Endpoint(address, layers, given.get("key", ""), int(share), **who)
 
 
 def _layers(value: str, text: str) -> Layers:
@@ -75,9 +99,73 @@ def _layers(value: str, text: str) -> Layers:
     return first, last
 
 
+def file_of(text: str) -> Path | None:
+    """The file that lists endpoints, where ``text`` names one."""
+    address = text.strip().partition("#")[0]
+    return Path(address[1:]).expanduser() if address.startswith("@") else None
+
+
+def _listed(text: str) -> list[Endpoint]:
+    """``text``'s endpoint, or those in its file with what stands after its '#'. Raises ``ConfigError``."""
+    path = file_of(text)
+    if path is None:
+        return [parse(text)]
+    address, mark, rest = text.strip().partition("#")
+    given = _parse(text, address, rest if mark else None)
+    found = []
+    for entry in _read(path):
+        endpoint = parse(entry)
+        if endpoint.share:
+            # Who writes the file would decide which servers get both shares.
+            raise ConfigError(
+                f"{path}: '{entry}': a file has the servers of one operator, so share= stands outside of it: "
+                f"@{path}#share={endpoint.share}, and the other operator's in a file of its own"
+            )
+        found.append(
+            replace(
+                endpoint,
+                layers=endpoint.layers or given.layers,
+                # Nor does it decide whom to believe, where the settings say it.
+                key=given.key or endpoint.key,
+                share=given.share,
+                operator=given.operator or endpoint.operator,
+                evidence=given.evidence or endpoint.evidence,
+                policy=given.policy or endpoint.policy,
+            )
+        )
+    return found
+
+
+def _read(path: Path) -> list[str]:
+    """The lines of endpoints in the file ``path``. Raises ``ConfigError``."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"run.endpoints: {path}: {error.strerror}") from None
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(
+            f"run.endpoints: {path} has more than {_MOST_BYTES >> 20} MiB: no list of endpoints is as long"
+        )
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"run.endpoints: {path} is no JSON: it is damaged, or half written") from None
+    entries = value.get("endpoints") if isinstance(value, dict) and value.get("format") == FORMAT else None
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ConfigError(
+            f'run.endpoints: {path} is no list of endpoints: write {{"format": "{FORMAT}", "endpoints": '
+            '["tcp://host:port", …]}'
+        )
+    if not entries:
+        raise ConfigError(f"run.endpoints: {path} lists no server")
+    return entries
+
+
 def parse_all(texts: Sequence[str]) -> list[Endpoint]:
-    """``parse`` of each, in order. Raises ``ConfigError``, also where one stands there twice."""
-    endpoints = [parse(text) for text in texts]
+    """The endpoints of all ``texts``, in order, those in files among them. Raises ``ConfigError``, also where one is
+    there twice."""
+    endpoints = [endpoint for text in texts for endpoint in _listed(text)]
     for number, endpoint in enumerate(endpoints):
         if any((endpoint.address, endpoint.layers) == (other.address, other.layers) for other in endpoints[:number]):
             raise ConfigError(f"run.endpoints: '{endpoint}' is there twice")

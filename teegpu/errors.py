@@ -7,14 +7,19 @@
     │   ├── UnsupportedModelError      its architecture is not one of ours
     │   └── PromptError                the prompt is empty, or longer than the model's context
     ├── ConnectionFailedError      4   no server, lost server, reply too late
+    │   └── DeadlineError              an answer took longer than it may
     ├── MismatchError              5   the server speaks another protocol version or serves another model
     ├── ServerRefusedError         6   the server understood and said no: its reason is in the message
     ├── BadReplyError              7   the server answered something that can't be right
     ├── WireError                  7   bytes that are not a valid message (ours or theirs)
+    ├── BusyError                  6   so many requests wait already that this one is not taken
+    ├── UnmetError                 7   an answer that can't be as it was asked to be
     ├── RecordError                8   a run's record that can't be found, read or written
     ├── ThresholdError             9   a comparison above its threshold, an audit that is not as expected
     ├── ShieldError               10   privacy that can't be kept: pads used up, files or servers that must not be used
-    └── VerificationError         11   a server's answer is not the product that it was asked for
+    ├── VerificationError         11   a server's answer is not the product that it was asked for
+    ├── EvidenceError             12   evidence, or collateral, that is not what it should be
+    └── AttestationError          12   evidence that a policy refuses: its rule is in the message
 
 Success is 0, an interrupt (Ctrl-C, SIGTERM) 130, a reader that went away (broken pipe) 141, a bug of ours 70.
 
@@ -59,6 +64,10 @@ class ConnectionFailedError(TeegpuError):
     exit_code = 4
 
 
+class DeadlineError(ConnectionFailedError):
+    pass
+
+
 class MismatchError(TeegpuError):
     exit_code = 5
 
@@ -67,11 +76,19 @@ class ServerRefusedError(TeegpuError):
     exit_code = 6
 
 
+class BusyError(TeegpuError):
+    exit_code = 6
+
+
 class BadReplyError(TeegpuError):
     exit_code = 7
 
 
 class WireError(TeegpuError):
+    exit_code = 7
+
+
+class UnmetError(TeegpuError):
     exit_code = 7
 
 
@@ -89,6 +106,29 @@ class ShieldError(TeegpuError):
 
 class VerificationError(TeegpuError):
     exit_code = 11
+
+
+class EvidenceError(TeegpuError):
+    exit_code = 12
+
+
+class AttestationError(TeegpuError):
+    """``rule`` is the policy's that refused, ``reason`` why."""
+
+    exit_code = 12
+    rule = ""
+    reason = ""
+
+
+def refusal(rule: str, reason: str) -> AttestationError:
+    """The error that names the ``rule`` of a policy by which evidence is refused."""
+    error = AttestationError(f"refused by rule '{rule}': {reason}")
+    error.rule, error.reason = rule, reason
+    return error
+
+
+def prompt_too_long(tokens: int, positions: int) -> PromptError:
+    return PromptError(f"the prompt has {tokens} tokens, the model's context ends at {positions}: shorten it")
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -14,6 +14,9 @@ from teegpu.errors import UsageError, nearest
 NOTHING = "–"
 """What stands where there is no figure."""
 
+_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
+"""Those that JSON allows bare, and a terminal obeys."""
+
 _NUMBERS_ONLY = re.compile(r"\[\s+[-+.\deE,\s]+\]")
 
 
@@ -29,22 +32,23 @@ def choose(given: str, out: str, formats: Sequence[str]) -> str:
 
 
 def as_json(document: Mapping[str, Any]) -> str:
-    """``document``, indented, with lists of numbers on one line; ends in a line break."""
-    return _NUMBERS_ONLY.sub(_on_one_line, json.dumps(document, indent=2, ensure_ascii=False)) + "\n"
+    """``document``, indented, with lists of numbers on one line and no control characters; ends in a line break."""
+    text = json.dumps(document, indent=2, ensure_ascii=False).translate(_CONTROLS)
+    return _NUMBERS_ONLY.sub(_on_one_line, text) + "\n"
 
 
 def _on_one_line(numbers: re.Match[str]) -> str:
     return "[" + ", ".join(numbers.group()[1:-1].replace(",", " ").split()) + "]"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """``rows`` (headings first) as lines: the first column to the left, the others to the right."""
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """``rows`` (headings first) as lines: the first ``left`` columns to the left, the others to the right."""
     widths = [max(cell_len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [_padded(row[0], widths[0], left=True)]
-        cells += [_padded(cell, width, left=False) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+        cells = zip(row, widths, strict=True)
+        padded = [_padded(cell, width, left=place < left) for place, (cell, width) in enumerate(cells)]
+        lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from teegpu.config import Config, user_file
+from teegpu.config import Config
 from teegpu.endpoints import Endpoint
 from teegpu.errors import ConfigError, nearest
+from teegpu.files import expanded, user_folder
 from transports import security
 from transports.errors import BadKeyError
 from transports.security import PUBLIC_SUFFIX, SECRET_SUFFIX, CurveClient, CurveServer, KeyPair, PublicKey
@@ -34,7 +35,7 @@ class Found:
 
 def folder() -> Path:
     """Where the user's keys are, whether it exists or not."""
-    return user_file().parent / "keys"
+    return user_folder("config") / "keys"
 
 
 def new(name: str, *, replace: bool = False) -> KeyPair:
@@ -135,7 +136,7 @@ def server_curve(config: Config) -> CurveServer | None:
                 "key of its own ('teegpu keys new NAME' makes one; then serve --key NAME)"
             )
         return None
-    clients = Path(server.auth_dir).expanduser() if server.auth_dir else None
+    clients = expanded(server.auth_dir, "server.auth_dir") if server.auth_dir else None
     return CurveServer(_secret(server.key, "server.key"), clients)
 
 
@@ -163,7 +164,7 @@ def _public(value: str, setting: str) -> PublicKey:
 def _path(value: str, setting: str, path_of: Callable[[str], Path], suffix: str) -> Path:
     """The file that ``value`` means: a path where it has a slash, else a name."""
     if "/" in value:
-        return Path(value).expanduser()
+        return expanded(value, setting)
     path = path_of(value.removesuffix(suffix))
     if not os.path.lexists(path):
         known = [found.name for found in all_keys() if os.path.lexists(path_of(found.name))]

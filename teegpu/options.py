@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
+from teegpu import facts
 from teegpu.config import Config
 from teegpu.endpoints import Endpoint
-from teegpu.errors import ConfigError
+from teegpu.errors import ConfigError, ShieldError
+from teegpu.facts import AUTO, BF16, FP16, FP32
 from teegpu.keys import client_curve, server_curve
 from teegpu.machine import available_cores
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_TENSORS, Limits
@@ -25,6 +27,7 @@ def wire_limits(config: Config) -> Limits:
         dimension=section.dimension,
         program_steps=section.program_steps,
         working_bytes=section.program_mib * MIB,
+        program_macs=section.program_macs,
     )
 
 
@@ -40,7 +43,6 @@ def client_options(config: Config, endpoint: Endpoint | None = None) -> ClientOp
         max_message_bytes=config.limits.message_mib * MIB,
         max_frames=config.limits.frames,
         compression_level=config.compression.level,
-        compression_min_bytes=config.compression.min_bytes,
         curve=client_curve(config, endpoint),
     )
 
@@ -52,13 +54,45 @@ def server_options(config: Config) -> ServerOptions:
         max_frames=config.limits.frames,
         max_client_requests=config.limits.client_requests,
         max_client_bytes=config.limits.client_mib * MIB,
+        max_client_connections=config.limits.client_connections,
         max_clients=config.limits.clients,
         hello_timeout_seconds=config.limits.hello_timeout_seconds,
         idle_timeout_seconds=config.limits.idle_timeout_seconds,
         compression_level=config.compression.level,
-        compression_min_bytes=config.compression.min_bytes,
         curve=server_curve(config),
     )
+
+
+def hidden(config: Config) -> bool:
+    """Whether servers must not see the values."""
+    return facts.privacy(config.run.privacy).hides
+
+
+def verified(config: Config) -> bool:
+    """Whether the servers' products are checked. ``reference`` has none to check."""
+    wanted = config.run.verify
+    if not facts.privacy(config.run.privacy).checkable:
+        return False
+    return wanted == "on" or (wanted == "auto" and hidden(config))
+
+
+def check_required_privacy(config: Config) -> None:
+    """Raises ``ShieldError`` where a run would hide less than ``run.require_privacy`` asks for."""
+    run = config.run
+    local = facts.all_local(run.prefill_plan, run.decode_plan)
+    # The table is in the order of strength: each mode assumes less than those before it.
+    modes = list(facts.PRIVACY)
+    if not local and modes.index(run.privacy) < modes.index(run.require_privacy):
+        raise ShieldError(
+            f"run.privacy = {run.privacy} is weaker than run.require_privacy = {run.require_privacy}, which "
+            f"{config.source('run.require_privacy')} asks for: give --privacy {run.require_privacy}"
+        )
+
+
+def whole_numbers(config: Config) -> bool:
+    """Whether products are those of whole numbers, which can be hidden, and checked to the bit: servers need int8
+    weights for them."""
+    return hidden(config) or verified(config)
 
 
 def wire_dtype(config: Config, server_dtypes: Iterable[str]) -> str:
@@ -67,9 +101,16 @@ def wire_dtype(config: Config, server_dtypes: Iterable[str]) -> str:
     A server in bf16 rounds what it gets, and what it sends, to bf16. Then fp16 on the link keeps nothing more, costs
     both sides a conversion, and rounds twice."""
     asked = config.run.wire_dtype
-    if asked != "auto":
+    if asked != AUTO:
         return asked
-    return "bf16" if set(server_dtypes) == {"bf16"} else "fp16"
+    computed = {dtype.removesuffix(facts.INT8_WEIGHTS) for dtype in server_dtypes}
+    return BF16.name if computed == {BF16.name} else FP16.name
+
+
+def local_dtype(config: Config) -> str:
+    """``run.local_dtype``: ``auto`` stands for the processor's quickest, but not where fp32 was asked for elsewhere."""
+    asked = config.run.local_dtype
+    return FP32.name if asked == AUTO and FP32.name in (config.run.wire_dtype, config.server.dtype) else asked
 
 
 def held_layers(config: Config, layers: int) -> tuple[int, int] | None:

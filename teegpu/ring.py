@@ -10,7 +10,7 @@ How products are computed is in ``ringkernels``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Final
@@ -24,6 +24,12 @@ from teegpu import ringkernels
 SEED_BYTES: Final = 32
 """A key of AES-256."""
 
+_AES_BYTES: Final = 16
+"""A block of the key stream."""
+
+_ZEROS: Final = memoryview(bytes(2**18))
+"""What a key stream is the encryption of, a piece at a time: they stay in the processor's cache."""
+
 WEIGHT_MOST: Final = 127
 
 _BLOCK_VALUES: Final = 2**22
@@ -34,11 +40,11 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``weight`` (out, in), any float dtype → int8 (out, in) and the scale of each row, fp32 (out,).
 
     ``weight ≈ int8 · scale``. Every step is correctly rounded by IEEE 754, so all machines get the same bits. A row of
-    zeros has the scale 1.
+    zeros has the scale 1, one that is not finite a scale that is not.
     """
     values = weight.to(device="cpu", dtype=torch.float32)
     largest = torch.maximum(values.amax(-1), values.amin(-1).neg_())
-    scale = torch.where(largest > 0, largest / WEIGHT_MOST, torch.ones_like(largest))
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest / WEIGHT_MOST)
     return (values / scale[:, None]).round_().clamp_(-WEIGHT_MOST, WEIGHT_MOST).to(torch.int8), scale
 
 
@@ -51,19 +57,25 @@ def quantise_into(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tenso
         weight[block], scale[block] = quantise(values[block])
 
 
-def expand(seed: bytes, rows: int, columns: int) -> torch.Tensor:
-    """Uniform int32 (rows, columns): the key stream of AES-256 in counter mode under ``seed`` (32 bytes).
+def expand(seed: bytes, rows: int, columns: int, *, first: int = 0) -> torch.Tensor:
+    """Uniform int32 (rows, columns): the key stream of AES-256 in counter mode under ``seed`` (32 bytes), from row
+    ``first`` on.
 
     The stream starts at counter 0, so a seed must not be used for two different things. Raises ``ValueError`` for a
     seed of another length.
     """
-    stream = np.zeros(rows * columns * 4, dtype=np.uint8)
-    encryptor = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor()
+    block, skipped = divmod(first * columns * 4, _AES_BYTES)
+    stream = np.empty(skipped + rows * columns * 4, dtype=np.uint8)
+    counter = block.to_bytes(_AES_BYTES, "big")
+    encryptor = Cipher(algorithms.AES256(seed), modes.CTR(counter)).encryptor()
     view = memoryview(stream)
-    written = encryptor.update_into(view, view)
+    written = 0
+    for start in range(0, stream.nbytes, len(_ZEROS)):
+        piece = view[start : start + len(_ZEROS)]
+        written += encryptor.update_into(_ZEROS[: len(piece)], piece)
     if written != stream.nbytes:
         raise RuntimeError(f"a stream of {stream.nbytes} bytes ended after {written}")
-    return torch.from_numpy(stream.view(np.int32)).view(rows, columns)
+    return torch.from_numpy(stream.view(np.int32)[skipped // 4 :]).view(rows, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +123,14 @@ class RingMatrix:
 
     def product(self, operand: torch.Tensor) -> torch.Tensor:
         """``operand @ weight.T`` modulo 2**32: int32 (rows, in) → int32 (rows, out)."""
-        return self.products(operand, (self.shape[0],)).view(operand.shape[0], -1)
-
-    def products(self, operand: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """As ``product``, cut after each of ``sizes`` rows of the weight: int32 (rows · out,) with (rows, size) of the
-        first part, then those of the next."""
         rows = operand.shape[0]
-        flat = torch.empty(rows * sum(sizes), dtype=torch.int32, device=operand.device)
-        outputs = [part.view(rows, n) for part, n in zip(flat.split([rows * n for n in sizes]), sizes, strict=True)]
+        out = torch.empty((rows, self.shape[0]), dtype=torch.int32, device=operand.device)
         way = ringkernels.quickest(rows, operand.device)
         first, second = (self._wide, self._narrow) if way == "int32" else (self._narrow, self._wide)
         weight = second if first is None else first
         if weight is not None:
-            ringkernels.WAYS[way](operand, weight, outputs)
-        return flat
+            ringkernels.multiply(operand, weight, (out,), way)
+        return out
 
     def rows(self, start: int, stop: int) -> RingMatrix:
         """Rows ``start`` to ``stop`` of the weight, as a matrix that shares their memory wherever it can."""

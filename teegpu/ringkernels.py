@@ -1,6 +1,9 @@
 """Products of int32 operands with an int8 matrix, exact modulo 2**32: three ways, and which is quickest here.
 
-No processor has an instruction for these, so each way borrows one that is there. All are exact whatever the values.
+No processor has an instruction for these, so each way borrows one that is there. ``float64`` is exact by IEEE 754,
+whatever the values and the machine. The others are as exact as the integer kernels of torch, which some processors have
+been seen to get wrong for some shapes (a matrix of one column, say). So each is tried on the extremes of every shape
+before it computes one of that shape, and where it isn't exact, ``float64`` does it.
 
 - ``float64``: a weight is at most 128 and an operand 2**31 in size, so a sum of ``in`` products stays below 2**51 for
   ``in`` up to 8,192. The sum starts at 1.5 · 2**52, where float64 has a step of 1: its lowest 32 bits then are the
@@ -10,7 +13,7 @@ No processor has an instruction for these, so each way borrows one that is there
 - ``int32``: torch's own product of int32, which wraps. For few rows, where reading the matrix is the work.
 
 Which is quickest depends on the processor, the number of rows and the threads, so it is measured once per process, in a
-fraction of a second. A way that is not exact there, or not to be had, is out.
+fraction of a second.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Final
 
 import torch
@@ -44,6 +47,10 @@ _CUDA_ROWS: Final = 32
 MULTIPLE: Final = 16
 """Columns and rows of an int8 matrix on CUDA are multiples of this, so that each of its rows is aligned."""
 
+# torch's own products of integers, of which nothing is taken on trust.
+_int32_product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul
+_int8_product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch._int_mm
+
 Way = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], None]
 """Takes an operand, int32 (rows, in), and a weight (out, in) of int8 or int32, and fills the outputs: int32 (rows, n),
 each for ``n`` further rows of the weight."""
@@ -67,7 +74,7 @@ def float64(operand: torch.Tensor, weight: torch.Tensor, outputs: Sequence[torch
 def int32(operand: torch.Tensor, weight: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
     for rows in _steps(operand.shape[0], BLOCK_ROWS):
         for block in _blocks(weight):
-            product = operand[rows] @ weight[block].to(torch.int32).t()
+            product = _int32_product(operand[rows], weight[block].to(torch.int32).t())
             for out, found in _places(outputs, rows, block):
                 out.copy_(product[:, found])
 
@@ -80,7 +87,7 @@ def int8(operand: torch.Tensor, weight: torch.Tensor, outputs: Sequence[torch.Te
             limbs = _limbs(operand[rows, part], weight[:1, part].shape[1])
             count = operand[rows].shape[0]
             for block in _blocks(weight):
-                sums = torch._int_mm(limbs, weight[block, part].t())[: _LIMBS * count]
+                sums = _int8_product(limbs, weight[block, part].t())[: _LIMBS * count]
                 lowest, low, high, highest = sums.view(_LIMBS, count, -1).unbind()
                 rest = torch.add(low, torch.add(high, highest, alpha=256), alpha=256)
                 for out, found in _places(outputs, rows, block):
@@ -99,10 +106,21 @@ def padded(weight: torch.Tensor) -> torch.Tensor:
 WAYS: Final[dict[str, Way]] = {"float64": float64, "int8": int8, "int32": int32}
 
 
+def multiply(operand: torch.Tensor, weight: torch.Tensor, outputs: Sequence[torch.Tensor], way: str = "") -> None:
+    """As a ``Way``, by ``way`` or else the quickest one, and exact whatever the shape."""
+    rows, device = operand.shape[0], operand.device
+    way = way or quickest(rows, device)
+    shape = (rows, operand.shape[1], *weight.shape)
+    if way != "float64" and not _exact(way, shape, weight.dtype, device, torch.get_num_threads()):
+        way = "float64"
+    WAYS[way](operand, weight, outputs)
+
+
 def scratch_bytes(rows: int, columns: int, outputs: int) -> int:
-    """The memory that any way needs beside its operand and its outputs, at most, for a weight (outputs, columns)."""
-    at_once = min(rows, BLOCK_ROWS) * (12 * columns + 32 * min(outputs, BLOCK_OUTPUTS))
-    return at_once + 8 * min(columns * outputs, max(BLOCK_WEIGHTS, MULTIPLE * columns))
+    """The memory that any way needs beside its operand and its outputs, at most, for a weight (outputs, columns); what
+    trying it takes included."""
+    at_once = min(rows, BLOCK_ROWS) * (16 * columns + 40 * min(outputs, BLOCK_OUTPUTS))
+    return at_once + 13 * min(columns * outputs, max(BLOCK_WEIGHTS, MULTIPLE * columns))
 
 
 def _steps(count: int, step: int) -> Iterator[slice]:
@@ -111,8 +129,12 @@ def _steps(count: int, step: int) -> Iterator[slice]:
 
 def _blocks(weight: torch.Tensor) -> Iterator[slice]:
     """Rows of ``weight`` to work on at once, a ``MULTIPLE`` of them but for the last."""
-    fitting = BLOCK_WEIGHTS // weight.shape[1] // MULTIPLE * MULTIPLE
-    return _steps(weight.shape[0], min(max(fitting, MULTIPLE), BLOCK_OUTPUTS))
+    return _steps(weight.shape[0], _block_outputs(weight.shape[1]))
+
+
+def _block_outputs(columns: int) -> int:
+    fitting = BLOCK_WEIGHTS // columns // MULTIPLE * MULTIPLE
+    return min(max(fitting, MULTIPLE), BLOCK_OUTPUTS)
 
 
 def _places(outputs: Sequence[torch.Tensor], rows: slice, block: slice) -> Iterator[tuple[torch.Tensor, slice]]:
@@ -143,6 +165,66 @@ def _limbs(operand: torch.Tensor, columns: int) -> torch.Tensor:
     for index, part in enumerate(limbs.chunk(_LIMBS)):
         part.copy_(signed >> (8 * index))
     return limbs
+
+
+# Which are exact
+
+
+@lru_cache(4096)
+def _exact(way: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, threads: int) -> bool:
+    """Whether ``way`` is exact for an operand and a weight of ``shape`` (rows, columns; outputs, columns with padding):
+    for each block that it makes of them."""
+    rows, columns, outputs, padded_columns = shape
+    return all(
+        _exact_block(way, height, columns, width, padded_columns, dtype, device, threads)
+        for height in _sizes(rows, BLOCK_ROWS)
+        for width in _sizes(outputs, _block_outputs(padded_columns))
+    )
+
+
+def _sizes(count: int, step: int) -> set[int]:
+    return {part.stop - part.start for part in (*_steps(min(count, step), step), *_steps(count % step, step))}
+
+
+@cache
+def _exact_block(
+    way: str,
+    rows: int,
+    columns: int,
+    outputs: int,
+    padded_columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,  # noqa: ARG001 (kernels cut the work by it)
+) -> bool:
+    """Never forgotten: there are no more than ``BLOCK_ROWS`` heights, and a model's shapes; and what was found out must
+    not be asked again while CUDA records a graph."""
+    operand, weight = _extremes(rows, columns, outputs, padded_columns, device)
+    expected = torch.empty((rows, outputs), dtype=torch.int32, device=device)
+    float64(operand, weight, (expected,))
+    found = torch.zeros_like(expected)
+    try:
+        WAYS[way](operand, weight.to(dtype), (found,))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return torch.equal(found, expected)
+
+
+def _extremes(
+    rows: int, columns: int, outputs: int, padded_columns: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An operand and an int8 weight with the largest values that there are, so that what overflows on the way shows,
+    and different enough that what is read in the wrong place does."""
+    weight = torch.full((outputs, padded_columns), 127, dtype=torch.int8, device=device)
+    weight[::2] = -127
+    weight[::3, ::5] = 1
+    weight[1::7, 1::3] = -86
+    weight[:, columns:] = 0
+    operand = torch.full((rows, columns), -(2**31), dtype=torch.int32, device=device)
+    operand[:, ::3] = 2**31 - 1
+    operand[::2, ::7] = 0x7F80FF01
+    operand[1::3, 1::5] = -0x55AA1234
+    return operand, weight
 
 
 # Which is quickest
@@ -176,14 +258,8 @@ def _measured(device: torch.device, threads: int) -> dict[int, str]:  # noqa: AR
     best: dict[int, str] = {}
     for rows, probe in _PROBES.items():
         size = _CUDA_PROBE if device.type == "cuda" else probe
-        # Extremes, so that what overflows on the way shows.
-        weight = torch.full((size, size), 127, dtype=torch.int8, device=device)
-        weight[::2] = -127
-        weight[::3, ::5] = 1
+        operand, weight = _extremes(rows, size, size, size, device)
         wide = weight.to(torch.int32)
-        operand = torch.full((rows, size), -(2**31), dtype=torch.int32, device=device)
-        operand[:, ::3] = 2**31 - 1
-        operand[:, ::7] = 0x7F80FF01
         expected = torch.empty((rows, size), dtype=torch.int32, device=device)
         seconds = {"float64": _seconds(float64, operand, weight, expected, math.inf)}
         for name in ("int8", "int32") if rows < _MANY else ("int8",):

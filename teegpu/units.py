@@ -25,6 +25,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
+def plural(number: float, word: str, many: str = "") -> str:
+    """``1 token``, ``1,024 tokens``; ``many`` where it is not ``word`` with an s."""
+    return f"{number:,.0f} {word if number == 1 else many or word + 's'}"
+
+
 def percent(value: float) -> str:
     """``0.125`` → ``12.5%``."""
     return f"{value:.1%}"
