@@ -8,7 +8,6 @@ process left behind is removed by the next one that builds.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -18,8 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from teegpu.errors import ModelError
+from teegpu.files import Lock, locked, sync_folder
 
-MARKER = "teegpu.json"  # written last: where the model came from
+MARKER = "teegpu.json"  # written last: where the model came from, and which conversion made it
+CONVERSION = 2
+"""Goes up where a conversion makes something else of the same file: what an older one made is made anew."""
 
 Notify = Callable[[str, float | None], None]
 """Told what is being done, and the share that is done, from 0 to 1, or None where that is unknown."""
@@ -40,7 +42,11 @@ class ModelCache:
     def find(self, slug: str) -> Path | None:
         """The folder of a finished model, or None."""
         path = self._models / slug
-        return path if (path / MARKER).is_file() else None
+        try:
+            marker = json.loads((path / MARKER).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return path if isinstance(marker, dict) and marker.get("conversion") == CONVERSION else None
 
     def install(
         self, slug: str, build: Callable[[Path], dict[str, object]], notify: Notify, *, replace: bool = False
@@ -64,7 +70,8 @@ class ModelCache:
                 with self._explaining():
                     origin = build(work)
                     model = work / "model"
-                    (model / MARKER).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+                    marker = {**origin, "conversion": CONVERSION}
+                    (model / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
                     _flush_tree(model)
                     return self._move_into_place(model, slug, work)
             finally:
@@ -75,36 +82,27 @@ class ModelCache:
         if target.exists():
             target.rename(work / "replaced")
         model.rename(target)
-        _flush_folder(self._models)
+        sync_folder(self._models)
         return target
 
     @contextmanager
     def _locked(self, slug: str, notify: Notify) -> Iterator[None]:
         """Hold the lock of ``slug``. The kernel lets go of it when the process ends, however it ends."""
+        path = self._locks / f"{slug}.lock"
         with self._explaining():
-            descriptor = os.open(self._locks / f"{slug}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            with self._explaining():
-                if not _try_lock(descriptor):
-                    notify("waiting for another process that is preparing this model", None)
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                lock = Lock(path, wait=False)
+            except BlockingIOError:
+                notify("waiting for another process that is preparing this model", None)
+                lock = Lock(path)
+        with lock:
             yield
-        finally:
-            os.close(descriptor)
 
     def _remove_leftovers(self, locked_slug: str) -> None:
         for leftover in self._models.glob(".*~*"):
             slug = leftover.name[1:].rpartition("~")[0]
-            if slug == locked_slug:
+            if slug == locked_slug or not locked(self._locks / f"{slug}.lock"):  # nobody is building it any more
                 shutil.rmtree(leftover, ignore_errors=True)
-                continue
-            with self._explaining():
-                descriptor = os.open(self._locks / f"{slug}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                if _try_lock(descriptor):  # nobody is building it any more
-                    shutil.rmtree(leftover, ignore_errors=True)
-            finally:
-                os.close(descriptor)
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
@@ -127,27 +125,11 @@ def cache_error(root: Path, error: OSError) -> ModelError:
     )
 
 
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _flush_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         elif path.is_dir():
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_folder(path)
+    sync_folder(folder)

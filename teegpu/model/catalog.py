@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from teegpu.errors import ModelError, nearest
+from teegpu.files import user_folder
 from teegpu.model import sources
 from teegpu.model.cache import ModelCache, Notify, say_nothing
-from teegpu.model.folder import ModelFolder, default_cache_dir
+from teegpu.model.folder import ModelFolder
+from teegpu.model.shapes import SHAPES, spec_of
 from teegpu.model.sources import HubSource, WheelSource
+from teegpu.model.spec import ModelSpec
 
 __all__ = ["DEFAULT", "ENTRIES", "CatalogEntry", "ModelFolder", "Notify", "find_local", "kind_of", "resolve"]
 
@@ -24,13 +27,24 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A model that has a short name. ``size_bytes`` is what has to be downloaded, roughly for the larger ones."""
+    """A model that has a short name, by which ``shapes.SHAPES`` has its dimensions. ``size_bytes`` is what has to be
+    downloaded, 0: two bytes for each parameter."""
 
     name: str
     source: WheelSource | HubSource
-    size_bytes: int
     licence: str
     about: str
+    size_bytes: int = 0
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its dimensions; the model's own configuration has the rest."""
+        return spec_of(SHAPES[self.name], self.name)
+
+    @property
+    def download_bytes(self) -> int:
+        """Roughly, for the larger ones."""
+        return self.size_bytes or 2 * self.spec.parameters
 
 
 _SMOLLM2 = WheelSource(
@@ -43,62 +57,36 @@ _SMOLLM2 = WheelSource(
     member_bytes=98_362_432,
 )
 
+
+def _hub(name: str, repository: str, licence: str, about: str, size_bytes: int = 0) -> CatalogEntry:
+    return CatalogEntry(name, HubSource(repository), licence, about, size_bytes)
+
+
+_APACHE = "Apache-2.0"
 ENTRIES: dict[str, CatalogEntry] = {
     entry.name: entry
     for entry in (
-        CatalogEntry(
-            DEFAULT, _SMOLLM2, 92_871_040, "Apache-2.0", "SmolLM2 135M Instruct (from a 4-bit GGUF), 30 layers"
-        ),
-        CatalogEntry(
-            "smollm2-360m",
-            HubSource("HuggingFaceTB/SmolLM2-360M-Instruct"),
-            724_000_000,
-            "Apache-2.0",
-            "SmolLM2 360M Instruct, 32 layers",
-        ),
-        CatalogEntry(
-            "smollm2-1.7b",
-            HubSource("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
-            3_420_000_000,
-            "Apache-2.0",
-            "SmolLM2 1.7B Instruct, 24 layers",
-        ),
-        CatalogEntry(
-            "tinyllama-1.1b",
-            HubSource("TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
-            2_200_000_000,
-            "Apache-2.0",
-            "TinyLlama 1.1B Chat, 22 layers",
-        ),
-        CatalogEntry(
-            "qwen2.5-0.5b",
-            HubSource("Qwen/Qwen2.5-0.5B-Instruct"),
-            988_000_000,
-            "Apache-2.0",
-            "Qwen2.5 0.5B Instruct, 24 layers",
-        ),
-        CatalogEntry(
-            "qwen2.5-1.5b",
-            HubSource("Qwen/Qwen2.5-1.5B-Instruct"),
-            3_090_000_000,
-            "Apache-2.0",
-            "Qwen2.5 1.5B Instruct, 28 layers",
-        ),
-        CatalogEntry("qwen3-0.6b", HubSource("Qwen/Qwen3-0.6B"), 1_500_000_000, "Apache-2.0", "Qwen3 0.6B, 28 layers"),
-        CatalogEntry(
-            "llama-3.2-1b",
-            HubSource("meta-llama/Llama-3.2-1B-Instruct"),
-            2_470_000_000,
-            "Llama 3.2",
-            "Llama 3.2 1B Instruct, 16 layers",
-        ),
-        CatalogEntry(
-            "mistral-7b",
-            HubSource("mistralai/Mistral-7B-Instruct-v0.3"),
-            14_500_000_000,
-            "Apache-2.0",
-            "Mistral 7B Instruct v0.3, 32 layers",
-        ),
+        CatalogEntry(DEFAULT, _SMOLLM2, _APACHE, "SmolLM2 135M Instruct (from a 4-bit GGUF)", _SMOLLM2.wheel_bytes),
+        _hub("smollm2-360m", "HuggingFaceTB/SmolLM2-360M-Instruct", _APACHE, "SmolLM2 360M Instruct"),
+        _hub("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B-Instruct", _APACHE, "SmolLM2 1.7B Instruct"),
+        _hub("smollm3-3b", "HuggingFaceTB/SmolLM3-3B", _APACHE, "SmolLM3 3B"),
+        _hub("tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", _APACHE, "TinyLlama 1.1B Chat"),
+        _hub("llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct", "Llama 3.2", "Llama 3.2 1B Instruct"),
+        _hub("llama-3.2-3b", "meta-llama/Llama-3.2-3B-Instruct", "Llama 3.2", "Llama 3.2 3B Instruct"),
+        _hub("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct", "Llama 3.1", "Llama 3.1 8B Instruct"),
+        _hub("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct", _APACHE, "Qwen2.5 0.5B Instruct"),
+        _hub("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B-Instruct", _APACHE, "Qwen2.5 1.5B Instruct"),
+        _hub("qwen2.5-7b", "Qwen/Qwen2.5-7B-Instruct", _APACHE, "Qwen2.5 7B Instruct"),
+        # The files of these two hold the tied head once more.
+        _hub("qwen3-0.6b", "Qwen/Qwen3-0.6B", _APACHE, "Qwen3 0.6B", 1_500_000_000),
+        _hub("qwen3-1.7b", "Qwen/Qwen3-1.7B", _APACHE, "Qwen3 1.7B", 4_060_000_000),
+        _hub("qwen3-4b", "Qwen/Qwen3-4B-Instruct-2507", _APACHE, "Qwen3 4B Instruct 2507"),
+        _hub("qwen3-8b", "Qwen/Qwen3-8B", _APACHE, "Qwen3 8B"),
+        _hub("granite-3.3-2b", "ibm-granite/granite-3.3-2b-instruct", _APACHE, "Granite 3.3 2B Instruct"),
+        _hub("granite-3.3-8b", "ibm-granite/granite-3.3-8b-instruct", _APACHE, "Granite 3.3 8B Instruct"),
+        _hub("phi-3.5-mini", "microsoft/Phi-3.5-mini-instruct", "MIT", "Phi-3.5 mini Instruct"),
+        _hub("phi-4-mini", "microsoft/Phi-4-mini-instruct", "MIT", "Phi-4 mini Instruct"),
+        _hub("mistral-7b", "mistralai/Mistral-7B-Instruct-v0.3", _APACHE, "Mistral 7B Instruct v0.3"),
     )
 }
 
@@ -137,7 +125,7 @@ def find_local(name: str, *, cache_dir: Path | None = None) -> ModelFolder | Non
     A Hugging Face model that another program has already put into the user's hub cache counts, and stays there.
     Raises ``ModelError`` for a name that can mean no model.
     """
-    cache = ModelCache(cache_dir or default_cache_dir())
+    cache = ModelCache(cache_dir or user_folder("cache"))
     local = _path(name)
     match kind_of(name):
         case "folder":
@@ -147,7 +135,9 @@ def find_local(name: str, *, cache_dir: Path | None = None) -> ModelFolder | Non
             return None if path is None else ModelFolder(local.stem, path, name)
         case _:
             source = _source(name)
-            path = cache.find(name) if isinstance(source, WheelSource) else sources.find_hub(source.repository, cache)
+            path = (
+                cache.find(name) if isinstance(source, WheelSource) else sources.find_hub(source.repository, cache_dir)
+            )
             return None if path is None else ModelFolder(name, path, name)
 
 
@@ -169,7 +159,7 @@ def resolve(
     kind = kind_of(name)
     if found is not None and (not refresh or kind == "folder"):
         return found
-    cache = ModelCache(cache_dir or default_cache_dir())
+    cache = ModelCache(cache_dir or user_folder("cache"))
     notify = progress or say_nothing
     if kind == "gguf":
         local = _path(name)
@@ -183,8 +173,17 @@ def resolve(
     if isinstance(source, WheelSource):
         path = sources.from_wheel(name, source, cache, notify, replace=refresh)
     else:
-        path = sources.from_hub(name, source.repository, cache, notify, replace=refresh)
+        path = sources.from_hub(name, source.repository, cache_dir, notify, replace=refresh)
     return ModelFolder(name, path, name)
+
+
+def described(name: str, *, cache_dir: Path | None = None, offline: bool = False) -> ModelFolder:
+    """A folder that has the configuration of ``name``, and need not have more: of a Hugging Face model that is not here
+    that alone is fetched. Raises ``ModelError``."""
+    if kind_of(name) != "hub":
+        return resolve(name, cache_dir=cache_dir, offline=offline)
+    found = sources.hub_configuration(name, cache_dir, offline=offline)
+    return ModelFolder(name, found, name)
 
 
 def _path(name: str) -> Path:

@@ -12,13 +12,13 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teegpu.errors import ModelError, UsageError, nearest
-from teegpu.model.byte_tokenizer import BOS_ID, EOS_ID, SMALLEST_VOCABULARY, byte_tokenizer
+from teegpu.errors import ModelError, UsageError
+from teegpu.model.byte_tokenizer import BOS_ID, EOS_ID, byte_tokenizer
 from teegpu.model.folder import ModelFolder
+from teegpu.model.shapes import Shape, parse, spec_of
 from teegpu.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,40 +26,10 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 1 << 30
 _BLOCK_VALUES = 4 << 20
+_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""The architectures whose configuration is written, and how transformers' classes of them begin. The others have more
+than dimensions to say."""
 _DTYPES = {"bf16": ("BF16", 2), "fp16": ("F16", 2), "fp32": ("F32", 4)}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The dimensions of a model to make. Field names are the keys of a shape given inline.
-
-    Zeros stand for what is usual: 64 values per head, as many KV heads as heads, an inner size of 8/3 of the hidden.
-    """
-
-    layers: int = 0
-    hidden: int = 0
-    intermediate: int = 0
-    heads: int = 0
-    kv_heads: int = 0
-    head_dim: int = 0
-    vocab: int = 32000
-    context: int = 4096
-    rope_theta: float = 10000.0
-    rms_eps: float = 1e-5
-    architecture: str = "llama"
-    tied: bool = False
-    window: int = 0
-
-
-SHAPES: dict[str, Shape] = {
-    "tinyllama-1.1b": Shape(22, 2048, 5632, 32, 4, 64, 32000, 2048),
-    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 64, 49152, 8192, rope_theta=100000.0, tied=True),
-    "llama-3.2-1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, 131072, rope_theta=500000.0, tied=True),
-    "llama-3-8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, 8192, rope_theta=500000.0),
-    "qwen2.5-0.5b": Shape(24, 896, 4864, 14, 2, 64, 151936, 32768, 1e6, 1e-6, "qwen2", tied=True),
-    "qwen3-0.6b": Shape(28, 1024, 3072, 16, 8, 128, 151936, 40960, 1e6, 1e-6, "qwen3", tied=True),
-    "mistral-7b": Shape(32, 4096, 14336, 32, 8, 128, 32768, 32768, 1e6, architecture="mistral"),
-}
 
 
 def write(
@@ -73,13 +43,17 @@ def write(
 ) -> ModelFolder:
     """Make a model of ``shape`` in the new folder ``out``: weights, config, tokenizer, chat template.
 
-    ``shape`` is a name of ``SHAPES``, ``key=value,…`` over the fields of ``Shape``, or both, as in
+    ``shape`` is a name of ``shapes.SHAPES``, ``key=value,…`` over the fields of ``Shape``, or both, as in
     ``tinyllama-1.1b,layers=4``. ``dtype`` is bf16, fp16 or fp32. Raises ``UsageError`` for a shape that can't be and
     for a folder that is not empty, ``ModelError`` when the folder can't be written; then nothing is left of it.
     """
     if dtype not in _DTYPES:
         raise UsageError(f"unknown dtype '{dtype}' for random weights: choose one of {', '.join(_DTYPES)}")
     spec = spec_of(parse(shape) if isinstance(shape, str) else shape, out.name)
+    if spec.architecture not in _CLASSES:
+        raise UsageError(
+            f"a random model can't be of the architecture '{spec.architecture}': choose one of {', '.join(_CLASSES)}"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not empty: give a new folder with --out")
     try:
@@ -97,77 +71,6 @@ def write(
         what = "no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise ModelError(f"the model can't be written to {out} ({what}): give another folder with --out") from error
     return ModelFolder(out.resolve().name, out.resolve())
-
-
-def parse(text: str) -> Shape:
-    """The shape that ``text`` names or spells out. Raises ``UsageError``."""
-    head, *rest = text.split(",")
-    settings = rest if "=" not in head else [head, *rest]
-    if "=" not in head and head not in SHAPES:
-        raise UsageError(
-            f"unknown shape '{head}'{nearest(head, list(SHAPES))} (known are: {', '.join(SHAPES)}; "
-            "or spell it out: layers=4,hidden=256)"
-        )
-    shape = SHAPES.get(head, Shape())
-    kinds = {field.name: type(field.default) for field in fields(Shape)}
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        key, _, value = (part.strip() for part in setting.partition("="))
-        if key not in kinds:
-            raise UsageError(
-                f"unknown key '{key}' in shape '{text}'{nearest(key, list(kinds))} (known are: {', '.join(kinds)})"
-            )
-        changes[key] = _value(kinds[key], key, value)
-    return replace(shape, **changes)
-
-
-def spec_of(shape: Shape, name: str) -> ModelSpec:
-    """The complete dimensions of ``shape``. Raises ``UsageError`` where they can't be."""
-    from teegpu.model.reader import ARCHITECTURES
-
-    if shape.architecture not in ARCHITECTURES:
-        raise UsageError(f"unknown architecture '{shape.architecture}': choose one of {', '.join(ARCHITECTURES)}")
-    least = {"layers": 1, "hidden": 1, "context": 1, "rope_theta": 1, "rms_eps": 1e-12, "vocab": SMALLEST_VOCABULARY}
-    for key, value in asdict(shape).items():
-        if not isinstance(value, str) and value < least.get(key, 0):
-            raise UsageError(f"{key}={value} in the shape is too small: {least.get(key, 0)} is the least")
-    head_dim = shape.head_dim or (shape.hidden // shape.heads if shape.heads else min(64, shape.hidden))
-    heads = shape.heads or max(1, shape.hidden // max(1, head_dim))
-    kv_heads = shape.kv_heads or heads
-    if head_dim < 2 or head_dim % 2 or heads % kv_heads:
-        raise UsageError(
-            f"{heads} heads, {kv_heads} KV heads and {head_dim} values per head don't fit: "
-            "heads must be a multiple of KV heads, and head_dim even"
-        )
-    return ModelSpec(
-        name=name,
-        architecture=shape.architecture,
-        layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate or 8 * math.ceil(shape.hidden / 3),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=shape.vocab,
-        max_positions=shape.context,
-        rms_eps=shape.rms_eps,
-        rope={"rope_theta": shape.rope_theta, "rope_type": "default"},
-        layer_windows=((shape.window or None) if shape.architecture != "llama" else None,) * shape.layers,
-        qkv_bias=shape.architecture == "qwen2",
-        qk_norm=shape.architecture == "qwen3",
-        tied_embeddings=shape.tied,
-        eos_token_ids=(EOS_ID,),
-    )
-
-
-def _value(kind: type, key: str, value: str) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[value.lower()]
-        return kind(value)
-    except (ValueError, KeyError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise UsageError(f"'{key}={value}': the value must be {expected}") from None
 
 
 def _shards(spec: ModelSpec, item_bytes: int, shard_bytes: int) -> list[list[str]]:
@@ -261,9 +164,8 @@ def _range(spec: ModelSpec, name: str) -> tuple[float, float]:
 
 
 def _write_config(spec: ModelSpec, folder: Path, dtype: str) -> None:
-    classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     config: dict[str, Any] = {
-        "architectures": [f"{classes[spec.architecture]}ForCausalLM"],
+        "architectures": [f"{_CLASSES[spec.architecture]}ForCausalLM"],
         "model_type": spec.architecture,
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,

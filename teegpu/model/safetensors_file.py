@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a larger length is garbage, not a header
+MAX_HEADER_BYTES = 16 << 20  # some 100,000 tensors; the format's own limit, 100 MB, is 1.6 GB as Python's objects
+MAX_TENSORS = 1 << 16
+MAX_DIMENSIONS = 8
+MAX_DIMENSION = 1 << 40
 
 ITEM_BYTES = {
     "F64": 8,
@@ -51,20 +54,27 @@ class TensorEntry:
 
 
 class SafetensorsFile:
-    """An open safetensors file and its checked header. Raises ``DamagedFileError`` or ``OSError`` on opening."""
+    """An open safetensors file and its checked header. ``descriptor``: of ``path``, where that is open already; it is
+    closed in the end. Raises ``DamagedFileError`` or ``OSError`` on opening."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO would wait for its writer
+        self._descriptor = os.open(path, flags) if descriptor is None else descriptor
         try:
             self.tensors = self._read_header()
         except BaseException:
             self.close()
             raise
 
-    def read_into(self, entry: TensorEntry, start: int, out: memoryview) -> None:
-        """Fill ``out`` (writable bytes) with the tensor's bytes from its byte ``start`` on."""
-        self._read(entry.offset + start, out)
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` (writable bytes) with the file's bytes from ``offset`` on."""
+        done = 0
+        while done < len(out):
+            got = os.preadv(self._descriptor, [out[done:]], offset + done)
+            if got == 0:
+                raise DamagedFileError(f"it ends before byte {offset + done + 1}, inside the tensor")
+            done += got
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -83,54 +93,65 @@ class SafetensorsFile:
         if getattr(self, "_descriptor", -1) >= 0:
             self.close()
 
-    def _read(self, offset: int, out: memoryview) -> None:
-        done = 0
-        while done < len(out):
-            got = os.preadv(self._descriptor, [out[done:]], offset + done)
-            if got == 0:
-                raise DamagedFileError(f"it ends before byte {offset + done + 1}, inside the tensor")
-            done += got
-
     def _read_header(self) -> dict[str, TensorEntry]:
         file_bytes = os.fstat(self._descriptor).st_size
         if file_bytes < 8:
             raise DamagedFileError(f"it has {file_bytes} bytes, too few for a header")
         prefix = bytearray(8)
-        self._read(0, memoryview(prefix))
+        self.read_into(0, memoryview(prefix))
         header_bytes = int.from_bytes(prefix, "little")
-        if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+        if header_bytes > file_bytes - 8:
             raise DamagedFileError(f"its header claims {header_bytes} bytes, and the file has {file_bytes}")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise DamagedFileError(f"its header has {header_bytes} bytes, more than {MAX_HEADER_BYTES}")
         raw = bytearray(header_bytes)
-        self._read(8, memoryview(raw))
+        self.read_into(8, memoryview(raw))
         try:
-            header = json.loads(raw.decode("utf-8"))
+            header = json.loads(raw.decode("utf-8"), parse_int=_small_int)
         except (ValueError, RecursionError):
             raise DamagedFileError("its header is not valid JSON") from None
         if not isinstance(header, dict):
             raise DamagedFileError("its header is not a JSON object")
         header.pop("__metadata__", None)
+        if len(header) > MAX_TENSORS:
+            raise DamagedFileError(f"its header has {len(header)} tensors, more than {MAX_TENSORS}")
         first = 8 + header_bytes
         return {name: _entry(name, value, first, file_bytes) for name, value in header.items()}
 
 
 def _entry(name: str, value: object, first: int, file_bytes: int) -> TensorEntry:
     if not isinstance(value, dict):
-        raise DamagedFileError(f"its entry of tensor '{name}' is not an object")
+        raise DamagedFileError(f"its entry of tensor {_shown(name)} is not an object")
     dtype, shape, offsets = value.get("dtype"), _sizes(value.get("shape")), _sizes(value.get("data_offsets"))
     if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
-        raise DamagedFileError(f"tensor '{name}' has no valid dtype, shape and data_offsets")
+        raise DamagedFileError(f"tensor {_shown(name)} has no valid dtype, shape and data_offsets")
     begin, end = offsets
     if begin > end:
-        raise DamagedFileError(f"tensor '{name}' ends before it begins")
+        raise DamagedFileError(f"tensor {_shown(name)} ends before it begins")
     if first + end > file_bytes:
-        raise DamagedFileError(f"it is truncated: tensor '{name}' ends at byte {first + end} of {file_bytes}")
+        raise DamagedFileError(f"it is truncated: tensor {_shown(name)} ends at byte {first + end} of {file_bytes}")
     item_bytes = ITEM_BYTES.get(dtype)
     if item_bytes is not None and math.prod(shape) * item_bytes != end - begin:
-        raise DamagedFileError(f"tensor '{name}' of shape {shape} and dtype {dtype} can't have {end - begin} bytes")
+        raise DamagedFileError(
+            f"tensor {_shown(name)} of shape {shape} and dtype {dtype} can't have {end - begin} bytes"
+        )
     return TensorEntry(dtype, shape, first + begin, end - begin)
 
 
+def _shown(name: str) -> str:
+    """A name from the file for a message of one line."""
+    return repr(name[:100])
+
+
+def _small_int(digits: str) -> int:
+    """A number of the header. Reading one of thousands of digits takes time that grows with their square."""
+    if len(digits) > 20:
+        raise ValueError("a number of more than 20 digits")
+    return int(digits)
+
+
 def _sizes(value: object) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
-        return tuple(value)
-    return None
+    """``value`` where it is a list of few sizes: those of a shape, or of a file."""
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return None
+    return tuple(value) if all(type(item) is int and 0 <= item < MAX_DIMENSION for item in value) else None

@@ -6,13 +6,29 @@ Nothing in this module needs torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""The projections of a layer in the order of a pass; those that share an input are one matrix, the rows of one after
+the other."""
+PROJECTIONS = tuple(projection for group in GROUPS for projection in group)
+
+BEFORE, AROUND, AFTER = "before", "around", "after"
+"""What is normalised in a layer: what goes into attention and MLP, what goes in and what comes out, what comes out."""
+LAYER_NORMS = {
+    BEFORE: ("input_layernorm", "post_attention_layernorm"),
+    AROUND: ("input_layernorm", "attention_output_norm", "post_attention_layernorm", "mlp_output_norm"),
+    AFTER: ("attention_output_norm", "mlp_output_norm"),
+}
+"""The norms of a layer. The one before the MLP has the name that Llama gave it."""
+HEADS, WHOLE = "heads", "whole"
+"""What of queries and keys is normalised together: each head, or all heads of a token."""
+SILU, GELU_TANH = "silu", "gelu_tanh"
+"""What is between gate and up."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +36,12 @@ class ModelSpec:
     """What a decoder needs to know of a model. All sizes are counts of values, not bytes.
 
     ``layer_windows[i]`` is the sliding window of layer i in positions (a token sees itself and the window-1 tokens
-    before it), or None for full attention. ``rope`` is transformers' ``rope_parameters`` as a plain dict.
-    ``eos_token_ids`` end a generation.
+    before it), or None for full attention. ``rope`` is transformers' ``rope_parameters`` as a plain dict, and
+    ``window_rope`` that of layers with a window, where it is another one. ``unrotated`` are the layers without rotary
+    angles. ``norms`` is a key of ``LAYER_NORMS``, ``qk_norm`` HEADS, WHOLE or empty, ``activation`` SILU or GELU_TANH.
+    Scales but the embedding's are folded into the weights (``arch.adjustment_of``); ``attention_scale`` None:
+    1/√head_dim. Where there is a cap, scores and logits are ``cap · tanh(x / cap)``. ``eos_token_ids`` end a
+    generation.
     """
 
     name: str
@@ -40,9 +60,42 @@ class ModelSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str = ""
+    norms: str = BEFORE
+    activation: str = SILU
     tied_embeddings: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logits_divisor: float = 1.0
+    scores_cap: float | None = None
+    logits_cap: float | None = None
+    window_rope: dict[str, Any] | None = None
+    unrotated: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """What runner and server compare, and reports keep."""
+        return {
+            "layers": self.layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+        }
+
+    def canonical(self, *left_out: str) -> str:
+        """Everything of it but its name, and ``left_out``, as canonical JSON."""
+        values = {key: value for key, value in asdict(self).items() if key not in ("name", *left_out)}
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def layer_norms(self) -> tuple[str, ...]:
+        """The norms of each layer."""
+        return LAYER_NORMS[self.norms]
 
     def linear_shape(self, projection: str) -> tuple[int, int]:
         """(out, in) of one of ``PROJECTIONS`` or of ``lm_head``."""
@@ -64,8 +117,7 @@ class ModelSpec:
         """Every weight by its teegpu name, with its shape.
 
         ``embed_tokens``, ``lm_head`` (also where it is tied to the embedding), ``norm``, and for layer i
-        ``layers.i.q_proj`` …, ``layers.i.q_proj.bias``, ``layers.i.input_layernorm``,
-        ``layers.i.post_attention_layernorm``, ``layers.i.q_norm``, ``layers.i.k_norm``.
+        ``layers.i.q_proj`` …, ``layers.i.q_proj.bias``, its ``layer_norms``, ``layers.i.q_norm``, ``layers.i.k_norm``.
         """
         return dict(self._weights())
 
@@ -78,11 +130,12 @@ class ModelSpec:
                 yield prefix + projection, (out, in_)
                 if self.has_bias(projection):
                     yield f"{prefix}{projection}.bias", (out,)
-            for norm in LAYER_NORMS:
+            for norm in self.layer_norms:
                 yield prefix + norm, (self.hidden_size,)
             if self.qk_norm:
-                yield prefix + "q_norm", (self.head_dim,)
-                yield prefix + "k_norm", (self.head_dim,)
+                heads, kv_heads = (self.heads, self.kv_heads) if self.qk_norm == WHOLE else (1, 1)
+                yield prefix + "q_norm", (heads * self.head_dim,)
+                yield prefix + "k_norm", (kv_heads * self.head_dim,)
         yield "norm", (self.hidden_size,)
         yield "lm_head", (self.vocab_size, self.hidden_size)
 

@@ -1,51 +1,192 @@
-"""Text ⇄ token ids. The only place that knows the model's chat template."""
+"""Text ⇄ token ids. The only place that knows the model's chat template.
+
+Tokenizer and template are the model's, and so they are foreign: they run in a child process (``model.foreign``) with
+limits on time and memory, and this process parses neither.
+"""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import os
+import select
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
+from teegpu.children import Child, how_it_ended
 from teegpu.errors import ModelError, PromptError, UsageError
 from teegpu.model.folder import ModelFolder
-from teegpu.model.reader import eos_token_ids, known_config, read_config
-
-if TYPE_CHECKING:
-    import tokenizers
+from teegpu.model.reader import read_spec
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no complete character (yet)
-_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # one class, by its older and its newer name
-_TRUSTED = ("llama", "qwen3")
-_CONTEXT_TOKENS = 8  # of a prompt, enough to know what its end looks like
+
+_LONGEST_CHARACTER: Final = 4  # bytes of UTF-8
+
+LOAD_SECONDS: Final = 120.0
+TEMPLATE_SECONDS: Final = 2.0
+TEXT_SECONDS, CHARACTERS_PER_SECOND = 10.0, 50_000
+"""What encoding or decoding may take, and what is added for a longer text: a hundredth of a usual tokenizer's pace."""
+_CHARACTERS_FOR_EACH: Final = 256
+"""Of a token, at most: the longest ones are runs of spaces."""
+_MOST_ANSWER_BYTES: Final = 512 << 20
+_ENDING_SECONDS: Final = 1.0  # between its last words and its end
+
+Decode = Callable[[list[list[int]]], list[str]]
+"""Lists of token ids → their texts, special tokens left out."""
+
+
+class _FailedError(Exception):
+    """The child's own word of what went wrong. ``refused``: it was the template's purpose."""
+
+    def __init__(self, reason: str, *, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.refused = refused
+
+
+class _Confined:
+    """The child process, begun when it is needed: also anew, after it had to be ended. Threads take turns."""
+
+    def __init__(self, folder: ModelFolder, architecture: str) -> None:
+        self._folder = folder
+        self._architecture = architecture
+        self._lock = threading.Lock()
+        self._child: Child | None = None
+        self._end: Callable[[], Any] = lambda: None
+
+    def ask(self, job: str, *, seconds: float, **request: Any) -> Any:
+        """The answer to ``request``. Raises ``_FailedError``."""
+        with self._lock:
+            if self._child is None:
+                self._begin()
+            return self._asked({"job": job, **request}, seconds)
+
+    def begin(self) -> Mapping[str, Any]:
+        """What the tokenizer is. Raises ``_FailedError``."""
+        with self._lock:
+            return self._begin()
+
+    def close(self) -> None:
+        self._end()
+        self._child = None
+
+    def _begin(self) -> Mapping[str, Any]:
+        given = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "0"}
+        with self._folder.copied() as path:
+            self._child = child = Child(["-m", "teegpu.model.foreign", str(path), self._architecture], given=given)
+            self._end = weakref.finalize(self, child.close, politely=False)  # it has nothing to lose
+            try:
+                described: Mapping[str, Any] = self._asked(None, LOAD_SECONDS)
+            except BaseException:
+                self.close()
+                raise
+            return described
+
+    def _asked(self, request: Mapping[str, Any] | None, seconds: float) -> Any:
+        assert self._child is not None
+        process = self._child.process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            if request is not None:
+                process.stdin.write(json.dumps(request, separators=(",", ":")).encode() + b"\n")
+                process.stdin.flush()
+            answer = json.loads(self._line(process.stdout.fileno(), seconds))
+        except BaseException as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_ENDING_SECONDS if isinstance(error, (OSError, ValueError)) else 0)
+            self.close()
+            if isinstance(error, (OSError, ValueError)):  # it ended, or wrote what is no answer
+                raise _FailedError(f"it ended {how_it_ended(process.returncode)}") from None
+            raise
+        if "error" in answer:
+            reason = answer["reason"]
+            if answer["error"] == "MemoryError":
+                reason = "it takes more memory than it may"
+            elif not answer["refused"]:
+                reason = f"{answer['error']}: {reason}" if reason else answer["error"]
+            raise _FailedError(reason, refused=answer["refused"])
+        return answer["answer"]
+
+    def _line(self, descriptor: int, seconds: float) -> bytes:
+        until = time.monotonic() + seconds
+        answer = bytearray()
+        while not answer.endswith(b"\n"):
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+                raise _FailedError(f"it takes longer than {seconds:.0f} s")
+            part = os.read(descriptor, 1 << 20)
+            answer += part
+            if not part or len(answer) > _MOST_ANSWER_BYTES:
+                raise ValueError("no whole answer")
+        return bytes(answer)
+
+
+class _TemplateError(PromptError):
+    """The model's chat template takes no such conversation; its text may be taken all the same."""
 
 
 class Tokenizer:
     """A model's tokenizer. Reads the folder only; raises ``ModelError`` when there is no usable tokenizer in it.
 
-    ``eos_token_ids`` are the config's, generation config's and the tokenizer's own.
+    ``eos_token_ids`` are the config's, generation config's and the tokenizer's own. ``close`` ends its process, as does
+    dropping it.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
-        self._folder = folder
-        config = known_config(folder)
+        self._folder = folder = folder.pinned()
+        self._spec = spec = read_spec(folder)
+        self._confined = _Confined(folder, spec.architecture)
         try:
-            self._tokenizer = _load(folder, config.model_type)
-            self._backend: tokenizers.Tokenizer = self._tokenizer.backend_tokenizer
-        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ModelError(f"{folder.path} has no usable tokenizer ({reason}): {folder.repair}") from error
-        own = self._tokenizer.eos_token_id
-        ids = eos_token_ids(folder, config)
+            described = self._confined.begin()
+        except _FailedError as error:
+            raise ModelError(f"{folder.path} has no usable tokenizer ({error}){self._why()}: {folder.repair}") from None
+        own = described["eos_token_id"]
+        ids = spec.eos_token_ids
         self.eos_token_ids: tuple[int, ...] = ids if own is None or own in ids else (*ids, own)
-
-    @property
-    def vocab_size(self) -> int:
+        self.vocab_size: int = described["vocab_size"]
         """Number of token ids that the tokenizer knows; the model's table may have more rows."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        self.chat_template: str = described["chat_template"]
+        """Empty where the model has none."""
+        self._special: dict[str, int] = described["special"]
+        self._bytes: dict[int, bytes] = {}
+        self._spells: bool = described["spells"]
+        self._spelled: dict[int, bytes] = {}
+
+    def close(self) -> None:
+        self._confined.close()
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return bool(self.chat_template)
+
+    def to_json(self) -> str:
+        """What a tokenizer.json has."""
+        try:
+            return str(self._confined.ask("json", seconds=TEXT_SECONDS))
+        except _FailedError as error:
+            raise self._fails("be written", error) from None
+
+    def agrees_with(self, other: Tokenizer) -> bool:
+        """Whether both have the same tokens under the same ids. Raises ``ModelError``."""
+        return self.vocab_size == other.vocab_size and self._tokens() == other._tokens()
+
+    def _tokens(self) -> tuple[Any, list[tuple[Any, Any]]]:
+        found = json.loads(self.to_json())
+        added = [(entry.get("id"), entry.get("content")) for entry in found.get("added_tokens", ())]
+        return found.get("model", {}).get("vocab"), sorted(added, key=str)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written as ``text``, which no decoded text shows; None: there is none."""
+        return self._special.get(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that ``token`` stands for, which need not be whole characters; none for an unknown id."""
+        return self._asked("bytes", self._bytes, token)
 
     def encode_chat(self, prompt: str, system: str | None = None) -> list[int]:
         """Token ids of one user turn in the model's chat template, up to where the answer begins.
@@ -55,75 +196,111 @@ class Tokenizer:
         """
         if not prompt.strip():
             raise PromptError("the prompt is empty: give a text as argument or on standard input")
-        if not self.has_chat_template:
-            raise UsageError(f"model '{self._folder.name}' has no chat template: use --raw to give it the plain text")
-        from jinja2 import TemplateError
-
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": prompt})
+        messages = [{"role": "system", "content": system}] if system is not None else []
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise PromptError(
-                f"the chat template of model '{self._folder.name}' refuses this prompt ({reason}): "
-                "leave --system out, or use --raw to give the plain text"
-            ) from error
-        return self.encode_plain(str(text))  # the template writes the special tokens itself, BOS included
+            return self.encode_messages([*messages, {"role": "user", "content": prompt}])
+        except _TemplateError as error:
+            hint = "leave --system out, or use" if system is not None else "use"
+            raise PromptError(f"{error}: {hint} --raw to give the plain text") from None
+
+    def encode_messages(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Token ids of a conversation in the model's chat template, up to where the next answer begins.
+
+        Raises ``PromptError`` where the template refuses it, takes too long or too much memory, ``UsageError`` where
+        the model has no template.
+        """
+        name = self._folder.name
+        if not self.has_chat_template:
+            raise UsageError(f"model '{name}' has no chat template: use --raw to give it the plain text")
+        try:
+            given = {"template": self.chat_template, "messages": messages, "tools": tools}
+            text = self._confined.ask("chat", seconds=TEMPLATE_SECONDS, **given)
+        except _FailedError as error:
+            what = "refuses" if error.refused else "fails on"
+            raise _TemplateError(f"the chat template of model '{name}' {what} this prompt ({error})") from None
+        self._check_length(text)
+        return self._checked(self.encode_plain(text))  # the template writes the special tokens itself, BOS included
 
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of ``text`` itself, with the special tokens (such as BOS) that the tokenizer puts around a text.
 
         Raises ``PromptError`` where nothing is left to compute.
         """
-        ids = self.encode_plain(text) if not text else list(self._backend.encode(text, add_special_tokens=True).ids)
-        if not ids:
+        if not text:
             raise PromptError("the prompt is empty: give a text as argument or on standard input")
-        return ids
+        self._check_length(text)
+        return self._checked(self._encode(text, special=True))
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of ``text`` without any special token around it; empty for an empty text."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        return self._decode([list(ids)])[0]
 
-    def stream(self, after: Sequence[int] = ()) -> TextStream:
-        """A decoder for tokens that come one by one. ``after`` are ids that precede them and are not written: with a
-        SentencePiece tokenizer they decide whether the text begins with a space."""
-        return TextStream(self._backend, after)
+    def stream(self, after: Sequence[int] = ()) -> TextStream | ByteStream:
+        """What makes text of the tokens that come after those of ``after``."""
+        return ByteStream(self._spell, after) if self._spells else TextStream(self._decode, after)
 
+    def _spell(self, token: int) -> bytes:
+        """The bytes that ``token`` adds to a text. Kept: to ask for them costs more than all else of a token."""
+        return self._asked("spelled", self._spelled, token)
 
-def _load(folder: ModelFolder, architecture: str) -> Any:
-    """The tokenizer as transformers loads it.
+    def _asked(self, what: str, known: dict[int, bytes], token: int) -> bytes:
+        """What the child says of ``token``, asked for where it is not ``known`` yet."""
+        if token not in known:
+            try:
+                known[token] = bytes(self._confined.ask(what, token=token, seconds=TEXT_SECONDS))
+            except _FailedError as error:
+                raise self._fails("decode these tokens", error) from None
+        return known[token]
 
-    Where the model says that its tokenizer.json is all there is to it, the class is known, and is asked for by itself:
-    looking for the class imports PyTorch's compiler among much else, which takes seconds. Not so for the architectures
-    of which transformers knows that their models say it wrongly.
-    """
-    if architecture in _TRUSTED and _is_plain(folder):
-        from transformers import PreTrainedTokenizerFast
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        seconds = TEXT_SECONDS + len(text) / CHARACTERS_PER_SECOND
+        try:
+            return list(self._confined.ask("text", text=text, special=special, seconds=seconds))
+        except _FailedError as error:
+            raise self._fails("encode this text", error) from None
 
-        return PreTrainedTokenizerFast.from_pretrained(str(folder.path), local_files_only=True)
-    from transformers import AutoTokenizer
+    def _decode(self, lists: list[list[int]]) -> list[str]:
+        seconds = TEXT_SECONDS + sum(map(len, lists)) / CHARACTERS_PER_SECOND
+        try:
+            return list(self._confined.ask("decode", ids=lists, seconds=seconds))
+        except _FailedError as error:
+            raise self._fails("decode these tokens", error) from None
 
-    return AutoTokenizer.from_pretrained(
-        str(folder.path), config=read_config(folder), local_files_only=True, trust_remote_code=False
-    )
+    def _fails(self, what: str, error: _FailedError) -> ModelError:
+        return ModelError(f"the tokenizer in {self._folder.path} can't {what} ({error}): {self._folder.repair}")
 
+    def _checked(self, ids: list[int]) -> list[int]:
+        """``ids``, which a model can take: some, and each a row of its embedding."""
+        if not ids:
+            raise ModelError(f"the tokenizer in {self._folder.path} makes no token of this text: {self._folder.repair}")
+        if (worst := max(ids)) >= self._spec.vocab_size:
+            token = next((text for text, index in self._special.items() if index == worst), "")
+            raise PromptError(
+                f"the prompt has token {worst}{f' ({token!r})' if token else ''}, and model '{self._folder.name}' has "
+                f"{self._spec.vocab_size} tokens: leave it out of the prompt, or choose another model with --model"
+            )
+        return ids
 
-def _is_plain(folder: ModelFolder) -> bool:
-    try:
-        described = json.loads((folder.path / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
-        return False  # transformers says what is wrong
-    return (
-        isinstance(described, dict)
-        and described.get("tokenizer_class") in _PLAIN_CLASSES
-        and "auto_map" not in described
-        and (folder.path / "tokenizer.json").is_file()
-    )
+    def _check_length(self, text: str) -> None:
+        """Refuses what no context holds before its tokens take memory."""
+        if len(text) > _CHARACTERS_FOR_EACH * self._spec.max_positions:
+            raise PromptError(
+                f"the prompt has {len(text)} characters, and the model's context ends at {self._spec.max_positions} "
+                "tokens: shorten the prompt, or choose a model with a longer context"
+            )
+
+    def _why(self) -> str:
+        """What is known of a tokenizer that can't be loaded."""
+        files = self._folder.pinned().files or {}
+        if "tokenizer.json" not in files and "tokenizer.model" in files:
+            return "; a tokenizer.model needs the package sentencepiece, which 'pip install sentencepiece' adds"
+        return ""
 
 
 class TextStream:
@@ -132,11 +309,11 @@ class TextStream:
     All pieces joined, that of ``finish`` included, are what decoding all ids at once gives.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, after: Sequence[int] = ()) -> None:
-        self._backend = backend
+    def __init__(self, decode: Decode, after: Sequence[int] = ()) -> None:
+        self._decode = decode
         # A token's text may depend on the tokens before it, so text is decoded from ``_context`` on, and what the
         # tokens up to ``_written`` give by themselves is cut off. ``_out`` characters of the rest are out already.
-        self._ids: list[int] = list(after)[-_CONTEXT_TOKENS:]
+        self._ids: list[int] = list(after)
         self._context = 0
         self._written = len(self._ids)
         self._out = 0
@@ -160,8 +337,21 @@ class TextStream:
         return piece
 
     def _rest(self) -> str:
-        before = self._decode(self._ids[self._context : self._written])
-        return self._decode(self._ids[self._context :])[len(before) :]
+        before, whole = self._decode([self._ids[self._context : self._written], self._ids[self._context :]])
+        return whole[len(before) :]
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
+
+class ByteStream:
+    """As ``TextStream``, where each token adds the bytes that ``spell`` says, whatever stands before it."""
+
+    def __init__(self, spell: Callable[[int], bytes], after: Sequence[int] = ()) -> None:
+        self._spell = spell
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in after[-_LONGEST_CHARACTER:]:  # it may end with half a character
+            self._decoder.decode(spell(token))
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._spell(token))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
