@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 
@@ -28,29 +28,71 @@ REPLAYS: Final = 512
 speculated one; a client that invents more pushes out the oldest."""
 
 
+REPLAY_BYTES: Final = 2**26
+REPLAYS_BYTES: Final = 2**30
+"""Registers of one recorded program, and of all: inputs and outputs stay in pinned memory. The largest of ours, the
+logits of 16 rows over 150,000 words, has 20 MB."""
+
+T = TypeVar("T")
+
+
+class Recorded(Generic[T]):
+    """What came once, and the recordings of what came again. The oldest go when there are more than ``REPLAYS``, or
+    when they hold more than ``REPLAYS_BYTES``."""
+
+    def __init__(self) -> None:
+        self.found: OrderedDict[Hashable, T | None] = OrderedDict()
+        self.nbytes = 0
+        self._sizes: dict[Hashable, int] = {}
+
+    def get(self, key: Hashable, nbytes: int, record: Callable[[], T | None]) -> T | None:
+        """The recording of ``key``, which holds ``nbytes``, made now if this is the second time that it comes; None
+        the first time, and where it is too large or ``record`` gives none."""
+        if nbytes > REPLAY_BYTES:
+            return None
+        if key not in self.found:
+            self.found[key] = None
+            if len(self.found) > REPLAYS:
+                self._drop()
+            return None
+        self.found.move_to_end(key)
+        known = self.found[key]
+        if known is None and (known := record()) is not None:
+            self.found[key], self._sizes[key] = known, nbytes
+            self.nbytes += nbytes
+            while self.nbytes > REPLAYS_BYTES:
+                self._drop()
+        return known
+
+    def _drop(self) -> None:
+        key, _ = self.found.popitem(last=False)
+        self.nbytes -= self._sizes.pop(key, 0)
+
+
 class Device:
     """Runs programs on ``device``. One thread at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._events: list[torch.cuda.Event] = []
-        self._seen: OrderedDict[Hashable, _Replay | None] = OrderedDict()
+        self.recorded: Recorded[_Replay] = Recorded()
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self.replays = True
         """Whether programs are recorded. Off once the driver has refused to record one."""
 
     def run(
-        self, key: Hashable, inputs: Mapping[str, torch.Tensor], queue: Queue
+        self, key: Hashable, nbytes: int, inputs: Mapping[str, torch.Tensor], queue: Queue
     ) -> tuple[list[torch.Tensor], list[float]]:
         """The frames of the program ``queue``, on the CPU, and the seconds between its marks: the first value is up to
         the first mark, the uploads included, the last one from the last mark to the end of the downloads.
 
-        ``key`` stands for the program and the shapes and dtypes of its inputs; ``inputs`` are on the CPU.
+        ``key`` stands for the program and the shapes and dtypes of its inputs, ``nbytes`` is the size of its registers;
+        ``inputs`` are on the CPU.
         """
         with torch.cuda.device(self.device):
             if self.replays and all(_rows(tensor) <= REPLAYED_ROWS for tensor in inputs.values()):
-                replay = self._replay(key, inputs, queue)
+                replay = self.recorded.get(key, nbytes, lambda: self._record(inputs, queue))
                 if replay is not None:
                     return replay.run(inputs)
             return self._launch(inputs, queue)
@@ -74,29 +116,18 @@ class Device:
         events[used - 1].synchronize()
         return frames, _seconds(events[:used])
 
-    def _replay(self, key: Hashable, inputs: Mapping[str, torch.Tensor], queue: Queue) -> _Replay | None:
-        """The recorded program, recorded now if this is the second time that it comes; None the first time."""
-        seen = self._seen
-        if key not in seen:
-            seen[key] = None
-            if len(seen) > REPLAYS:
-                seen.popitem(last=False)
+    def _record(self, inputs: Mapping[str, torch.Tensor], queue: Queue) -> _Replay | None:
+        if self._stream is None or self._pool is None:
+            self._stream = torch.cuda.Stream(self.device)
+            # One pool for all: nothing of a program is read once the next one runs.
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            return _Replay(self.device, self._stream, self._pool, inputs, queue)
+        except torch.OutOfMemoryError:
             return None
-        seen.move_to_end(key)
-        found = seen[key]
-        if found is None:
-            if self._stream is None or self._pool is None:
-                self._stream = torch.cuda.Stream(self.device)
-                # One pool for all: nothing of a program is read once the next one runs.
-                self._pool = torch.cuda.graph_pool_handle()
-            try:
-                found = seen[key] = _Replay(self.device, self._stream, self._pool, inputs, queue)
-            except torch.OutOfMemoryError:
-                return None
-            except RuntimeError:  # a driver or a library that can't record: launched programs do the same, later
-                self.replays = False
-                return None
-        return found
+        except RuntimeError:  # a driver or a library that can't record: launched programs do the same, later
+            self.replays = False
+            return None
 
 
 class _Replay:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, takewhile
+from itertools import pairwise
+from typing import Final
 
 import torch
 
@@ -22,47 +23,45 @@ from teegpu.gpu.weights import DeviceWeights
 from teegpu.kernels import Matrix, convert
 from teegpu.ring import Operand, RingMatrix, Seed
 from teegpu.ringkernels import scratch_bytes
-from teegpu.wire.dtypes import nbytes
-from teegpu.wire.layout import FrameLayout, Layout, Row, layout_of
+from teegpu.wire.dtypes import narrow, nbytes
+from teegpu.wire.layout import Layout, Row, layout_of
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_BYTES, REMEMBERED_STEPS, Limits
 from teegpu.wire.program import RING, Program, Shape, ShapeError, Step, infer_shapes, report_name
 
 _REPLY_HEADER_BYTES = 8 * 1024
-_PRODUCTS = frozenset({"linear", RING})
-
 _NOT_OFFERED = "this server does not compute shielded products: its server.shield is off"
+_MACS_PER_THREAD = 2**38
+_MACS_ON_CUDA = 2**44
+"""Of a program, where ``limits.program_macs`` is 0: some ten seconds of a core, the longest that one program then keeps
+others waiting; an H200 takes less than one."""
 _QUANTISING_BYTES = 12
 """Per value at most, while an output is brought into int8: it is there in fp32, padded, and divided by its scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One product or sum: ``steps`` is one step, or the neighbouring linear steps that run as one matrix product.
+    """A step that is ready to run: ``function`` takes the registers ``inputs`` and gives what goes into ``output``.
+    ``name`` is the operation's in reports."""
 
-    ``whole`` is the register in which that product is left as it is; empty: it is cut into the steps' own. In the ring
-    it is (1, values): one step's after the other's."""
-
-    steps: tuple[Step, ...]
-    matrix: Matrix | RingMatrix | None
-    weight: torch.Tensor | None
-    sizes: tuple[int, ...]
+    output: str
+    inputs: tuple[str, ...]
+    function: Callable[..., torch.Tensor]
     name: str
-    whole: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compiled:
-    """``sources`` names for each frame of the reply's ``layout`` the registers that it is made of."""
+    """A checked program for inputs of one shape, the reply's ``layout``, and the bytes of its registers and reply."""
 
     kernels: tuple[Kernel, ...]
     layout: Layout
-    sources: tuple[tuple[str, ...], ...]
+    nbytes: int
 
 
 @dataclass(slots=True)
 class Execution:
-    """What a program gave and cost: ``frames`` as ``FrameLayout.narrow`` made them, on the CPU, for each frame of
-    ``layout``. ``operations`` maps report names to (logical operations, seconds)."""
+    """What a program gave and cost: ``frames`` as ``dtypes.narrow`` made them, on the CPU, for each row of ``layout``.
+    ``operations`` maps report names to (steps, seconds)."""
 
     layout: Layout
     frames: list[torch.Tensor]
@@ -94,12 +93,14 @@ class Executor:
         self.ring = ring
         self.limits = limits
         self._clock = clock
-        self.announce: Callable[[int], None] = lambda _: None
-        """Called with the bytes that programs may take beyond their requests and the weights as they were loaded: the
-        most that one has needed so far. Before it is taken."""
+        self.working_bytes = 0
+        """What programs may take beyond their requests and the weights as they were loaded: the most that one has
+        needed so far. It says so before that is taken."""
         self._needed_bytes = 0
         self._loaded_bytes = weights.nbytes
         self._device = Device(weights.device) if weights.device.type == "cuda" else None
+        usual = _MACS_PER_THREAD * torch.get_num_threads() if self._device is None else _MACS_ON_CUDA
+        self._most_macs = limits.program_macs or usual
         self._ring_bytes = 0
         """Of int8 weights that were made since."""
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
@@ -120,7 +121,7 @@ class Executor:
                 frames, seconds = self._run_cpu(compiled, tensors)
             else:
                 key = (compiled, *(tensor.dtype for tensor in tensors.values()))
-                frames, seconds = self._device.run(key, tensors, partial(self._queue, compiled))
+                frames, seconds = self._device.run(key, compiled.nbytes, tensors, partial(self._queue, compiled))
         except torch.OutOfMemoryError as error:
             raise ShapeError(
                 "out-of-memory",
@@ -129,7 +130,7 @@ class Executor:
         operations: dict[str, tuple[int, float]] = {}
         for kernel, spent in zip(compiled.kernels, seconds[1:-1], strict=True):
             count, total = operations.get(kernel.name, (0, 0.0))
-            operations[kernel.name] = (count + len(kernel.steps), total + spent)
+            operations[kernel.name] = (count + 1, total + spent)
         brought_in = prepared - start + seconds[0]
         return Execution(compiled.layout, frames, operations, brought_in, sum(seconds[1:-1]), seconds[-1])
 
@@ -148,9 +149,9 @@ class Executor:
         registers = {name: self._convert(tensor) for name, tensor in inputs.items()}
         mark()
         for kernel in compiled.kernels:
-            self._execute(kernel, registers)
+            registers[kernel.output] = kernel.function(*[registers[name] for name in kernel.inputs])
             mark()
-        return _frames(compiled, registers)
+        return [narrow(registers[name], encoding) for name, _, encoding in compiled.layout.rows]
 
     def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
         dtype = tensor.dtype
@@ -160,41 +161,13 @@ class Executor:
             else convert(tensor, self.weights.dtype)
         )
 
-    def _execute(self, kernel: Kernel, registers: dict[str, torch.Tensor]) -> None:
-        step = kernel.steps[0]
-        source = registers[step.inputs[0]]
-        weight = kernel.weight
-        if isinstance(kernel.matrix, RingMatrix):
-            flat = kernel.matrix.products(source, kernel.sizes)
-            if kernel.whole:
-                registers[kernel.whole] = flat.unsqueeze(0)
-            else:
-                parts = flat.split([source.shape[0] * n for n in kernel.sizes])
-                for each, part in zip(kernel.steps, parts, strict=True):
-                    registers[each.output] = part.view(source.shape[0], -1)
-        elif kernel.matrix is not None:
-            product = kernel.matrix.product(source)
-            if kernel.whole:
-                registers[kernel.whole] = product
-            else:
-                for each, part in zip(kernel.steps, product.split(kernel.sizes, dim=-1), strict=True):
-                    registers[each.output] = part
-        elif step.op == "scale" and weight is not None:
-            registers[step.output] = source * weight
-        elif step.op == "add":
-            registers[step.output] = source + registers[step.inputs[1]]
-        elif step.op == "embedding" and weight is not None:
-            registers[step.output] = torch.nn.functional.embedding(source.to(torch.int64), weight)
-        else:
-            registers[step.output] = _grouped_matmul(source, registers[step.inputs[1]], step.transpose)
-
     def make_ring(self) -> RingWeights:
         """The int8 matrices, made where they are not yet. Raises ``ShapeError`` where they are not offered."""
         if self.ring is None:
             raise ShapeError("not-offered", _NOT_OFFERED)
         if not self.ring.made:
             self._ring_bytes = self.ring.most_bytes
-            self._tell(0)
+            self._update_working_bytes(0)
             self.ring.make()
         return self.ring
 
@@ -219,13 +192,21 @@ class Executor:
             raise ShapeError("not-offered", _NOT_OFFERED)
         given = {name: tuple(inputs[name].shape) for name in program.inputs}
         shapes = infer_shapes(program, given, self._weight_shape)
+        macs = sum(_macs(step, shapes) for step in program.steps)
+        if macs > self._most_macs:
+            raise ShapeError(
+                "too-large",
+                f"this program takes {macs:.2g} multiplications, the server allows {self._most_macs:.2g} "
+                "(limits.program_macs on the server): send smaller chunks (run.chunk_tokens)",
+            )
         reply = sum(nbytes(shapes[name], encodings[name]) for name in program.outputs)
         itemsize = torch.int32.itemsize if program.in_ring else self.weights.dtype.itemsize
-        needed = sum(math.prod(shape) for shape in shapes.values()) * itemsize + reply
+        needed = held = sum(math.prod(shape) for shape in shapes.values()) * itemsize + reply
         if program.in_ring:
-            needed += _ring_scratch_bytes(program, shapes)
-        layout = layout_of(tuple(Row(name, shapes[name], encodings[name]) for name in program.outputs))
-        needed += max(self._narrowing_bytes(frame, itemsize) for frame in layout.frames)
+            needed += max(_ring_scratch_bytes(step, shapes) for step in program.steps)
+        needed += _QUANTISING_BYTES * max(
+            math.prod(shapes[name]) if encodings[name] == "int8" else 0 for name in program.outputs
+        )
         if needed > self.limits.working_bytes:
             raise ShapeError(
                 "too-large",
@@ -240,26 +221,22 @@ class Executor:
                 f"{self.limits.message_bytes / 2**20:.0f} MiB (limits.message_mib on the server): send smaller chunks "
                 "(run.chunk_tokens)",
             )
-        self._announce(program, needed)
-        kernels = tuple(self._kernels(program, shapes, layout))
-        return Compiled(kernels, layout, tuple(_sources(frame, kernels) for frame in layout.frames))
+        self._plan_memory(program, needed)
+        kernels = [
+            Kernel(step.output, step.inputs, KERNELS[step.op](self, step), report_name(step)) for step in program.steps
+        ]
+        layout = layout_of(tuple(Row(name, shapes[name], encodings[name]) for name in program.outputs))
+        return Compiled(tuple(kernels), layout, held)
 
-    def _narrowing_bytes(self, frame: FrameLayout, itemsize: int) -> int:
-        """What is taken for a moment to bring outputs of ``itemsize`` bytes a value into ``frame``, beyond the frame
-        itself."""
-        joined = sum(frame.sizes) * itemsize if frame.seamless and len(frame.sizes) > 1 else 0
-        if frame.encoding != "int8":
-            return joined
-        return joined + _QUANTISING_BYTES * (sum(frame.sizes) if frame.seamless else max(frame.sizes))
-
-    def _announce(self, program: Program, needed: int) -> None:
+    def _plan_memory(self, program: Program, needed: int) -> None:
         self._needed_bytes = max(self._needed_bytes, needed)
         # A projection that is asked for alone may be copied.
-        shapes = [self.weights.shape(step.weight) or () for step in program.steps if step.op == "linear"]
-        self._tell(sum(math.prod(shape) for shape in shapes) * self.weights.dtype.itemsize)
+        alone = [step.weights[0] for step in program.steps if step.op == "linear" and len(step.weights) == 1]
+        shapes = [self.weights.shape(name) or () for name in alone]
+        self._update_working_bytes(sum(math.prod(shape) for shape in shapes) * self.weights.dtype.itemsize)
 
-    def _tell(self, copies: int) -> None:
-        self.announce(self._needed_bytes + self._ring_bytes + copies + self.weights.nbytes - self._loaded_bytes)
+    def _update_working_bytes(self, copies: int) -> None:
+        self.working_bytes = self._needed_bytes + self._ring_bytes + copies + self.weights.nbytes - self._loaded_bytes
 
     def _weight_shape(self, name: str) -> Shape | None:
         shape = self.weights.shape(name)
@@ -293,69 +270,53 @@ class Executor:
             if int(low) < 0 or int(high) >= vocabulary:
                 raise ShapeError("bad-shape", f"a token id is outside of the vocabulary of {vocabulary}")
 
-    def _kernels(self, program: Program, shapes: Mapping[str, Shape], layout: Layout) -> list[Kernel]:
-        kernels: list[Kernel] = []
-        steps = list(program.steps)
-        while steps:
-            run = _run_of_linears(steps)
-            matrix = self._matrix(run) if run else None
-            if matrix is None:
-                run = steps[:1]
-                matrix = self._matrix(run) if run[0].op in _PRODUCTS else None
-            if matrix is None and run[0].op in _PRODUCTS:
-                raise ShapeError("unknown-weight", f"the server multiplies with no weight {run[0].weight!r}")
-            weight = self.weights.tensor(run[0].weight) if run[0].weight and matrix is None else None
-            sizes = tuple(shapes[step.output][-1] for step in run)
-            del steps[: len(run)]
-            outputs = tuple(step.output for step in run)
-            read = {name for step in steps for name in step.inputs}
-            alone = len(run) == 1 and not program.in_ring
-            whole = outputs[0] if alone or (read.isdisjoint(outputs) and _contiguous(outputs, layout)) else ""
-            kernels.append(Kernel(tuple(run), matrix, weight, sizes, report_name(run[0]), whole))
-        return kernels
-
-    def _matrix(self, steps: list[Step]) -> Matrix | RingMatrix | None:
-        """The matrix of ``steps``, products of one kind, or None where they have none in common."""
-        names = [step.weight for step in steps]
-        if steps[0].op == RING:
-            known = self.ring is not None and all(map(self.ring.holds, names))
-            return self.make_ring().matrix(*names) if known else None
-        return self.weights.matrix(*names)
+    def matrix(self, step: Step) -> Matrix | RingMatrix:
+        """The weights of ``step``, a product, as one matrix. Raises ``ShapeError`` where they are none."""
+        names = step.weights
+        if step.op == RING:
+            held = self.ring is not None and all(map(self.ring.holds, names))
+            found: Matrix | RingMatrix | None = self.make_ring().matrix(*names) if held else None
+        else:
+            found = self.weights.matrix(*names)
+        if found is None:
+            raise ShapeError("unknown-weight", f"the server multiplies with no weight {' and '.join(map(repr, names))}")
+        return found
 
 
-def _ring_scratch_bytes(program: Program, shapes: Mapping[str, Shape]) -> int:
-    """What a product of ``program``, which is in the ring, takes for a moment beside its registers, at most."""
-    most = 0
-    for source in {step.inputs[0] for step in program.steps}:
-        outputs = sum(shapes[step.output][1] for step in program.steps if step.inputs[0] == source)
-        rows, columns = shapes[source]
-        most = max(most, scratch_bytes(rows, columns, outputs))
-    return most
+def _macs(step: Step, shapes: Mapping[str, Shape]) -> int:
+    """The multiplications of ``step``; what has none counts one for each value that it makes."""
+    inner = shapes[step.inputs[0]][-1] if step.op in {"linear", "matmul", RING} else 1
+    return math.prod(shapes[step.output]) * inner
 
 
-def _contiguous(outputs: tuple[str, ...], layout: Layout) -> bool:
-    """Whether ``outputs``, side by side as one product, are also one after the other in a frame of ``layout``."""
-    return any(
-        (frame.seamless or frame.encoding == "int32") and frame.registers[place : place + len(outputs)] == outputs
-        for frame in layout.frames
-        for place in range(len(frame.registers))
-    )
+def _ring_scratch_bytes(step: Step, shapes: Mapping[str, Shape]) -> int:
+    """What a product in the ring takes for a moment beside its registers, at most."""
+    rows, columns = shapes[step.inputs[0]]
+    return scratch_bytes(rows, columns, shapes[step.output][1])
 
 
-def _sources(frame: FrameLayout, kernels: Sequence[Kernel]) -> tuple[str, ...]:
-    """The registers that ``frame`` is made of: where a product was left whole, its first one stands for all."""
-    inside = {step.output for kernel in kernels if kernel.whole for step in kernel.steps[1:]}
-    return tuple(name for name in frame.registers if name not in inside)
+def _product(executor: Executor, step: Step) -> Callable[..., torch.Tensor]:
+    return executor.matrix(step).product
 
 
-def _frames(compiled: Compiled, registers: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    frames = zip(compiled.layout.frames, compiled.sources, strict=True)
-    return [frame.narrow([registers[name] for name in names]) for frame, names in frames]
+def _scale(executor: Executor, step: Step) -> Callable[..., torch.Tensor]:
+    return executor.weights.tensor(step.weights[0]).mul
 
 
-def _run_of_linears(steps: list[Step]) -> list[Step]:
-    """The leading products with weights that share the first one's input, or none."""
-    return list(takewhile(lambda step: step.op in _PRODUCTS and step.inputs == steps[0].inputs, steps))
+def _embedding(executor: Executor, step: Step) -> Callable[..., torch.Tensor]:
+    table = executor.weights.tensor(step.weights[0])
+    return lambda ids: torch.nn.functional.embedding(ids.to(torch.int64), table)
+
+
+KERNELS: Final[Mapping[str, Callable[[Executor, Step], Callable[..., torch.Tensor]]]] = {
+    "embedding": _embedding,
+    "linear": _product,
+    "scale": _scale,
+    "matmul": lambda _, step: partial(_grouped_matmul, transpose=step.transpose),
+    "add": lambda _, __: torch.add,
+    RING: _product,
+}
+"""What computes a step of each operation of ``program.OPS``, for an executor's weights. Raises ``ShapeError``."""
 
 
 def _expanded(operand: Operand) -> torch.Tensor:

@@ -16,8 +16,7 @@ from typing import Final, Protocol
 import torch
 
 from teegpu import machine, ring
-from teegpu.gpu.weights import GROUPS
-from teegpu.model.spec import ModelSpec
+from teegpu.model.spec import GROUPS, ModelSpec
 
 log = logging.getLogger("teegpu.gpu")
 
@@ -29,7 +28,7 @@ _ROOMY_BYTES: Final = 5
 class Store(Protocol):
     """The part of a ``WeightStore`` that is needed."""
 
-    def load(self, name: str) -> torch.Tensor: ...
+    def load_whole(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> None: ...
 
 
 class RingWeights:
@@ -113,7 +112,7 @@ class RingWeights:
         for name, shape in zip(group, shapes, strict=True):
             part = whole[start : start + shape[0]]
             scale = torch.empty(shape[0], dtype=torch.float32)
-            ring.quantise_into(store.load(name), part, scale)
+            store.load_whole(name, part, scale)
             digests[name] = ring.digest(part, scale)
             start += shape[0]
         matrix = self._matrices[group] = ring.RingMatrix(whole.to(self._device), roomy=roomy)

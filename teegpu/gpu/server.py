@@ -21,6 +21,7 @@ from teegpu.gpu.executor import Executor
 from teegpu.gpu.load import Busy
 from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.weights import DeviceWeights
+from teegpu.kernels import DTYPES, int8_rows, products_in, quickest_dtype
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
 from teegpu.options import frame_kinds
@@ -32,8 +33,6 @@ from transports.base import Incoming, Message, Server
 from transports.errors import LimitError
 
 log = logging.getLogger("teegpu.gpu")
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +65,7 @@ class GpuServer:
         self._executor = executor
         self._identity = identity
         self._limits = limits
-        weights = executor.weights
-        # What goes to a GPU goes there in the wire's dtype: that may be half of the bytes.
-        self._decoder = codec.Decoder(limits, floats=weights.dtype if weights.device.type == "cpu" else None)
+        self._decoder = codec.Decoder(limits)
         self._instance = secrets.token_hex(8)
         self._stopping = False
         self._drain_seconds = drain_seconds
@@ -76,10 +73,7 @@ class GpuServer:
         self._busy = Busy(self._started_ns)
         self.requests_served = 0
         self.requests_refused = 0
-        executor.announce = self._announce
-
-    def _announce(self, nbytes: int) -> None:
-        self._transport.user_bytes = nbytes
+        transport.user_bytes = lambda: executor.working_bytes
 
     def serve(self) -> None:
         """Answers requests until ``stop``, and what waits then; the request in hand is always finished."""
@@ -204,7 +198,7 @@ class GpuServer:
             instance=self._instance,
             model=me.spec.name[:MAX_LABEL_LENGTH],
             digest=me.digest,
-            dims=dims_of(me.spec),
+            dims=me.spec.dimensions,
             device=me.device[:MAX_LABEL_LENGTH],
             dtype=me.dtype,
             threads=me.threads,
@@ -219,19 +213,6 @@ class GpuServer:
             layers=me.layers or (0, me.spec.layers - 1),
             ring_digest="" if ring is None else ring.digest,
         )
-
-
-def dims_of(spec: ModelSpec) -> dict[str, int]:
-    """The dimensions that a client compares with its own."""
-    return {
-        "layers": spec.layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "heads": spec.heads,
-        "kv_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
-    }
 
 
 def pick_device(name: str) -> torch.device:
@@ -263,14 +244,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    # Without such instructions bf16 is emulated, and slower than fp32.
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name in ``DTYPES`` of ``dtype``."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return quickest_dtype()
 
 
 def load(
@@ -282,26 +256,31 @@ def load(
     limits: Limits,
     layers: tuple[int, int] | None = None,
     shield: str = "auto",
+    weights: str = "full",
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Executor, Identity]:
     """Loads the model, or these ``layers`` of it (the first and the last one), onto the device and returns what serves
     it. The digest is that of the whole model: its files are read for it, but not kept. ``shield``: the int8 weights for
-    shielded products are made now (on), when they are asked for (auto), or never (off). Raises ``ModelError``, and
-    ``ConfigError`` for a device or dtype that can't be."""
+    shielded products are made now (on), when they are asked for (auto), or never (off). ``weights``: full, or int8.
+    Raises ``ModelError``, and ``ConfigError`` for a device, dtype or weights that can't be."""
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
+    int8 = weights == "int8"
+    if int8 and where.type != "cpu":
+        raise ConfigError("server.weights = int8 is for CPUs: on CUDA, leave it out, or give --device cpu")
+    if int8 and not int8_rows(kind):
+        log.warning("server.weights = int8: this processor has no quick product for them, so nothing is gained")
     told, part = progress or (lambda _: None), 0.5 if shield == "on" else 1.0
-    weights = DeviceWeights(
-        store, spec, device=where, dtype=kind, layers=layers, progress=lambda share: told(part * share)
+    held = DeviceWeights(
+        store, spec, device=where, dtype=kind, layers=layers, int8=int8, progress=lambda share: told(part * share)
     )
     label = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
-    identity = Identity(
-        spec, store.digest(), label, dtype_name(kind), torch.get_num_threads(), weights.nbytes, weights.layers
-    )
-    ring = None if shield == "off" else RingWeights(store.reopen, spec, device=where, layers=weights.layers)
+    computes = products_in(kind, int8=int8)
+    identity = Identity(spec, store.digest(), label, computes, torch.get_num_threads(), held.nbytes, held.layers)
+    ring = None if shield == "off" else RingWeights(store.reopen, spec, device=where, layers=held.layers)
     if ring is not None and shield == "on":
         ring.make(lambda share: told(part + part * share))
-    return Executor(weights, limits, ring=ring), identity
+    return Executor(held, limits, ring=ring), identity
 
 
 def _message(encoded: codec.Encoded) -> Message:

@@ -12,14 +12,13 @@ from collections.abc import Callable
 import torch
 
 from teegpu.kernels import Matrix
-from teegpu.model.spec import LAYER_NORMS, ModelSpec
-from teegpu.model.weights import WeightStore
-
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
+from teegpu.model.spec import GROUPS, ModelSpec
+from teegpu.model.weights import WeightStore, load_matrix
 
 
 class DeviceWeights:
-    """Weights of ``spec`` on ``device`` in ``dtype``, read straight from safetensors, one slice at a time.
+    """Weights of ``spec`` on ``device`` in ``dtype``, read straight from safetensors, one slice at a time; matrices as
+    ``int8`` where that is asked for, on a CPU.
 
     ``layers``, the first and the last one to hold, loads the weights that are placed with these alone (see
     ``ModelSpec.layer_of``); None loads all. ``progress`` is called with the fraction that is done, 0 to 1. Raises
@@ -34,12 +33,14 @@ class DeviceWeights:
         device: torch.device,
         dtype: torch.dtype,
         layers: tuple[int, int] | None = None,
+        int8: bool = False,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         self.spec = spec
         self.layers = layers or (0, spec.layers - 1)
         self.device = device
         self.dtype = dtype
+        self.int8 = int8
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._matrices: dict[tuple[str, ...], Matrix] = {}
@@ -53,14 +54,15 @@ class DeviceWeights:
             self._load_tensor(store, spec, "embed_tokens")
         if last == spec.layers - 1:
             self._load_tensor(store, spec, "norm")
-            if spec.tied_embeddings and first == 0:
-                self._add_matrix(("lm_head",), (spec.weights["lm_head"],), self._tensors["embed_tokens"], owned=False)
+            if store.tied and first == 0 and not self.int8:
+                head = Matrix(self._tensors["embed_tokens"])
+                self._add_matrix(("lm_head",), (spec.weights["lm_head"],), head, owned=False)
             else:
                 self._load_matrix(store, spec, ("lm_head",))
         for layer in range(first, last + 1):
             for group in GROUPS:
                 self._load_matrix(store, spec, tuple(f"layers.{layer}.{projection}" for projection in group))
-            for norm in LAYER_NORMS:
+            for norm in spec.layer_norms:
                 self._load_tensor(store, spec, f"layers.{layer}.{norm}")
             progress((layer + 1 - first) / (last + 1 - first))
 
@@ -72,18 +74,14 @@ class DeviceWeights:
 
     def _load_matrix(self, store: WeightStore, spec: ModelSpec, names: tuple[str, ...]) -> None:
         shapes = tuple(spec.weights[name] for name in names)
-        whole = torch.empty((sum(shape[0] for shape in shapes), shapes[0][1]), dtype=self.dtype, device=self.device)
-        start = 0
-        for name, shape in zip(names, shapes, strict=True):
-            store.load_into(name, whole[start : start + shape[0]])
-            start += shape[0]
-        self._add_matrix(names, shapes, whole, owned=True)
+        matrix = load_matrix(store, spec, names, self.dtype, int8=self.int8, device=self.device)
+        self._add_matrix(names, shapes, matrix, owned=True)
 
     def _add_matrix(
-        self, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], whole: torch.Tensor, *, owned: bool
+        self, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], matrix: Matrix, *, owned: bool
     ) -> Matrix:
-        """Keeps ``whole``, the rows of ``names`` one after the other. ``owned``: nothing else keeps its memory."""
-        matrix = self._matrices[names] = Matrix(whole)
+        """Keeps ``matrix``, the rows of ``names`` one after the other. ``owned``: nothing else keeps its memory."""
+        self._matrices[names] = matrix
         if owned or matrix.packed:
             self._bytes += matrix.nbytes
         start = 0
@@ -104,7 +102,7 @@ class DeviceWeights:
         if found is None and len(names) == 1 and names[0] in self._places:
             merged, start = self._places[names[0]]
             shape = self._shapes[names[0]]
-            found = self._add_matrix(names, (shape,), merged.rows(start, start + shape[0]), owned=False)
+            found = self._add_matrix(names, (shape,), merged.part(start, start + shape[0]), owned=False)
         return found
 
     def shape(self, name: str) -> tuple[int, ...] | None:

@@ -1,9 +1,8 @@
 """Messages to frames and back. No I/O: every malformed message can be tried from byte strings.
 
 Frame 0 is a msgpack header, a list ``[protocol version, kind, request id, …]``; a message with tensors ends it with a
-table ``[[register, shape, wire dtype], …]``, and has further frames that hold its rows in the table's order: one for
-each row, or for each run of neighbours that share one (see ``layout``), exactly as long as its rows say. Every byte
-belongs to one row and every row has its bytes: nothing can hide between them.
+table ``[[register, shape, wire dtype], …]``, and has one further frame for each row, in the table's order and exactly
+as long as the row says: nothing can hide between them.
 
 The table is packed by itself, as the program is: a decode step repeats both, so each side makes and checks them once.
 
@@ -22,10 +21,9 @@ import msgpack
 import torch
 
 from teegpu.errors import MismatchError, WireError
-from teegpu.kernels import convert
 from teegpu.ring import SEED_BYTES, Operand, Seed
 from teegpu.wire import dtypes, program
-from teegpu.wire.layout import HEADER_KIND, FrameLayout, Layout, Row, layout_of
+from teegpu.wire.layout import HEADER_KIND, Layout, Row, layout_of
 from teegpu.wire.limits import (
     MAX_DIMS,
     MAX_HEADER_BYTES,
@@ -128,29 +126,24 @@ class ExecuteForm:
         packer = msgpack.Packer()
         self._before = packer.pack_array_header(6) + packer.pack(PROTOCOL_VERSION) + packer.pack("execute") + _UINT64
         self._behind = b"".join(map(packer.pack, (code.packed, replies, layout.packed)))
-        self._frames = layout.frames
-        self._kinds = layout.kinds
+        self._layout = layout
 
     def encode(self, request_id: int, operands: Mapping[str, Operand]) -> Encoded:
         """The message with ``operands``, one for each input and of the shape that the layout has for it."""
         frames: list[Buffer] = [self._before + request_id.to_bytes(8, "big") + self._behind]
-        for layout in self._frames:
-            tensors = [operand for name in layout.registers if isinstance(operand := operands[name], torch.Tensor)]
-            frames.append(dtypes.frame_of(layout.narrow(tensors)) if tensors else _key(operands[layout.registers[0]]))
-        return Encoded(frames, self._kinds)
+        for register, _, encoding in self._layout.rows:
+            operand = operands[register]
+            frames.append(operand.key if isinstance(operand, Seed) else dtypes.encode(operand, encoding))
+        return Encoded(frames, self._layout.kinds)
 
 
 _UINT64 = b"\xcf"
 """What msgpack has before a whole number in 8 bytes."""
 
 
-def _key(operand: Operand) -> memoryview:
-    return memoryview(operand.key) if isinstance(operand, Seed) else memoryview(b"")
-
-
 def encode_result(request_id: int, times: ServerTimes, layout: Layout, frames: Sequence[torch.Tensor]) -> Encoded:
-    """The message ``Result`` around what ``FrameLayout.narrow`` made (before, and timed) for each frame of ``layout``,
-    on the CPU."""
+    """The message ``Result`` around what ``dtypes.narrow`` made (before, and timed) of each row of ``layout``, on the
+    CPU."""
     operations = {name: [count, seconds] for name, (count, seconds) in times.operations.items()}
     spent = [times.queue_seconds, times.decode_seconds, times.compute_seconds, times.encode_seconds, operations]
     return _encode([PROTOCOL_VERSION, "result", request_id, spent], layout, frames)
@@ -168,14 +161,10 @@ def _encode(header: Header, layout: Layout | None = None, frames: Sequence[torch
 
 class Decoder:
     """Decodes the messages of one peer or of many. It remembers the last ``remember`` programs, and as many tensor
-    tables, that it has checked.
+    tables, that it has checked."""
 
-    ``floats``: the dtype that the inputs of an ``Execute`` may be brought to where that is done best with what shares
-    their frame, in one row. All others keep the wire's."""
-
-    def __init__(self, limits: Limits, remember: int = REMEMBERED, *, floats: torch.dtype | None = None) -> None:
+    def __init__(self, limits: Limits, remember: int = REMEMBERED) -> None:
         self.limits = limits
-        self._floats = floats
         self._remember = remember
         self._programs: OrderedDict[bytes, program.Program] = OrderedDict()
         self._tables: OrderedDict[bytes, Layout] = OrderedDict()
@@ -245,14 +234,7 @@ class Decoder:
         else:
             self._forms.move_to_end(key)
         code, layout, encodings, reply_encodings = form
-        tensors: dict[str, Operand] = {}
-        for each, value in zip(layout.frames, self._operands(layout, frames), strict=True):
-            if isinstance(value, Seed):
-                tensors[each.registers[0]] = value
-                continue
-            if self._floats is not None and each.seamless and len(each.registers) > 1:
-                value = convert(value, self._floats)
-            tensors.update(zip(each.registers, each.split(value), strict=True))
+        tensors = dict(zip(layout.registers, self._operands(layout, frames), strict=True))
         return Execute(request_id, code, tensors, encodings, reply_encodings)
 
     def _form(self, packed: bytes, replies: list[str], table: bytes) -> _Form:
@@ -263,7 +245,7 @@ class Decoder:
         if not set(replies) <= set(known):
             raise WireError(f"a reply encoding of this program is one of {', '.join(known)}")
         layout = self._layout(table)
-        if tuple(row.register for row in layout.rows) != code.inputs:
+        if layout.registers != code.inputs:
             raise WireError("an execute message carries one tensor for each of its program's inputs, in their order")
         encodings = {row.register: row.encoding for row in layout.rows}
         return code, layout, encodings, dict(zip(code.outputs, replies, strict=True))
@@ -292,14 +274,13 @@ class Decoder:
         return Result(request_id, layout, values, times)
 
     def _operands(self, layout: Layout, frames: Sequence[memoryview]) -> list[Operand]:
-        """Of each frame all its values, one after the other, or the seed that it is."""
-        expected = len(layout.frames)
-        if expected != len(frames) - 1:
+        """What each frame holds, by its row."""
+        if len(layout.rows) != len(frames) - 1:
             raise WireError(
-                f"a tensor table of {len(layout.rows)} rows stands for {expected} frames after the header, not for "
+                f"a tensor table of {len(layout.rows)} rows stands for as many frames after the header, not for "
                 f"{len(frames) - 1}"
             )
-        return [_operand(each, frame) for each, frame in zip(layout.frames, frames[1:], strict=True)]
+        return [_operand(row, frame) for row, frame in zip(layout.rows, frames[1:], strict=True)]
 
     def _layout(self, packed: object) -> Layout:
         if not isinstance(packed, bytes):
@@ -348,8 +329,8 @@ _Form = tuple[program.Program, Layout, dict[str, str], dict[str, str]]
 outputs."""
 
 
-def _operand(layout: FrameLayout, frame: memoryview) -> Operand:
-    return _seed(frame, layout.shapes[0]) if layout.encoding == "seed" else layout.decode(frame)
+def _operand(row: Row, frame: memoryview) -> Operand:
+    return _seed(frame, row.shape) if row.encoding == "seed" else dtypes.decode(frame, row.shape, row.encoding)
 
 
 def _seed(frame: memoryview, shape: tuple[int, ...]) -> Seed:

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
 import torch
 
+from teegpu import facts
 from teegpu.errors import WireError
-from teegpu.kernels import convert, copy_into
+from teegpu.kernels import convert
 from teegpu.ring import SEED_BYTES
 
 if sys.byteorder != "little":
@@ -39,12 +39,12 @@ PLAIN: Final[dict[str, torch.dtype]] = {
     "fp16": torch.float16,
     "int32": torch.int32,
 }
-FLOATS: Final = ("fp32", "bf16", "fp16", "int8")
+FLOATS: Final = tuple(facts.WIRE_DTYPES)
 TENSORS: Final = (*FLOATS, "int32")
 NAMES: Final = (*TENSORS, "seed")
 """A seed stands for a tensor and holds none: it is read and written in ``codec``."""
 
-GROUP: Final = 64
+GROUP: Final = facts.INT8.group
 """Values that share one int8 scale: 3 % more bytes than one scale per token, a fifth of its error."""
 
 _SMALLEST_SCALE: Final = 2.0**-24
@@ -59,11 +59,6 @@ allocator keeps the memory for the next block (fresh pages cost more than the ar
 def itemsize(name: str) -> int:
     """Bytes per value, scales left out; of a seed, which holds none, 1."""
     return PLAIN[name].itemsize if name in PLAIN else 1
-
-
-@lru_cache(maxsize=4096)
-def _nbytes_of_all(shapes: tuple[tuple[int, ...], ...], name: str) -> int:
-    return sum(nbytes(shape, name) for shape in shapes)
 
 
 @lru_cache(maxsize=4096)
@@ -84,25 +79,7 @@ def narrow(tensor: torch.Tensor, name: str) -> torch.Tensor:
     It has 1 or more dimensions, is not empty, and may be on any device. Where no conversion is needed the result is
     ``tensor`` itself. int8 gives uint8 (bytes,): all values, then all scales.
     """
-    return _quantise((tensor,)) if name == "int8" else convert(tensor, PLAIN[name]).contiguous()
-
-
-def narrow_all(tensors: Sequence[torch.Tensor], name: str) -> torch.Tensor:
-    """``tensors``, of one device, one after the other in one frame of wire dtype ``name``; of one alone, ``narrow``.
-
-    int8 gives the values of all, then the scales of all."""
-    if len(tensors) == 1:
-        return narrow(tensors[0], name)
-    if name == "int8":
-        return _quantise(tensors)
-    dtype = PLAIN[name]
-    out = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=tensors[0].device)
-    start = 0
-    for tensor in tensors:
-        stop = start + tensor.numel()
-        copy_into(out[start:stop].view(tensor.shape), tensor)
-        start = stop
-    return out
+    return _quantise(tensor) if name == "int8" else convert(tensor, PLAIN[name]).contiguous()
 
 
 def frame_of(narrowed: torch.Tensor) -> memoryview:
@@ -128,51 +105,25 @@ def decode(frame: memoryview, shape: tuple[int, ...], name: str) -> torch.Tensor
 
     Raises ``WireError`` when the frame has another length than ``shape`` needs, or an int8 scale is not finite.
     """
-    return decode_all(frame, (shape,), name).view(shape)
-
-
-def decode_all(frame: memoryview, shapes: tuple[tuple[int, ...], ...], name: str) -> torch.Tensor:
-    """The values (n,) of tensors of ``shapes``, one after the other, as ``narrow_all`` put them into ``frame``: in the
-    wire's own dtype, fp32 for int8.
-
-    Raises ``WireError`` as ``decode`` does.
-    """
-    expected = _nbytes_of_all(shapes, name)
+    expected = nbytes(shape, name)
     if frame.nbytes != expected:
-        what = f"a tensor {shapes[0]}" if len(shapes) == 1 else f"a run of tensors {', '.join(map(str, shapes))}"
-        raise WireError(f"{what} in {name} takes {expected} bytes, its frame holds {frame.nbytes}")
-    if not is_plain(frame):
+        raise WireError(f"a tensor {shape} in {name} takes {expected} bytes, its frame holds {frame.nbytes}")
+    if frame.readonly or frame.ndim != 1 or frame.itemsize != 1:  # of memory that can't be written torch warns
         frame = memoryview(bytearray(frame))
-    if name == "int8":
-        return _dequantise(frame, shapes)
-    return torch.frombuffer(frame, dtype=PLAIN[name])
+    return _dequantise(frame, shape) if name == "int8" else torch.frombuffer(frame, dtype=PLAIN[name]).view(shape)
 
 
-def is_plain(frame: memoryview) -> bool:
-    """Whether ``frame`` is a row of bytes that may be written: of other memory torch warns."""
-    return not frame.readonly and frame.ndim == 1 and frame.itemsize == 1
-
-
-def _quantise(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """uint8 (bytes,): all values of all rows of all tensors, then all scales in fp16."""
-    blocks = [_blocks(tuple(tensor.shape)) for tensor in tensors]
-    values = sum(rows * n for rows, n, _ in blocks)
-    device = tensors[0].device
-    scales = torch.empty(sum(rows * groups for rows, _, groups in blocks), dtype=torch.float16, device=device)
-    out = torch.empty(values + scales.nbytes, dtype=torch.uint8, device=device)
-    quantised = out[:values].view(torch.int8)
-    value = group = 0
-    for tensor, (rows, n, groups) in zip(tensors, blocks, strict=True):
-        source = tensor.detach().reshape(rows, n)
-        into = quantised[value : value + rows * n].view(rows, n)
-        by = scales[group : group + rows * groups].view(rows, groups, 1)
-        step = rows if tensor.is_cuda else max(1, _BLOCK_VALUES // n)
-        for first in range(0, rows, step):
-            block = slice(first, first + step)
-            _quantise_rows(source[block], into[block], by[block])
-        value += rows * n
-        group += rows * groups
-    out[values:].copy_(scales.view(torch.uint8))
+def _quantise(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8 (bytes,): all values, then the scales of all groups in fp16."""
+    rows, n, groups = _blocks(tuple(tensor.shape))
+    scales = torch.empty((rows, groups, 1), dtype=torch.float16, device=tensor.device)
+    out = torch.empty(rows * n + scales.nbytes, dtype=torch.uint8, device=tensor.device)
+    source, quantised = tensor.detach().reshape(rows, n), out[: rows * n].view(torch.int8).view(rows, n)
+    step = rows if tensor.is_cuda else max(1, _BLOCK_VALUES // n)
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        _quantise_rows(source[block], quantised[block], scales[block])
+    out[rows * n :].copy_(scales.view(torch.uint8).view(-1))
     return out
 
 
@@ -200,9 +151,9 @@ def _quantise_rows(source: torch.Tensor, quantised: torch.Tensor, scales: torch.
     quantised.copy_(steps.view(rows, groups * GROUP)[:, :n])
 
 
-def _dequantise(frame: memoryview, shapes: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    blocks = [_blocks(shape) for shape in shapes]
-    count = sum(rows * n for rows, n, _ in blocks)
+def _dequantise(frame: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
+    rows, n, groups = _blocks(shape)
+    count = rows * n
     quantised = torch.frombuffer(frame, dtype=torch.int8, count=count)
     if count % 2:  # the scales do not start on an even address
         halves = torch.frombuffer(frame, dtype=torch.uint8, offset=count).clone().view(torch.float16)
@@ -212,13 +163,7 @@ def _dequantise(frame: memoryview, shapes: tuple[tuple[int, ...], ...]) -> torch
     if not math.isfinite(scales.sum().item()):
         raise WireError("an int8 tensor has a scale that is not finite: what was sent is out of range, or not finite")
     values = quantised.to(torch.float32)
-    if all(n % GROUP == 0 for _, n, _ in blocks):
-        return values.view(-1, GROUP).mul_(scales.unsqueeze(-1)).view(-1)
-    value = group = 0
-    for rows, n, groups in blocks:
-        each = scales[group : group + rows * groups].view(rows, groups, 1)
-        expanded = each.expand(rows, groups, GROUP).reshape(rows, groups * GROUP)[:, :n]
-        values[value : value + rows * n].view(rows, n).mul_(expanded)
-        value += rows * n
-        group += rows * groups
-    return values
+    if n % GROUP == 0:
+        return values.view(-1, GROUP).mul_(scales.unsqueeze(-1)).view(shape)
+    expanded = scales.view(rows, groups, 1).expand(rows, groups, GROUP).reshape(rows, groups * GROUP)[:, :n]
+    return values.view(rows, n).mul_(expanded).view(shape)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -20,7 +19,7 @@ from teegpu.ring import Operand
 from teegpu.wire.layout import Layout
 from teegpu.wire.program import Program
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +137,8 @@ class ServerTimes:
 
 @dataclass(slots=True)
 class Result:
-    """The outputs of an ``Execute``, and what they cost.
-
-    ``values`` has of each frame of ``layout`` all the values, one tensor after the other (see ``FrameLayout.split``).
-    """
+    """The outputs of an ``Execute``, and what they cost. ``values`` has one tensor for each row of ``layout``, in the
+    wire's own dtype (fp32 for int8)."""
 
     request_id: int
     layout: Layout
@@ -151,8 +148,7 @@ class Result:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The outputs by register."""
-        parts = [frame.split(flat) for frame, flat in zip(self.layout.frames, self.values, strict=True)]
-        return dict(zip((row.register for row in self.layout.rows), chain(*parts), strict=True))
+        return dict(zip(self.layout.registers, self.values, strict=True))
 
     @property
     def encodings(self) -> dict[str, str]:

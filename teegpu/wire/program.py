@@ -1,14 +1,14 @@
 """A program: the linear steps that one RPC carries, over named registers.
 
-    inputs x, residual     steps  linear z0 layers.3.o_proj x      outputs z, gate, up
+    inputs x, residual     steps  linear z0 layers.3.o_proj x      outputs z, gate_up
                                   add    z  z0 residual
                                   scale  n  layers.3.post_attention_layernorm z
-                                  linear gate layers.3.gate_proj n
-                                  linear up   layers.3.up_proj n
+                                  linear gate_up layers.3.gate_proj layers.3.up_proj n
 
-Registers are written once and read after they are written; every input is read, every output written. Token ids come
-in as an input and are read by ``embedding`` alone. A program that breaks these rules does not exist: ``Program``
-refuses it when it is made, and so does ``unpack`` for one from the wire.
+A step may multiply with several weights: their products stand side by side in its one output. Registers are written
+once and read after they are written; every input is read, every output written. Token ids come in as an input and are
+read by ``embedding`` alone. A program that breaks these rules does not exist: ``Program`` refuses it when it is made,
+and so does ``unpack`` for one from the wire.
 """
 
 from __future__ import annotations
@@ -21,58 +21,112 @@ from typing import Final, NamedTuple
 import msgpack
 
 from teegpu.errors import WireError
-from teegpu.wire.limits import MAX_NAME_LENGTH
+from teegpu.wire.limits import MAX_NAME_LENGTH, MAX_STEP_WEIGHTS
 from teegpu.wire.unpacking import unpack as unpack_value
-
-
-class OpShape(NamedTuple):
-    inputs: int
-    takes_weight: bool
-
-
-OPS: dict[str, OpShape] = {
-    "embedding": OpShape(inputs=1, takes_weight=True),
-    "linear": OpShape(inputs=1, takes_weight=True),
-    "scale": OpShape(inputs=1, takes_weight=True),
-    "matmul": OpShape(inputs=2, takes_weight=False),
-    "add": OpShape(inputs=2, takes_weight=False),
-    "ring_linear": OpShape(inputs=1, takes_weight=True),
-}
-"""Every operation that a GPU server runs. All are linear in each register that they read (``embedding``: in the one-hot
-rows that its ids stand for; ``ring_linear``: modulo 2**32)."""
 
 RING: Final = "ring_linear"
 
-REPORT_NAMES: Final = frozenset({op.upper() for op in OPS} | {"LM_HEAD"})
-"""Every operation by its name in reports, as ``report_name`` gives it."""
+Shape = tuple[int, ...]
 
 
 class Step(NamedTuple):
     """``output = op(*inputs)``.
 
-    ``embedding``: rows of ``weight`` picked by token ids, (tokens,) → (tokens, hidden).
-    ``linear``: ``inputs[0] @ weight.T``, (tokens, in) → (tokens, out).
+    ``embedding``: rows of the weight picked by token ids, (tokens,) → (tokens, hidden).
+    ``linear``: ``inputs[0] @ weight.T`` for each of ``weights``, side by side: (tokens, in) → (tokens, sum of outs).
     ``scale``: ``inputs[0] * weight``, a diagonal product, (tokens, n) → (tokens, n).
     ``matmul``: per head, (heads, rows, inner) with (kv_heads, inner, columns), or (kv_heads, columns, inner) where
     ``transpose`` is set; heads is a multiple of kv_heads, and neighbouring heads share one.
     ``add``: the sum of two registers of one shape.
-    ``ring_linear``: ``inputs[0] @ int8(weight).T`` modulo 2**32, int32 (tokens, in) → int32 (tokens, out), where int8
-    is ``ring.quantise``.
+    ``ring_linear``: as ``linear`` with ``int8(weight)`` modulo 2**32, int32 (tokens, in) → int32 (tokens, sum of outs),
+    where int8 is ``ring.quantise``.
     """
 
     op: str
     output: str
     inputs: tuple[str, ...]
-    weight: str = ""
+    weights: tuple[str, ...] = ()
     transpose: bool = False
 
 
-def linear(output: str, weight: str, source: str) -> Step:
-    return Step("linear", output, (source,), weight)
+def linear(output: str, source: str, *weights: str) -> Step:
+    return Step("linear", output, (source,), weights)
 
 
-def ring_linear(output: str, weight: str, source: str) -> Step:
-    return Step(RING, output, (source,), weight)
+def ring_linear(output: str, source: str, *weights: str) -> Step:
+    return Step(RING, output, (source,), weights)
+
+
+class ShapeError(WireError):
+    """A program that can't be run on these shapes or weights. ``code`` is one of ``messages.REFUSALS``."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Op(NamedTuple):
+    """An operation: how many ``inputs`` it reads, how many ``weights`` it takes at most (at least one, unless none),
+    and the ``shape`` of its output for the shapes of both, or ``ShapeError``."""
+
+    inputs: int
+    weights: int
+    shape: Callable[[Step, Sequence[Shape], Sequence[Shape]], Shape]
+
+
+def _embedding_shape(step: Step, inputs: Sequence[Shape], weights: Sequence[Shape]) -> Shape:
+    if len(inputs[0]) != 1 or step.weights != ("embed_tokens",):
+        raise ShapeError(
+            "bad-shape", f"embedding takes (tokens,) ids and embed_tokens, got {inputs[0]} and {step.weights[0]!r}"
+        )
+    return (inputs[0][0], weights[0][1])
+
+
+def _linear_shape(step: Step, inputs: Sequence[Shape], weights: Sequence[Shape]) -> Shape:
+    for name, weight in zip(step.weights, weights, strict=True):
+        if len(weight) != 2 or len(inputs[0]) != 2 or inputs[0][1] != weight[1]:
+            raise _unfit(step, name, weight, inputs[0])
+    return (inputs[0][0], sum(weight[0] for weight in weights))
+
+
+def _scale_shape(step: Step, inputs: Sequence[Shape], weights: Sequence[Shape]) -> Shape:
+    if len(weights[0]) != 1 or len(inputs[0]) != 2 or inputs[0][1] != weights[0][0]:
+        raise _unfit(step, step.weights[0], weights[0], inputs[0])
+    return inputs[0]
+
+
+def _matmul_shape(step: Step, inputs: Sequence[Shape], _: Sequence[Shape]) -> Shape:
+    first, second = inputs
+    if len(first) == len(second) == 3 and first[0] % second[0] == 0:
+        inner, columns = (second[2], second[1]) if step.transpose else (second[1], second[2])
+        if first[2] == inner:
+            return (first[0], first[1], columns)
+    raise ShapeError("bad-shape", f"matmul can't take {first} and {second}{' transposed' * step.transpose}")
+
+
+def _add_shape(_: Step, inputs: Sequence[Shape], __: Sequence[Shape]) -> Shape:
+    if inputs[0] != inputs[1]:
+        raise ShapeError("bad-shape", f"add needs two registers of one shape, got {inputs[0]} and {inputs[1]}")
+    return inputs[0]
+
+
+def _unfit(step: Step, name: str, weight: Shape, source: Shape) -> ShapeError:
+    return ShapeError("bad-shape", f"{step.op} {name!r} {weight} can't take an input of shape {source}")
+
+
+OPS: Final[Mapping[str, Op]] = {
+    "embedding": Op(1, 1, _embedding_shape),
+    "linear": Op(1, MAX_STEP_WEIGHTS, _linear_shape),
+    "scale": Op(1, 1, _scale_shape),
+    "matmul": Op(2, 0, _matmul_shape),
+    "add": Op(2, 0, _add_shape),
+    RING: Op(1, MAX_STEP_WEIGHTS, _linear_shape),
+}
+"""Every operation that a GPU server runs; ``gpu.executor`` has the kernels. All are linear in each register that they
+read (``embedding``: in the one-hot rows that its ids stand for; ``ring_linear``: modulo 2**32)."""
+
+REPORT_NAMES: Final = frozenset({op.upper() for op in OPS} | {"LM_HEAD"})
+"""Every operation by its name in reports, as ``report_name`` gives it."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +149,14 @@ class Program:
             raise WireError("a program names one register twice among its inputs or outputs")
         read: set[str] = set(self.outputs)
         for step in self.steps:
-            shape = OPS.get(step.op)
-            if shape is None:
+            op = OPS.get(step.op)
+            if op is None:
                 raise WireError(f"unknown operation {step.op!r}: the server runs {', '.join(OPS)}")
-            if len(step.inputs) != shape.inputs or bool(step.weight) != shape.takes_weight:
-                weight = "a weight" if shape.takes_weight else "no weight"
-                raise WireError(f"operation {step.op!r} takes {shape.inputs} input(s) and {weight}")
+            if len(step.inputs) != op.inputs or not min(1, op.weights) <= len(step.weights) <= op.weights:
+                takes = f"1 to {op.weights} weights" if op.weights > 1 else "a weight" if op.weights else "no weight"
+                raise WireError(f"operation {step.op!r} takes {op.inputs} input(s) and {takes}")
+            if len(set(step.weights)) != len(step.weights):
+                raise WireError(f"a step takes one weight twice: {', '.join(step.weights)}")
             if step.transpose and step.op != "matmul":
                 raise WireError(f"operation {step.op!r} can't transpose")
             for register in step.inputs:
@@ -133,9 +189,14 @@ class Program:
         return self.steps[0].op == RING
 
     @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """Every weight that its steps take, in their order."""
+        return tuple(name for step in self.steps for name in step.weights)
+
+    @cached_property
     def packed(self) -> bytes:
         """The program as it travels; built once, so that repeating a program costs nothing."""
-        steps = [[s.op, s.output, list(s.inputs), s.weight, s.transpose] for s in self.steps]
+        steps = [[s.op, s.output, list(s.inputs), list(s.weights), s.transpose] for s in self.steps]
         return bytes(msgpack.packb([list(self.inputs), steps, list(self.outputs)]))
 
     @cached_property
@@ -148,9 +209,6 @@ class Program:
         return counts
 
 
-Shape = tuple[int, ...]
-
-
 def infer_shapes(
     program: Program, inputs: Mapping[str, Shape], weight_shape: Callable[[str], Shape | None]
 ) -> dict[str, Shape]:
@@ -161,49 +219,19 @@ def infer_shapes(
     """
     shapes = dict(inputs)
     for step in program.steps:
-        shapes[step.output] = _shape_of(step, shapes, weight_shape)
+        weights = [_known(name, weight_shape(name)) for name in step.weights]
+        shapes[step.output] = OPS[step.op].shape(step, [shapes[name] for name in step.inputs], weights)
     return shapes
 
 
-class ShapeError(WireError):
-    """A program that can't be run on these shapes or weights. ``code`` is one of ``messages.REFUSALS``."""
-
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-def _shape_of(step: Step, shapes: Mapping[str, Shape], weight_shape: Callable[[str], Shape | None]) -> Shape:
-    first = shapes[step.inputs[0]]
-    if step.op == "matmul":
-        second = shapes[step.inputs[1]]
-        if len(first) == len(second) == 3 and first[0] % second[0] == 0:
-            inner, columns = (second[2], second[1]) if step.transpose else (second[1], second[2])
-            if first[2] == inner:
-                return (first[0], first[1], columns)
-        raise ShapeError("bad-shape", f"matmul can't take {first} and {second}{' transposed' * step.transpose}")
-    if step.op == "add":
-        if first != shapes[step.inputs[1]]:
-            raise ShapeError(
-                "bad-shape", f"add needs two registers of one shape, got {first} and {shapes[step.inputs[1]]}"
-            )
-        return first
-    weight = weight_shape(step.weight)
-    if weight is None:
-        raise ShapeError("unknown-weight", f"the model has no weight {step.weight!r}")
-    if step.op == "embedding":
-        if len(first) != 1 or step.weight != "embed_tokens":
-            raise ShapeError(
-                "bad-shape", f"embedding takes (tokens,) ids and embed_tokens, got {first} and {step.weight!r}"
-            )
-        return (first[0], weight[1])
-    if len(weight) != (1 if step.op == "scale" else 2) or len(first) != 2 or first[1] != weight[-1]:
-        raise ShapeError("bad-shape", f"{step.op} {step.weight!r} {weight} can't take an input of shape {first}")
-    return (first[0], weight[0])
+def _known(name: str, shape: Shape | None) -> Shape:
+    if shape is None:
+        raise ShapeError("unknown-weight", f"the model has no weight {name!r}")
+    return shape
 
 
 def report_name(step: Step) -> str:
-    return "LM_HEAD" if step.weight == "lm_head" and step.op != RING else step.op.upper()
+    return "LM_HEAD" if step.weights == ("lm_head",) and step.op != RING else step.op.upper()
 
 
 def check_name(value: object, what: str) -> str:
@@ -241,15 +269,15 @@ def unpack(packed: bytes, *, max_steps: int, max_registers: int) -> Program:
 
 def _step(raw: object) -> Step:
     if not isinstance(raw, list) or len(raw) != 5:
-        raise WireError("a step is a list of operation, output, inputs, weight and transpose")
-    op, output, inputs, weight, transpose = raw
-    if not isinstance(transpose, bool) or not isinstance(weight, str):
-        raise WireError("a step's weight is a string and its transpose a boolean")
+        raise WireError("a step is a list of operation, output, inputs, weights and transpose")
+    op, output, inputs, weights, transpose = raw
+    if not isinstance(transpose, bool):
+        raise WireError("a step's transpose is a boolean")
     return Step(
         check_name(op, "an operation"),
         check_name(output, "a step's output"),
         _names(inputs, "a step's inputs", 2),
-        check_name(weight, "a weight") if weight else "",
+        _names(weights, "a step's weights", MAX_STEP_WEIGHTS),
         transpose,
     )
 
