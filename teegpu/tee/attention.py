@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 import torch
 
+from teegpu.tee.nonlinear import capped, softmax
+
 _REMEMBER = 64
 
 
@@ -45,16 +47,29 @@ def first_visible(start: int, window: int | None) -> int:
 
 
 def attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masks: Masks, window: int | None, scale: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    masks: Masks,
+    window: int | None,
+    scale: float,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Attention of the last positions over all.
 
     ``queries`` (tokens, heads, d); ``keys`` and ``values`` (kv_heads, positions, d), the last ``tokens`` positions
     being the queries' own. Returns (tokens, heads · d). The heads of a group share their keys; nothing is repeated.
+    ``cap``: scores are ``nonlinear.capped`` by it.
     """
     tokens, heads, dim = queries.shape
     kv_heads, positions, _ = keys.shape
     all_visible = window is None or positions <= window
+    if cap is not None:  # torch's attention has no place for it
+        groups = queries.view(tokens, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+        scores = capped(torch.matmul(groups * scale, keys[:, None].transpose(-1, -2)), cap)
+        hidden = tokens > 1 or not all_visible
+        weights = softmax(scores, masks.get(tokens, positions, window) if hidden else None)
+        return torch.matmul(weights, values[:, None]).permute(2, 0, 1, 3).reshape(tokens, heads * dim)
     if tokens == 1 and all_visible:
         # A single query needs no mask, so the heads of a group can be rows of one product: keys are read once.
         rows = queries.reshape(1, kv_heads, heads // kv_heads, dim)
@@ -71,3 +86,29 @@ def attend(
         enable_gqa=heads != kv_heads,
     )
     return out[0].transpose(0, 1).reshape(tokens, heads * dim)
+
+
+def attend_side_by_side(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    window: int | None,
+    scale: float,
+    cap: float | None = None,
+) -> torch.Tensor:
+    """Attention of one new position of each of several sequences over all of its own.
+
+    ``queries`` (sequences, heads, d); ``keys`` and ``values`` (sequences, kv_heads, positions, d), as long as those of
+    the longest; ``mask`` (sequences, 1, 1, positions) of 0 and -inf. Returns (sequences, heads · d). ``cap`` as in
+    ``attend``.
+    """
+    count, heads, dim = queries.shape
+    kv_heads, positions = keys.shape[1:3]
+    if window is not None and positions > window:
+        newest = (mask == 0).sum(-1, keepdim=True)
+        mask = mask.masked_fill(torch.arange(positions) < newest - window, float("-inf"))
+    rows = (queries * scale).view(count, kv_heads, heads // kv_heads, dim)
+    scores = torch.matmul(rows, keys.transpose(-1, -2))
+    weights = torch.softmax((scores if cap is None else capped(scores, cap)).add_(mask), dim=-1)
+    return torch.matmul(weights, values).view(count, heads * dim)

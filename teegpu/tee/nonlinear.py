@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
 import torch
+
+from teegpu.model.spec import GELU_TANH, SILU
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -17,9 +22,39 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (x * inverse_rms(x, eps)).mul_(weight)
 
 
-def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``, in ``gate``'s memory, which is overwritten."""
-    return torch.nn.functional.silu(gate, inplace=True).mul_(up)
+def rmsnorm_of_heads(x: torch.Tensor, weight: torch.Tensor, eps: float, groups: Sequence[int] = ()) -> torch.Tensor:
+    """``rmsnorm`` of (tokens, heads, d) with a ``weight`` (heads, d): each head by itself, or with ``groups`` so many
+    neighbouring heads of a token together."""
+    if not groups:
+        return rmsnorm(x, weight, eps)
+    scales = [
+        inverse_rms(part.flatten(1), eps)[:, None].expand(-1, part.shape[1], 1) for part in x.split(groups, dim=1)
+    ]
+    return (x * torch.cat(scales, dim=1)).mul_(weight)
+
+
+def capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """``cap · tanh(x / cap)``, in place."""
+    return x.mul_(1.0 / cap).tanh_().mul_(cap)
+
+
+def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of both side by side: (tokens, 2n) → (tokens, n), contiguous."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def gelu_product(gate_up: torch.Tensor) -> torch.Tensor:
+    """``gelu(gate) * up``, the same way, with the tanh that stands for the Gaussian integral."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh").mul_(up)
+
+
+ACTIVATIONS: Final[Mapping[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]]] = {
+    SILU: (silu_product, "SILU"),
+    GELU_TANH: (gelu_product, "GELU"),
+}
+"""What a model does with gate and up, and its name in records."""
 
 
 def softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -28,13 +63,16 @@ def softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs (i, i + d/2) of (tokens, heads, d) by the angles whose cosines and sines are (tokens, 1, d/2).
+    """Rotates pairs (i, i + r/2) of the first r of (tokens, heads, d) by the angles whose cosines and sines are
+    (tokens, 1, r/2); what is beyond them stays.
 
     Rotary position embedding (Su et al. 2021) in the half-split layout of the Llama family.
     """
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
     out = torch.empty_like(x)
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
     return out

@@ -1,73 +1,32 @@
-"""How a decoder is cut into programs. A plan is data; the decoder reads it, and nothing else differs between plans."""
+"""The programs of a decoder under a plan. A plan is data (``facts.PLANS``); the decoder reads it, and nothing else
+differs between plans."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from teegpu.errors import ConfigError, nearest
-from teegpu.model.spec import ModelSpec
+from teegpu.facts import Plan
+from teegpu.model.spec import AFTER, BEFORE, GROUPS, ModelSpec
 from teegpu.wire.program import Program, Step, linear, single
 
+QKV, ATTENDED, GATE_UP, DOWN = GROUPS
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """``remote``: products go to the GPU server. ``merged``: projections that share an input travel in one program.
-    ``remote_attention``: QKᵀ and AV are products of the server, so scores cross the link. ``remote_embedding``: the
-    server looks token ids up, and so sees them. ``fused``: the server goes on past the norms, with the residual."""
-
-    name: str
-    remote: bool = True
-    merged: bool = True
-    remote_attention: bool = False
-    remote_embedding: bool = False
-    fused: bool = False
-
-    def rpc_calls(self, layers: int, groups: int = 1) -> int:
-        """RPCs of one pass over the whole model in one chunk, its last logits included. ``groups``: over how many
-        groups of servers the layers are cut."""
-        if not self.remote:
-            return 0
-        if self.fused:
-            return 2 * layers + 1 + (groups - 1)
-        projections = 4 if self.merged else 7
-        per_layer = projections + (2 if self.remote_attention else 0)
-        return per_layer * layers + 1 + (1 if self.remote_embedding else 0)
-
-
-PLANS = {
-    plan.name: plan
-    for plan in (
-        Plan("local", remote=False),
-        Plan("per-op", merged=False, remote_attention=True, remote_embedding=True),
-        Plan("batched", remote_attention=True, remote_embedding=True),
-        Plan("attention"),
-        Plan("fused", fused=True),
-    )
-}
-
-
-def get(name: str) -> Plan:
-    """The plan called ``name``. Raises ``ConfigError``."""
-    plan = PLANS.get(name)
-    if plan is None:
-        raise ConfigError(f"unknown plan '{name}'{nearest(name, list(PLANS))}; plans are {', '.join(PLANS)}")
-    return plan
-
-
-QKV = ("q", "k", "v")
-GATE_UP = ("gate", "up")
-
-EMBED = single(["ids"], Step("embedding", "x", ("ids",), "embed_tokens"))
+EMBED = single(["ids"], Step("embedding", "x", ("ids",), ("embed_tokens",)))
 SCORES = single(["q", "k"], Step("matmul", "scores", ("q", "k"), transpose=True))
 CONTEXT = single(["p", "v"], Step("matmul", "context", ("p", "v")))
-LM_HEAD = single(["n"], linear("logits", "lm_head", "n"))
+LM_HEAD = single(["n"], linear("logits", "n", "lm_head"))
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPrograms:
-    """The programs of one layer. ``qkv`` and ``gate_up`` hold one program each when the plan merges them, else one per
-    projection. The last three are the fused plan's: from attention to gate and up, from ``h`` to the next layer, and
-    ``end``, from ``h`` to the end of the layer, for where the next one is on another server.
+    """The programs of one layer. ``qkv`` and ``gate_up`` are one program, whose output has the products side by side,
+    or one for each projection where the plan does not merge them. The last three are the fused plan's: from attention
+    to gate and up, from ``h`` to the next layer, and ``end``, from ``h`` to the end of the layer, for where the next
+    one is on another server.
+
+    Where what comes out of attention and MLP is normalised before it is added to the residual, a server can't add it:
+    the 1/rms of the one is not the other's. So ``after_attention`` and ``after_mlp`` give it as it is, and the next
+    products of both: of it, as if its 1/rms were one, and of the residual before it. The TEE joins them.
 
     All but ``after_mlp`` take the weights of their own layer alone; ``after_mlp`` also takes those of the next layer,
     or of lm_head after the last one."""
@@ -92,38 +51,76 @@ def programs(spec: ModelSpec, plan: Plan) -> list[LayerPrograms]:
 
 
 def _layer(spec: ModelSpec, plan: Plan, layer: int) -> LayerPrograms:
-    prefix = f"layers.{layer}."
-    qkv = tuple(linear(name, f"{prefix}{name}_proj", "n") for name in QKV)
-    gate_up = tuple(linear(name, f"{prefix}{name}_proj", "n") for name in GATE_UP)
-    o = linear("o", prefix + "o_proj", "a")
-    down = linear("d", prefix + "down_proj", "h")
-    post_norm = Step("scale", "n", ("z",), prefix + "post_attention_layernorm")
+    o, down = linear("o", "a", *_names(layer, ATTENDED)), linear("d", "h", *_names(layer, DOWN))
+    gate_up = linear("gate_up", "n", *_names(layer, GATE_UP))
+    if spec.norms != BEFORE:
+        return _layer_of_normed_products(spec, plan, layer, o, gate_up, down)
+    post_norm = Step("scale", "n", ("z",), (f"layers.{layer}.post_attention_layernorm",))
+    following = layer + 1
+    if following == spec.layers:
+        norm, head = "norm", LM_HEAD.steps[0]
+    else:
+        norm, head = f"layers.{following}.input_layernorm", _qkv(following)
+    add = Step("add", "x", ("z", "d"))
     return LayerPrograms(
-        qkv=_grouped(qkv, plan.merged),
+        qkv=_programs(_qkv(layer), plan),
         o=single(["a"], o),
-        gate_up=_grouped(gate_up, plan.merged),
+        gate_up=_programs(gate_up, plan),
         down=single(["h"], down),
-        after_attention=Program(("a", "x"), (o, Step("add", "z", ("x", "o")), post_norm, *gate_up), ("z", *GATE_UP)),
-        after_mlp=_after_mlp(spec, layer, down),
-        end=Program(("h", "z"), (down, Step("add", "x", ("z", "d"))), ("x",)),
+        after_attention=Program(
+            ("a", "x"), (o, Step("add", "z", ("x", "o")), post_norm, gate_up), ("z", gate_up.output)
+        ),
+        after_mlp=Program(("h", "z"), (down, add, Step("scale", "n", ("x",), (norm,)), head), ("x", head.output)),
+        end=Program(("h", "z"), (down, add), ("x",)),
     )
 
 
-def _after_mlp(spec: ModelSpec, layer: int, down: Step) -> Program:
-    """``x = z + down(h)``, then the next layer's norm scale and QKV; after the last layer the final norm and
-    lm_head."""
-    following = layer + 1
+def _layer_of_normed_products(
+    spec: ModelSpec, plan: Plan, layer: int, o: Step, gate_up: Step, down: Step
+) -> LayerPrograms:
+    following, name = layer + 1, f"layers.{layer}."
+    into_mlp, into_next = name + "post_attention_layernorm", f"layers.{layer + 1}.input_layernorm"
+    head = LM_HEAD.steps[0] if following == spec.layers else _qkv(following)
+    if spec.norms == AFTER:
+        into_mlp = into_next = ""
     if following == spec.layers:
-        norm = "norm"
-        heads: tuple[Step, ...] = (linear("logits", "lm_head", "n"),)
-    else:
-        norm = f"layers.{following}.input_layernorm"
-        heads = tuple(linear(name, f"layers.{following}.{name}_proj", "n") for name in QKV)
-    steps = (down, Step("add", "x", ("z", "d")), Step("scale", "n", ("x",), norm), *heads)
-    return Program(("h", "z"), steps, ("x", *(head.output for head in heads)))
+        into_next = "norm"
+    return LayerPrograms(
+        qkv=_programs(_qkv(layer), plan),
+        o=single(["a"], o),
+        gate_up=_programs(gate_up, plan),
+        down=single(["h"], down),
+        after_attention=_both(o, name + "attention_output_norm", into_mlp, gate_up),
+        after_mlp=_both(down, name + "mlp_output_norm", into_next, head),
+        end=single(["h"], down),
+    )
 
 
-def _grouped(steps: tuple[Step, ...], merged: bool) -> tuple[Program, ...]:
-    if merged:
-        return (Program(("n",), steps, tuple(step.output for step in steps)),)
-    return tuple(single(["n"], step) for step in steps)
+def _both(first: Step, norm: str, into: str, product: Step) -> Program:
+    """``first``, and ``product`` of it and of the residual ``x``, each times the weight of the norm ``into``."""
+    steps = [first, Step("scale", "s", (first.output,), (norm,))]
+    added, residual = "s", "x"
+    if into:
+        steps += [Step("scale", "t", ("s",), (into,)), Step("scale", "n", ("x",), (into,))]
+        added, residual = "t", "n"
+    steps.append(linear(product.output, added, *product.weights))
+    steps.append(linear(f"{product.output}_x", residual, *product.weights))
+    return Program((*first.inputs, "x"), tuple(steps), (first.output, product.output, f"{product.output}_x"))
+
+
+def _qkv(layer: int) -> Step:
+    return linear("qkv", "n", *_names(layer, QKV))
+
+
+def _names(layer: int, group: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"layers.{layer}.{projection}" for projection in group)
+
+
+def _programs(step: Step, plan: Plan) -> tuple[Program, ...]:
+    """``step`` as the plan sends it: as one program, or as one for each of its weights."""
+    if plan.merged:
+        return (single(step.inputs, step),)
+    return tuple(
+        single(step.inputs, linear(name.rpartition(".")[2].removesuffix("_proj"), *step.inputs, name))
+        for name in step.weights
+    )

@@ -1,47 +1,27 @@
-"""Where products are computed: one interface for the GPU server and for the TEE itself.
-
-The decoder is written as coroutines over this interface. Where nothing suspends (the TEE's own products, a lock-step
-transport, any transport between event loops) ``drive`` runs such a coroutine to its end without an event loop.
-"""
+"""Products that the TEE computes itself."""
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from teegpu.metrics.events import NO_LAYER, TEE
-from teegpu.metrics.recorder import Recorder
-from teegpu.ring import Operand
-from teegpu.tee.weights import TeeWeights
-from teegpu.wire.program import Program, report_name
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A program with its inputs, and where in the model it belongs (for the record)."""
-
-    program: Program
-    inputs: Mapping[str, Operand]
-    layer: int = NO_LAYER
-    chunk: int = 0
+from teegpu.kernels import Matrix
+from teegpu.model.spec import ModelSpec
+from teegpu.record.events import TEE
+from teegpu.record.recorder import Recorder
+from teegpu.remote.calls import Call
+from teegpu.wire.program import report_name
 
 
-class Products(Protocol):
-    """Runs programs. ``narrow_range``: values beyond fp16's range would be lost on the way, so scale them first."""
+class Matrices(Protocol):
+    """Where the matrices of the plan ``local`` are from (``tee.weights``)."""
 
-    narrow_range: bool
+    spec: ModelSpec
 
-    async def run(self, call: Call) -> dict[str, torch.Tensor]:
-        """The outputs of ``call`` in fp32, int32 for a program in the ring. They are the caller's own: it may write to
-        them."""
-
-    async def run_all(self, calls: Sequence[Call]) -> list[dict[str, torch.Tensor]]:
-        """The outputs of independent calls, at once where the transport can have several in flight."""
+    def matrix(self, names: tuple[str, ...]) -> Matrix:
+        """The projections ``names``, which share an input, as one (sum of outs, in) matrix."""
 
 
 class LocalProducts:
@@ -49,35 +29,19 @@ class LocalProducts:
 
     narrow_range = False
 
-    def __init__(self, weights: TeeWeights, recorder: Recorder) -> None:
+    def __init__(self, weights: Matrices, recorder: Recorder) -> None:
         self._weights = weights
         self._recorder = recorder
 
     async def run(self, call: Call) -> dict[str, torch.Tensor]:
-        steps = call.program.steps
-        source = call.inputs[steps[0].inputs[0]]
+        (step,) = call.program.steps
+        source = call.inputs[step.inputs[0]]
         if call.program.in_ring or not isinstance(source, torch.Tensor):
             raise TypeError("the plan local has no programs in the ring")
-        matrix = self._weights.matrix(tuple(step.weight for step in steps))
+        matrix = self._weights.matrix(step.weights)
         product = matrix.product(source.to(matrix.dtype)).to(torch.float32)
-        sizes = [self._weights.spec.weights[step.weight][0] for step in steps]
-        parts = product.split(sizes, dim=-1) if len(sizes) > 1 else (product,)
-        self._recorder.lap(TEE, report_name(steps[0]), call.layer, call.chunk)
-        return {step.output: part for step, part in zip(steps, parts, strict=True)}
+        self._recorder.lap(TEE, report_name(step), call.layer, call.chunk)
+        return {step.output: product}
 
     async def run_all(self, calls: Sequence[Call]) -> list[dict[str, torch.Tensor]]:
         return [await self.run(call) for call in calls]
-
-
-def drive(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that never suspends, without an event loop.
-
-    Raises ``RuntimeError`` if it does suspend: then it needed a loop, which is a bug of the caller.
-    """
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        result: T = done.value
-        return result
-    coroutine.close()
-    raise RuntimeError("a coroutine that was to run without an event loop has suspended")

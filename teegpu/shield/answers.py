@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable, Sequence
 import torch
 
 from teegpu.errors import VerificationError
-from teegpu.metrics.events import Noted
-from teegpu.metrics.recorder import Recorder
-from teegpu.tee.gpu_client import GpuClient, Request
-from teegpu.tee.products import Call
-from teegpu.tee.shield.facts import Product, layer_of
+from teegpu.record.events import Noted
+from teegpu.record.recorder import Recorder
+from teegpu.remote.calls import Call
+from teegpu.remote.client import GpuClient, Request
+from teegpu.shield.quantised import Linear, layer_of
 from teegpu.wire.messages import Result
 
 
@@ -24,23 +24,19 @@ class Answer(dict[str, torch.Tensor]):
 class NamingClient(GpuClient):
     """A ``GpuClient`` whose outputs say who gave them."""
 
-    def encoding(self, register: str) -> str:
-        """The wire dtype of a register of a plain program, either way."""
-        return self._encoding(register)
-
     async def run(self, call: Call) -> Answer:
         return _answer(await super().run(call))
 
-    def begin(self, call: Call) -> Callable[[], Awaitable[Answer]]:
-        finish = super().begin(call)
+    async def begin(self, call: Call) -> Callable[[], Awaitable[Answer]]:
+        finish = await super().begin(call)
 
         async def answered() -> Answer:
             return _answer(await finish())
 
         return answered
 
-    def _checked(self, message: Request, result: Result, address: str) -> Answer:
-        answer = Answer(super()._checked(message, result, address))
+    def _checked(self, request: Request, result: Result, address: str) -> Answer:
+        answer = Answer(super()._checked(request, result, address))
         answer.address = address
         return answer
 
@@ -52,11 +48,11 @@ def _answer(outputs: dict[str, torch.Tensor]) -> Answer:
 
 
 def wrong_product(
-    recorder: Recorder, product: Product, rows: Sequence[int], total: int, at_fault: Sequence[str]
+    recorder: Recorder, linear: Linear, rows: Sequence[int], total: int, at_fault: Sequence[str]
 ) -> VerificationError:
-    """The error to raise where ``rows`` of the ``total`` of ``product`` are not what they should be, by the servers
-    ``at_fault``. It is also noted in the record."""
-    layer, names = layer_of(product), "+".join(name.rpartition(".")[2] for name in product)
+    """The error to raise where ``rows`` of the ``total`` of the product with ``linear`` are not what they should be, by
+    the servers ``at_fault``. It is also noted in the record."""
+    layer, names = layer_of(linear), "+".join(name.rpartition(".")[2] for name in linear)
     where = f"layer {layer}, {names}" if layer >= 0 else names
     who = " and ".join(f"the server at {address}" for address in at_fault)
     error = VerificationError(
