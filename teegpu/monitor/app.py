@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from rich.console import Group, RenderableType
 from textual import events
-from textual.app import App, ComposeResult, SystemCommand
+from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.containers import Container, Vertical, VerticalScroll
 from textual.screen import Screen
-from textual.widgets import ContentSwitcher, Footer, Static
+from textual.widgets import ContentSwitcher, Static
 
-from teegpu.metrics.summary import Summary
-from teegpu.monitor import compat, themes
+from teegpu import files
+from teegpu.formats import as_json
+from teegpu.monitor import themes
 from teegpu.monitor.draw import Look
-from teegpu.monitor.panels import communication, layers, overview, text
 from teegpu.monitor.players import Player
 from teegpu.monitor.snapshot import FAILED, Snapshot
-from teegpu.monitor.widgets.bars import Header, Tiles, ViewBar
+from teegpu.monitor.widgets.bars import Header, ViewBar
 from teegpu.monitor.widgets.dialogs import GO_ON, STOP, Help, Jump, Quit
+from teegpu.monitor.widgets.main import VIEWS, Main
 from teegpu.monitor.widgets.panel import Panel
 from teegpu.monitor.widgets.tables import LayerTable, OpTable, Table
-
-VIEWS: Final = [
-    ("overview", "overview"),
-    ("layers", "layers"),
-    ("ops", "ops"),
-    ("network", "network"),
-    ("text", "text"),
-    ("report", "report"),
-]
+from teegpu.stats.summary import Summary
 
 DONE: Final = "done"
 """The app's result where there is nothing to decide: the run has ended, or is not ours. Else ``stop`` or ``go-on``."""
@@ -46,51 +37,8 @@ Conclude = Callable[[Mapping[str, Any]], list[RenderableType]]
 BuildDocument = Callable[[Mapping[str, Any], Summary], dict[str, Any]]
 
 
-class Main(Screen[None]):
-    """The screen with the views. Tab is for views here: there is one thing at most that can have the focus."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("tab", "app.next_view(1)", "Next view", show=False),
-        Binding("shift+tab", "app.next_view(-1)", "View before", show=False),
-    ]
-
-    def compose(self) -> ComposeResult:
-        yield Header()
-        yield ViewBar(VIEWS)
-        with ContentSwitcher(initial="overview", id="body"):
-            with Container(id="overview"):
-                yield Tiles()
-                yield Panel("progress", overview.progress, id="p-progress")
-                yield Panel("where the time goes", overview.time, id="p-time")
-                with Vertical(id="p-left"):
-                    yield Panel("layers", layers.profile, id="p-profile")
-                    yield Panel("text", text.tail, id="p-tail")
-                    yield Panel("chunks (link and GPU: estimated)", layers.chunks, id="p-chunks")
-                with Vertical(id="p-right"):
-                    yield Panel("communication", communication.communication, id="p-communication")
-                    yield Panel("both sides", overview.both_sides, id="p-sides")
-                    yield Panel("advice and notes", overview.said, id="p-said")
-            with Vertical(id="layers"):
-                yield LayerTable("layers", id="t-layers")
-                yield Panel("layer", layers.detail, id="p-detail")
-            with Container(id="ops"):
-                yield OpTable("operations", id="t-ops")
-            with Container(id="network"):
-                yield Panel("the run's time", communication.over_time, id="p-over-time")
-                yield Panel("rates", communication.rates, id="p-rates")
-                yield Panel("latency of the calls", communication.latencies, id="p-latencies")
-                yield Panel("servers", communication.endpoints, id="p-endpoints")
-                yield Panel("notes", overview.said, id="p-notes")
-            with Container(id="text"):
-                yield Panel("text", _text, id="p-text", follow=True, scrolls=True)
-            with VerticalScroll(id="report") as report:
-                report.border_title = "report"
-                yield Static("The report is here when the run has ended.", id="p-report", markup=False)
-        yield Footer()
-
-
-def _text(state: Snapshot, width: int, height: int, look: Look) -> list[Any]:  # noqa: ARG001
-    return text.lines(state, width, look)
+_TITLES: Final = {"p-tail": "requests", "p-progress": "how full it is"}
+"""Of panels that show something else where a run serves several at once."""
 
 
 class Monitor(App[str]):
@@ -120,7 +68,7 @@ class Monitor(App[str]):
         Binding("ctrl+c,ctrl+q", "leave", "Quit", show=False, priority=True),
         Binding("question_mark,f1", "help", "Help", key_display="?"),
         Binding("space", "pause", "Pause"),
-        *(Binding(str(number), f"view('{view}')", name, show=False) for number, (view, name) in enumerate(VIEWS, 1)),
+        *(Binding(str(number), f"view('{view}')", view, show=False) for number, view in enumerate(VIEWS, 1)),
         Binding("s", "sort", "Sort"),
         Binding("p", "phase", "Phase"),
         Binding("e", "export", "Export"),
@@ -153,14 +101,15 @@ class Monitor(App[str]):
         self._state: Snapshot | None = None
         self._held = False
         self._concluded = False
+        self._reading = False
         self._panels: dict[str, list[Panel]] = {}
         self.look = Look(letters=bool(self.no_color))
         for name in themes.COLOURS:
-            self.register_theme(compat.theme(name))
+            self.register_theme(themes.theme(name))
         self.theme = theme if theme in self.available_themes else themes.DARK
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
-        return compat.variables(themes.DARK)
+        return themes.variables(themes.DARK)
 
     def get_default_screen(self) -> Screen[None]:
         return Main(id="_default")
@@ -177,12 +126,12 @@ class Monitor(App[str]):
         return self._state
 
     def pull(self) -> None:
-        """Shows the newest snapshot, if there is one that was not shown."""
+        """Reads what is new, and shows it."""
         if self.player.left:
             self.exit(DONE)
             return
-        if self.player.failure is not None:
-            raise self.player.failure
+        if not self._reading:
+            self._read()
         state = self.player.take()
         if state is None or (self._held and not state.ended):
             return
@@ -193,6 +142,11 @@ class Monitor(App[str]):
             self._end(state)
         elif not state.ended:
             self._concluded = False
+
+    def _read(self) -> None:
+        self._reading = self.player.tick()
+        if self._reading:
+            self.call_later(self._read)  # keys and timers have their turn before it
 
     @property
     def _main(self) -> Screen[Any]:
@@ -209,10 +163,9 @@ class Monitor(App[str]):
     def _panels_of(self, view: str) -> list[Panel]:
         """Those of a view, or (of no view) those above all of them. They never change, and looking for them costs."""
         if not self._panels:
-            names = {name for name, _ in VIEWS}
-            self._panels = {name: [] for name in (*names, "")}
+            self._panels = {name: [] for name in (*VIEWS, "")}
             for panel in self._main.query(Panel):
-                place = next((node.id for node in panel.ancestors if node.id in names), "")
+                place = next((node.id for node in panel.ancestors if node.id in VIEWS), "")
                 self._panels[place or ""].append(panel)
         return self._panels[view]
 
@@ -221,10 +174,17 @@ class Monitor(App[str]):
         chunked, short = bool(state.chunks), self._main.has_class("-short")
         # Where rows are few there is no pane for text, and chunks take the place of the layers' profile.
         wanted = {"p-chunks": chunked, "p-tail": not chunked and not short, "p-profile": not (chunked and short)}
+        serves = state.serving is not None
+        if serves:
+            wanted = {"p-chunks": False, "p-tail": True, "p-profile": not short}
         for panel in self._panels_of("overview"):
             shown = wanted.get(panel.id or "")
             if shown is not None and panel.display != shown:
                 panel.display = shown
+            if panel.id in _TITLES and serves:
+                panel.border_title = _TITLES[panel.id]
+        if serves:
+            self._main.query_one("#p-text", Panel).border_title = _TITLES["p-tail"]
         for panel in self._panels_of("layers"):
             if panel.id == "p-detail":
                 panel.border_title = f"layer {state.focus} over time"
@@ -248,12 +208,11 @@ class Monitor(App[str]):
         self._show_view(view)
 
     def action_next_view(self, by: int) -> None:
-        names = [view for view, _ in VIEWS]
-        self._show_view(names[(names.index(self.view) + by) % len(names)])
+        self._show_view(VIEWS[(VIEWS.index(self.view) + by) % len(VIEWS)])
 
     @property
     def view(self) -> str:
-        return self._main.query_one("#body", ContentSwitcher).current or VIEWS[0][0]
+        return self._main.query_one("#body", ContentSwitcher).current or VIEWS[0]
 
     def _show_view(self, view: str) -> None:
         self._main.query_one("#body", ContentSwitcher).current = view
@@ -362,33 +321,46 @@ class Monitor(App[str]):
     # Exports
 
     def action_export(self) -> None:
-        """Writes the screen as SVG, and the run's document as JSON, into the folder that the command runs in."""
+        """Writes the screen as SVG, and the run's document as JSON, into the folder that the command runs in. Both are
+        readable by the user alone; text that the record does not have is left out."""
         state = self._state
         name = re.sub(r"[^A-Za-z0-9._-]", "-", state.facts.run_id if state else "") or "run"
-        picture = self._folder / f"teegpu-{name}-{self.view}.svg"
+        written = {f"teegpu-{name}-{self.view}.svg": self._picture(f"teegpu: {name}")}
         document = self._document()
+        if document is not None:
+            written[f"teegpu-{name}.json"] = as_json(document)
+        for file, content in written.items():
+            try:
+                files.replace(self._folder / file, content)
+            except OSError as error:
+                self.notify(f"can't write {self._folder / file}: {error.strerror}", severity="error")
+                return
+        first, *more = written
+        self.notify(" and ".join([f"written: {self._folder / first}", *more]))
+
+    def _picture(self, title: str) -> str:
+        state = self._state
         try:
-            picture.write_text(compat.screenshot(self, f"teegpu: {name}"), encoding="utf-8")
-            told = f"{os.fspath(picture)}"
-            if document is not None:
-                path = self._folder / f"teegpu-{name}.json"
-                path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                told += f" and {path.name}"
-        except OSError as error:
-            self.notify(f"can't write {error.filename}: {error.strerror}", severity="error")
-            return
-        self.notify(f"written: {told}")
+            if state is not None and state.text_private:
+                self._state = replace(state, text="", text_known=False)
+                self._show_state()
+            # librsvg drops spaces at the beginning of a text otherwise
+            svg = self.export_screenshot(title=title, simplify=True)
+            return svg.replace("<svg ", '<svg xml:space="preserve" ', 1)
+        finally:
+            self._state = state
+            self._show_state()
 
     def _document(self) -> dict[str, Any] | None:
         if self._state is not None and self._state.document is not None:
             return self._state.document
         if self._build is None or self._state is None or not self._state.events:
             return None
-        return self.player.summary_of(self._build)
+        return self._build(self.player.state.meta, self.player.state.summary)
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:  # noqa: ARG002
-        for number, (view, name) in enumerate(VIEWS, 1):
-            yield SystemCommand(f"View: {name}", f"Key {number}", lambda view=view: self._show_view(view))
+        for number, view in enumerate(VIEWS, 1):
+            yield SystemCommand(f"View: {view}", f"Key {number}", lambda view=view: self._show_view(view))
         yield SystemCommand("Theme", "The other theme (t)", self.action_theme)
         yield SystemCommand("Letters", "Letters in place of colours, and back (l)", self.action_letters)
         yield SystemCommand("Pause", "Pause the view (space)", self.action_pause)

@@ -13,26 +13,10 @@ from typing import Final
 
 from rich.cells import cell_len, set_cell_size
 
+from teegpu.report.parts import PARTS
+
 Span = tuple[str, str]
 Line = tuple[Span, ...]
-
-PARTS: Final = ("tee", "serialization", "network", "server", "gpu", "other")
-"""The parts of the runner's time, in the order in which bars show them; they are roles too."""
-
-LETTERS: Final = {"tee": "T", "serialization": "S", "network": "N", "server": "Q", "gpu": "G", "other": "."}
-"""What stands for a part where there is no colour."""
-
-SHORT_NAMES: Final = {"serialization": "serial."}
-"""Where there is little room."""
-
-NAMES: Final = {
-    "tee": "TEE",
-    "serialization": "serialization",
-    "network": "network",
-    "server": "server",
-    "gpu": "GPU",
-    "other": "other",
-}
 
 _LEFT: Final = " ▏▎▍▌▋▊▉"
 _LOWER: Final = " ▁▂▃▄▅▆▇█"
@@ -133,7 +117,7 @@ def _lettered(edges: Sequence[tuple[int, str]], width: int) -> list[Span]:
     at = 0
     for edge, role in edges:
         if edge > at:
-            spans.append((LETTERS[role] * (edge - at), role))
+            spans.append((PARTS[role].letter * (edge - at), role))
             at = edge
     if at < width:
         spans.append((" " * (width - at), ""))
@@ -264,7 +248,7 @@ def _column(stack: Sequence[float], height: int, highest: float, look: Look) -> 
             continue
         end = next(edge for edge, role in edges if role == bottom) - row * _EIGHTHS
         if look.letters:
-            spans.append((LETTERS[bottom] if end >= _EIGHTHS // 2 or at(row * _EIGHTHS + end) else " ", bottom))
+            spans.append((PARTS[bottom].letter if end >= _EIGHTHS // 2 or at(row * _EIGHTHS + end) else " ", bottom))
         elif end >= _EIGHTHS:
             spans.append((" ", f"on {bottom}"))
         else:

@@ -6,6 +6,7 @@ monitor alone, which passes it on. When the monitor is gone, the child ends: see
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import signal
@@ -13,66 +14,68 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any
 
+from teegpu import children
 from teegpu.monitor import feed
-
-_READ_BYTES: Final = 65_536
-
-Say = Callable[[str], None]
+from teegpu.text import for_terminal
 
 
 class Held:
-    """Copies one of the child's streams to ``target``, but only from ``release`` on. ``on_line`` is told of each line,
-    at once."""
+    """Copies one of the child's streams to ``target``, but only from ``release`` on. ``on_line`` gets each line that is
+    held, at once, in another thread. ``encoding``: of a text that a model made, for a terminal (``for_terminal``)."""
 
-    def __init__(self, source: IO[bytes], target: IO[bytes] | None, on_line: Say | None = None) -> None:
+    def __init__(
+        self,
+        source: IO[bytes],
+        target: IO[bytes],
+        on_line: Callable[[str], None] | None = None,
+        *,
+        encoding: str = "",
+    ) -> None:
         self._source = source
-        self._target = target
+        self._encoding = encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)("replace") if encoding else None
+        self._target: IO[bytes] | None = target
         self._on_line = on_line
-        self._held: list[bytes] = []
-        self._rest = b""
-        self._open = False
+        self._held: bytes | None = b""
+        self._told = 0
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._copy, name="output of the run", daemon=True)
         self._thread.start()
 
     def _copy(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            while data := os.read(self._source.fileno(), _READ_BYTES):
+            while data := os.read(self._source.fileno(), 65_536):
                 with self._lock:
-                    if not self._open:
-                        self._held.append(data)
-                        self._tell(data)
-                    else:
+                    if self._held is None:
                         self._write(data)
+                    else:
+                        self._held += data
+                        self._tell(self._held)
 
-    def _tell(self, data: bytes) -> None:
-        if self._on_line is None:
-            return
-        *lines, self._rest = (self._rest + data).split(b"\n")
+    def _tell(self, held: bytes) -> None:
+        end = held.rfind(b"\n") + 1
+        lines, self._told = held[self._told : end].decode("utf-8", "replace").split("\n"), max(self._told, end)
         for line in lines:
-            text = line.decode("utf-8", "replace").strip()
-            if text:
-                self._on_line(text)
+            if self._on_line is not None and line.strip():
+                self._on_line(line.strip())
 
     def _write(self, data: bytes) -> None:
-        if self._target is None:
-            return
-        try:
-            self._target.write(data)
-            self._target.flush()
-        except OSError:  # a terminal that was closed, a reader that went away: nobody is left to be told
-            self._target = None
+        if self._decoder is not None:
+            data = for_terminal(self._decoder.decode(data)).encode(self._encoding, "replace")
+        if self._target is not None:
+            try:
+                self._target.write(data)
+                self._target.flush()
+            except OSError:  # a terminal that was closed, a reader that went away: nobody is left to be told
+                self._target = None
 
     def release(self) -> None:
         """Writes what was held, and from now on what comes."""
         with self._lock:
-            held, self._held = self._held, []
-            self._open = True
-            for data in held:
-                self._write(data)
+            held, self._held = self._held, None
+            self._write(held or b"")
 
     def join(self) -> None:
         self._thread.join()
@@ -80,47 +83,46 @@ class Held:
 
 
 class WatchedRun:
-    """``python -m teegpu run …`` with ``arguments``. Use it with ``with``: leaving ends it if it has not.
+    """``teegpu run ARGUMENTS`` as a child. Use it with ``with``: leaving ends it if it has not.
 
     Its stdout is held if ``hold_stdout`` (and else is ours), its stderr if ``hold_stderr``. ``typed`` is its standard
-    input, None: ours. ``on_message`` gets what it tells (see ``feed``), ``on_line`` each held line of its stderr; both
-    from other threads.
+    input; without it that is ours, unless ours is the terminal, whose keys are the monitor's. ``on_message`` gets what
+    it sends (see ``feed``), ``on_line`` each held line of its stderr; both from other threads.
     """
 
     def __init__(
         self,
         arguments: Sequence[str],
         *,
-        environment: Mapping[str, str],
+        given: Mapping[str, str],
         hold_stdout: bool,
         hold_stderr: bool,
         typed: bytes | None,
-        stdin: int | None,
         on_message: Callable[[str, Any], None],
-        on_line: Say,
+        on_line: Callable[[str], None],
     ) -> None:
         self.begun = threading.Event()
+        """It computes, or has ended without."""
         self._on_message = on_message
-        read_end, write_end = os.pipe()
+        self._feed, write_end = os.pipe()
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "teegpu", "run", "--feed", str(write_end), *arguments],
-                stdin=subprocess.PIPE if typed is not None else stdin,
+                stdin=subprocess.PIPE if typed is not None else _standard_input(),
                 stdout=subprocess.PIPE if hold_stdout else None,
                 stderr=subprocess.PIPE if hold_stderr else None,
                 pass_fds=(write_end,),
                 start_new_session=True,
-                env=_environment(environment),
+                env=children.environment(given),
             )
         except BaseException:
-            os.close(read_end)
+            os.close(self._feed)
             raise
         finally:
             os.close(write_end)
-        self._feed = read_end
         self._streams: list[Held] = []
         if self.process.stdout is not None:
-            self._streams.append(Held(self.process.stdout, sys.stdout.buffer))
+            self._streams.append(Held(self.process.stdout, sys.stdout.buffer, encoding=sys.stdout.encoding))
         if self.process.stderr is not None:
             self._streams.append(Held(self.process.stderr, sys.stderr.buffer, on_line))
         self._reader = threading.Thread(target=self._read, name="feed", daemon=True)
@@ -132,7 +134,7 @@ class WatchedRun:
 
     def _read(self) -> None:
         feed.read(self._feed, self._message)
-        self.begun.set()  # or it never will be
+        self.begun.set()
 
     def _message(self, kind: str, value: Any) -> None:
         self._on_message(kind, value)
@@ -142,22 +144,30 @@ class WatchedRun:
     def running(self) -> bool:
         return self.process.poll() is None
 
+    def ended(self, within_seconds: float) -> bool:
+        """Whether it ends within the time, which is waited for."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(within_seconds)
+        return not self.running
+
     def interrupt(self) -> None:
         """As Ctrl-C would."""
         if self.running:
             self.process.send_signal(signal.SIGINT)
 
-    def release(self) -> None:
-        """Lets its output through."""
-        for stream in self._streams:
-            stream.release()
+    def interrupted(self) -> None:
+        """As Ctrl-C would, and waits for its end."""
+        self.interrupt()
+        self.process.wait()
 
     def wait(self) -> int:
-        """Its exit code, when it has ended and all its output is written. A signal's is 128 + its number."""
-        code = self.process.wait()
+        """Lets its output through. → its exit code, when it has ended and all of that is written; a signal's is 128 +
+        its number."""
         for stream in self._streams:
-            stream.join()
-        self._streams = []
+            stream.release()
+        code = self.process.wait()
+        while self._streams:
+            self._streams.pop().join()
         return code if code >= 0 else 128 - code
 
     def __enter__(self) -> WatchedRun:
@@ -166,13 +176,13 @@ class WatchedRun:
     def __exit__(self, *_: object) -> None:
         """A run that still goes on here is one that an error of ours has left: it is interrupted, and may clean up."""
         self.interrupt()
-        self.release()
         self.wait()
         self._reader.join()
         os.close(self._feed)
 
 
-def _environment(given: Mapping[str, str]) -> dict[str, str]:
-    """``given``, and where this package is, which may be a checkout that the child would not find by itself."""
-    root = str(Path(__file__).resolve().parents[2])
-    return {**given, "PYTHONPATH": os.pathsep.join(filter(None, [root, given.get("PYTHONPATH", "")]))}
+def _standard_input() -> int | None:
+    try:
+        return subprocess.DEVNULL if sys.stdin is None or sys.stdin.isatty() else None
+    except ValueError:  # closed
+        return subprocess.DEVNULL

@@ -6,10 +6,10 @@ from rich.text import Text
 
 from teegpu.monitor import words
 from teegpu.monitor.draw import Line, Look, fit
-from teegpu.monitor.panels import communication, layers, ops, overview
-from teegpu.monitor.snapshot import Snapshot
+from teegpu.monitor.panels import communication, layers, ops, overview, requests
+from teegpu.monitor.snapshot import ServingView, Snapshot
 from teegpu.monitor.themes import DARK, style
-from teegpu.units import printable
+from teegpu.units import plural, printable
 
 FRAME_WIDTH = 100
 """Of a frame that no terminal gives a width."""
@@ -20,21 +20,23 @@ _LAYERS = 5
 
 def progress_line(state: Snapshot) -> str:
     """Phase, progress, rate, share: one line for a log."""
+    if state.serving is not None:
+        return _serving_line(state, state.serving)
     if not state.phase:
         return state.status if not state.notes else f"{state.status}: {printable(state.notes[-1].text)}"
     phase = state.current
     parts = [f"{words.clock(state.seconds)} {phase.name}"]
     if phase.name == "prefill":
-        parts.append(f"{phase.tokens:,} of {words.plural(phase.expected, 'token')}")
+        parts.append(f"{phase.tokens:,} of {plural(phase.expected, 'token')}")
     else:
-        parts.append(f"{phase.tokens:,} of at most {words.plural(phase.expected, 'token')}")
+        parts.append(f"{phase.tokens:,} of at most {plural(phase.expected, 'token')}")
     parts.append(words.tokens_rate(phase.tokens_per_second))
     if phase.parts.total:
         parts.append(f"communication {words.percent(phase.parts.communication_share)}")
     if state.rpc_calls:
-        parts.append(f"{words.plural(state.rpc_calls, 'RPC call')}")
+        parts.append(f"{plural(state.rpc_calls, 'RPC call')}")
     if state.retries:
-        parts.append(words.plural(state.retries, "retry", "retries"))
+        parts.append(plural(state.retries, "retry", "retries"))
     if state.retrying:
         parts.append(state.retrying)
     elif phase.running and phase.seconds_left is not None:
@@ -44,10 +46,26 @@ def progress_line(state: Snapshot) -> str:
     return " · ".join(parts)
 
 
+def _serving_line(state: Snapshot, serving: ServingView) -> str:
+    parts = [
+        f"{words.clock(state.seconds)} {plural(serving.running, 'sequence')}",
+        f"{serving.waiting:,} in line",
+        f"{serving.ended:,} ended",
+        words.tokens_rate(state.token_rate),
+    ]
+    for name, spread in (("TTFT", serving.ttft), ("ITL", serving.itl)):
+        if spread.p50 is not None and spread.p95 is not None:
+            parts.append(f"{name} {words.span_of(spread.p50)} median, {words.span_of(spread.p95)} p95")
+    if state.retrying:
+        parts.append(state.retrying)
+    return " · ".join([state.status, *parts] if state.ended else parts)
+
+
 def frame(state: Snapshot, width: int, look: Look) -> list[Line]:
     """The overview as lines from top to bottom, as long as it takes."""
     inner = width - 2
     blocks: list[tuple[str, list[Line]]] = [
+        *([] if state.serving is None else [("requests", requests.all_of_them(state.serving, inner, 0, look))]),
         ("progress", overview.progress(state, inner, 2, look)),
         ("where the time goes", overview.time(state, inner, 5, look)),
         ("communication", communication.communication(state, inner, 9, look)),

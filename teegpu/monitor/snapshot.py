@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol
+
+from teegpu.report import facts, look
 
 RUNNING: Final = "running"
 COMPLETE: Final = "complete"
@@ -12,10 +15,23 @@ FAILED: Final = "failed"
 STARTING: Final = "starting"
 """There is no record yet: the model is being loaded."""
 
+ENDED: Final = frozenset({COMPLETE, INTERRUPTED, FAILED})
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Exclusive parts of the runner's time, in seconds (or in seconds per something)."""
+
+class Exclusive(Protocol):
+    """Totals that have the parts of a time: those of a phase, or of a layer."""
+
+    tee_seconds: float
+    serialization_seconds: float
+    network_seconds: float
+    server_seconds: float
+    gpu_seconds: float
+    other_seconds: float
+
+
+class Parts(NamedTuple):
+    """Exclusive parts of the runner's time, in seconds (or in seconds per something), in the order of
+    ``report.parts.PARTS``."""
 
     tee: float = 0.0
     serialization: float = 0.0
@@ -24,9 +40,20 @@ class Parts:
     gpu: float = 0.0
     other: float = 0.0
 
+    @classmethod
+    def of(cls, total: Exclusive) -> Parts:
+        return cls(
+            total.tee_seconds,
+            total.serialization_seconds,
+            total.network_seconds,
+            total.server_seconds,
+            total.gpu_seconds,
+            total.other_seconds,
+        )
+
     @property
     def total(self) -> float:
-        return self.tee + self.serialization + self.network + self.server + self.gpu + self.other
+        return sum(self)
 
     @property
     def communication(self) -> float:
@@ -37,13 +64,14 @@ class Parts:
         total = self.total
         return self.communication / total if total else 0.0
 
-    @property
-    def bars(self) -> tuple[float, ...]:
-        """In the order of ``draw.PARTS``."""
-        return (self.tee, self.serialization, self.network, self.server, self.gpu, self.other)
-
     def divided(self, by: float) -> Parts:
-        return Parts(*(value / by for value in self.bars)) if by else self
+        return Parts(*(value / by for value in self)) if by else self
+
+    def plus(self, other: Parts) -> Parts:
+        return Parts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+NO_TIME: Final = Parts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +92,7 @@ class PhaseView:
     tokens_per_second: float = 0.0
     fraction: float | None = None
     seconds_left: float | None = None
-    parts: Parts = Parts()
+    parts: Parts = NO_TIME
     rpc_calls: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -72,8 +100,6 @@ class PhaseView:
     raw_bytes_down: int = 0
     compression_seconds: float = 0.0
     queue_seconds: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +155,10 @@ class Moment:
     tokens: float
     rpc_calls: float
 
+    @property
+    def moved(self) -> tuple[float, float, float, float]:
+        return self.bytes_up, self.bytes_down, self.tokens, self.rpc_calls
+
 
 @dataclass(frozen=True, slots=True)
 class Note:
@@ -138,39 +168,104 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What does not change while a run goes on: from the record's ``meta.json``."""
+    """What does not change while a run goes on, fit for a terminal. ``how``: the work is split, in a few words.
+    ``remote``: something is computed elsewhere, as far as that is known. ``keys``: None where the record says nothing
+    of them. ``serves``: several at once, with room for ``sequences`` and ``kv_room`` bytes of keys and values."""
 
     run_id: str = ""
-    started_at: str = ""
-    model: str = ""
+    how: tuple[str, ...] = ()
     layers: int = 0
-    parameters: int = 0
-    prefill_plan: str = ""
-    decode_plan: str = ""
+    remote: bool = True
+    privacy: str = ""
     transport: str = ""
-    wire_dtype: str = ""
-    privacy: str = "none"
-    verified: bool = False
-    link: str = ""
     endpoints: tuple[str, ...] = ()
     keys: bool | None = None
-    embedded: bool = False
     device: str = ""
     dtype: str = ""
-    server_threads: int | None = None
-    runner_threads: int | None = None
-    tee_kind: str = "none"
+    server_threads: int = 0
+    runner_threads: int = 0
+    tee_kind: str = ""
     attested: bool = False
     note: str = ""
-    chunk_tokens: int = 0
-    speculate: int = 0
-    max_tokens: int = 0
+    serves: bool = False
+    sequences: int = 0
+    kv_room: int = 0
 
-    @property
-    def plan(self) -> str:
-        if self.decode_plan in ("", self.prefill_plan):
-            return self.prefill_plan
-        return f"{self.prefill_plan} / {self.decode_plan}"
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> Facts:
+        """What a record's ``meta`` says, and defaults for what it does not: it may be another version's."""
+        settings, server = look.mapping(meta, "settings"), look.mapping(meta, "server")
+        keys = look.at(settings, "encrypted")
+        kind = look.text(meta, "tee", "kind")
+        return cls(
+            run_id=look.text(meta, "id"),
+            how=tuple(facts.setup(meta)) if meta else (),
+            layers=int(look.amount(meta, "model", "layers")),
+            remote=facts.remote(meta),
+            privacy=facts.privacy(meta),
+            transport=look.text(settings, "transport"),
+            endpoints=tuple(look.lines(settings, "endpoints")),
+            keys=keys if isinstance(keys, bool) else None,
+            device=look.text(server, "device"),
+            dtype=look.text(server, "dtype"),
+            server_threads=int(look.amount(server, "threads") or look.amount(settings, "threads", "server")),
+            runner_threads=int(look.amount(settings, "threads", "runner")),
+            tee_kind="" if kind == "none" else kind,
+            attested=look.at(meta, "tee", "attested") is True,
+            note=look.text(meta, "note"),
+            serves=bool(look.mapping(settings, "capacity")),
+            sequences=int(look.amount(settings, "capacity", "sequences")),
+            kv_room=int(look.amount(settings, "capacity", "kv_bytes")),
+        )
+
+
+NO_FACTS: Final = Facts()
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of durations, in seconds; None where there was none."""
+
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """A request under way: ``state`` is ``waiting``, ``reading`` or ``generating``, ``read`` and ``made`` are tokens.
+    ``ttft_seconds``: None before its first token, ``rate``: tokens a second since."""
+
+    number: int
+    state: str
+    prompt_tokens: int
+    read: int
+    made: int
+    max_tokens: int
+    seconds: float
+    ttft_seconds: float | None
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServingView:
+    """A run that serves several at once. ``sequences`` and ``kv_room`` (bytes) are what there is room for, 0: as much
+    as comes. ``load``: (running, waiting) over time, means of stretches."""
+
+    sequences: int
+    kv_room: int
+    running: int
+    reading: int
+    waiting: int
+    kv_bytes: int
+    arrived: int
+    ended: int
+    failed: int
+    queue: Spread
+    ttft: Spread
+    itl: Spread
+    requests: tuple[RequestView, ...]
+    load: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,14 +284,15 @@ class Snapshot:
     """``seconds``: the run's age, from its first event. ``phase``: the running one, or the last one, or nothing.
 
     ``retrying``: a request was lost and no reply has come since. ``text_known``: the generated text is at hand (it is
-    not in a record, unless the user wants it there). ``behind``: the record holds more than has been read so far.
+    not in a record, unless the user wants it there); ``text_private``: it is, and not from the record. ``behind``: the
+    record holds more than has been read so far.
     """
 
     number: int = 0
     status: str = STARTING
     error: str = ""
     seconds: float = 0.0
-    facts: Facts = Facts()
+    facts: Facts = NO_FACTS
     phase: str = ""
     prompt: int = 0
     prefill: PhaseView = PhaseView("prefill")
@@ -206,7 +302,7 @@ class Snapshot:
     layer: int = -1
     layers: tuple[LayerView, ...] = ()
     layers_phase: str = ""
-    now: Parts = Parts()
+    now: Parts = NO_TIME
     ops: tuple[OpView, ...] = ()
     chunks: tuple[ChunkView, ...] = ()
     history: tuple[Moment, ...] = ()
@@ -232,8 +328,10 @@ class Snapshot:
     advice: tuple[str, ...] = ()
     text: str = ""
     text_known: bool = False
+    text_private: bool = False
     tokens: int = 0
     events: int = 0
+    serving: ServingView | None = None
     behind: bool = False
     replay: str = ""
     """How a finished run is being replayed, for people: ``×4``, ``paused``; empty for a live one."""
@@ -242,13 +340,8 @@ class Snapshot:
 
     @property
     def ended(self) -> bool:
-        return self.status in (COMPLETE, INTERRUPTED, FAILED)
+        return self.status in ENDED
 
     @property
     def current(self) -> PhaseView:
         return self.decode if self.phase == "decode" else self.prefill
-
-    @property
-    def parts(self) -> Parts:
-        """Of the whole run."""
-        return Parts(*(a + b for a, b in zip(self.prefill.parts.bars, self.decode.parts.bars, strict=True)))

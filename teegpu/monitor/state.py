@@ -11,13 +11,28 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from teegpu.metrics import events as ev
-from teegpu.metrics.summary import PhaseTotal, Summary
+from teegpu.facts import PER_OP
 from teegpu.monitor import snapshot as snap
-from teegpu.monitor.facts import facts_of
 from teegpu.monitor.history import PassSeries, Rates, Series
-from teegpu.monitor.snapshot import Facts, LayerView, Moment, Note, OpView, Parts, PhaseView, Snapshot
+from teegpu.monitor.snapshot import (
+    NO_TIME,
+    Facts,
+    LayerView,
+    Moment,
+    Note,
+    OpView,
+    Parts,
+    PhaseView,
+    RequestView,
+    ServingView,
+    Snapshot,
+    Spread,
+)
 from teegpu.monitor.whereabouts import Whereabouts
+from teegpu.record import events as ev
+from teegpu.stats.requests import READING, Open
+from teegpu.stats.summary import Summary
+from teegpu.stats.totals import Latencies, PhaseTotal
 
 SLICE: Final = 256
 """Events between two looks at the sums: some tens of milliseconds of a quick decode."""
@@ -28,14 +43,14 @@ MAX_TEXT: Final = 200_000
 MAX_LAYERS: Final = 1024
 """Layers that are shown: more than any model has, but a damaged record may name any number."""
 
+MAX_REQUESTS: Final = 256
+"""Requests that are shown: the oldest of those under way."""
+
 _NOTES: Final = 100
 _ENDPOINTS: Final = 64
-_PER_OP_LAYER: Final = 9
-_PER_OP_PASS: Final = 2
-_PARTS: Final = 5
-"""Parts of a layer's time: all but ``other``."""
+_PARTS: Final = len(NO_TIME)
 
-Sums = dict[int, tuple[float, ...]]
+Sums = dict[int, Parts]
 
 
 class LiveState:
@@ -47,7 +62,7 @@ class LiveState:
 
     def __init__(self, meta: Mapping[str, Any] | None = None) -> None:
         self.meta: Mapping[str, Any] = meta or {}
-        self.facts: Facts = facts_of(self.meta)
+        self.facts: Facts = Facts.of(self.meta)
         self.summary = Summary()
         self.events = 0
         self.tokens = 0
@@ -63,27 +78,28 @@ class LiveState:
         self._where = Whereabouts()
         self._pass_base: Sums = {}
         self._last_pass: Sums = {}
-        self._pass_ns = 0
         self._pass_phase = ""
         self._passes: PassSeries | None = None
         self._whole_passes: tuple[str, int, int, int] | None = None
         self._series = Series(10)
         self._counted: tuple[float, ...] = (0.0,) * 10
         self._rates = Rates()
+        self._load = Series(3)
+        self._loaded: tuple[float, int] = (0.0, 0)
         self._retries = 0
         self._retrying: tuple[int, str, int] | None = None
         self._notes: deque[Note] = deque(maxlen=_NOTES)
         self._samples: deque[ev.Sampled] = deque(maxlen=8)
         self._text: deque[str] = deque()
         self._text_length = 0
-        self.text_known = False
+        self.text_known = self.text_private = False
         self._tpot: tuple[int, float | None] = (0, None)
         self.advice: tuple[str, ...] = ()
         self.focus = 0
 
     def update_meta(self, meta: Mapping[str, Any]) -> None:
         self.meta = meta
-        self.facts = facts_of(meta)
+        self.facts = Facts.of(meta)
 
     # Taking events
 
@@ -129,12 +145,12 @@ class LiveState:
             self.tokens += event.tokens
             self._phase_tokens[self._phase] = self._phase_tokens.get(self._phase, 0) + event.tokens
             if self._phase == ev.DECODE:
-                self._pass_ended(event.at_ns)
+                self._pass_ended()
         elif isinstance(event, ev.PhaseBegan):
             self._began(event)
         elif isinstance(event, ev.PhaseEnded):
             if event.phase == ev.PREFILL:
-                self._pass_ended(event.at_ns)
+                self._pass_ended()
             self._running = False
             self._where.clear()
         elif isinstance(event, ev.Retried):
@@ -148,10 +164,22 @@ class LiveState:
             self._samples.append(event)
         elif isinstance(event, ev.TextMade):
             self.add_text(event.text)
+        elif isinstance(event, ev.Stepped):
+            self._stepped(event)
+        elif self.first_ns is None and not isinstance(event, ev.Lap | ev.Rpc | ev.Speculated):
+            self.first_ns = event.at_ns
+
+    def _stepped(self, event: ev.Stepped) -> None:
+        """How many ran and waited in the step, weighted by its length."""
+        if self.first_ns is None:
+            self.first_ns = event.began_ns
+        seconds = max(0, event.at_ns - event.began_ns) / 1e9
+        at = max(0.0, (event.at_ns - self.first_ns) / 1e9 - 1e-9)
+        self._load.add(at, (seconds, seconds * event.running, seconds * event.waiting))
 
     def _began(self, event: ev.PhaseBegan) -> None:
         if self.first_ns is None:
-            self.first_ns = self._pass_ns = event.at_ns
+            self.first_ns = event.at_ns
         if event.phase == ev.PREFILL:
             self._prompt += 1
         self._phase, self._running, self._began_ns = event.phase, True, event.at_ns
@@ -161,7 +189,7 @@ class LiveState:
         self._pass_base = self._sums()
         self._pass_phase = event.phase
         self._last_pass = {}
-        self._pass_ns = event.at_ns
+        self._whole_passes = None
         if event.phase == ev.PREFILL:
             # What the prompt before has left is not this one's.
             self._phase_tokens[ev.DECODE] = 0
@@ -173,43 +201,35 @@ class LiveState:
         self._notes.append(Note(max(0.0, (at_ns - (self.first_ns or at_ns)) / 1e9), text))
 
     def add_text(self, text: str) -> None:
-        """Text that was generated, which reaches the monitor on a way of its own or is in the record."""
+        """Text that was generated."""
         self.text_known = True
         self._text.append(text)
         self._text_length += len(text)
         while self._text_length > MAX_TEXT and len(self._text) > 1:
             self._text_length -= len(self._text.popleft())
 
+    def add_private_text(self, text: str) -> None:
+        """Text that reaches the monitor on a way of its own: it is in no record."""
+        self.text_private = True
+        self.add_text(text)
+
     # Sums and their differences
 
     def _sums(self) -> Sums:
         phase = self.summary.phases.get(self._phase)
-        if phase is None:
-            return {}
-        return {
-            layer: (
-                total.tee_seconds,
-                total.serialization_seconds,
-                total.network_seconds,
-                total.server_seconds,
-                total.gpu_seconds,
-            )
-            for layer, total in phase.layers.items()
-        }
+        return {layer: Parts.of(total) for layer, total in phase.layers.items()} if phase is not None else {}
 
     def _difference(self, sums: Sums) -> Sums:
         base = self._pass_base
-        nothing = (0.0,) * _PARTS
         return {
-            layer: tuple(new - old for new, old in zip(values, base.get(layer, nothing), strict=True))
-            for layer, values in sums.items()
+            layer: Parts(*(new - old for new, old in zip(parts, base.get(layer, NO_TIME), strict=True)))
+            for layer, parts in sums.items()
         }
 
-    def _pass_ended(self, at_ns: int) -> None:
+    def _pass_ended(self) -> None:
         sums = self._sums()
         self._last_pass = done = self._difference(sums)
         self._pass_base = sums
-        self._pass_ns = at_ns
         total = self.summary.phases.get(self._phase)
         self._whole_passes = (self._phase, total.rpc_calls, total.tokens, total.passes) if total is not None else None
         self._where.pass_ended()
@@ -218,8 +238,7 @@ class LiveState:
             return
         if self._passes is None:
             self._passes = PassSeries(_PARTS * layers)
-        nothing = (0.0,) * _PARTS
-        self._passes.add([value for layer in range(layers) for value in done.get(layer, nothing)])
+        self._passes.add([value for layer in range(layers) for value in done.get(layer, NO_TIME)])
 
     def _layer_count(self) -> int:
         if self.facts.layers:
@@ -239,19 +258,12 @@ class LiveState:
         self._rates.add(at, (totals[6], totals[7], totals[8]))
 
     def _totals(self) -> tuple[float, ...]:
-        sums = [0.0] * 10
+        parts = NO_TIME
+        up = down = calls = 0
         for total in self.summary.phases.values():
-            sums[0] += total.tee_seconds
-            sums[1] += total.serialization_seconds
-            sums[2] += total.network_seconds
-            sums[3] += total.server_seconds
-            sums[4] += total.gpu_seconds
-            sums[5] += total.other_seconds
-            sums[6] += total.bytes_up
-            sums[7] += total.bytes_down
-            sums[9] += total.rpc_calls
-        sums[8] = self.tokens
-        return tuple(sums)
+            parts = parts.plus(Parts.of(total))
+            up, down, calls = up + total.bytes_up, down + total.bytes_down, calls + total.rpc_calls
+        return (*parts, up, down, self.tokens, calls)
 
     # The snapshot
 
@@ -267,7 +279,7 @@ class LiveState:
     ) -> Snapshot:
         """The run at ``now_ns``, a reading of its own clock (None: at its last event)."""
         self._number += 1
-        ended = status in (snap.COMPLETE, snap.INTERRUPTED, snap.FAILED)
+        ended = status in snap.ENDED
         now = self.last_ns if now_ns is None or ended else max(now_ns, self.last_ns)
         age = (now - self.first_ns) / 1e9 if self.first_ns is not None else 0.0
         prefill, decode = self._phase_view(ev.PREFILL, now, ended), self._phase_view(ev.DECODE, now, ended)
@@ -317,11 +329,36 @@ class LiveState:
             advice=self.advice,
             text=text,
             text_known=self.text_known,
+            text_private=self.text_private,
             tokens=self.tokens,
             events=self.events,
+            serving=self._serving(now),
             behind=behind,
             replay=replay,
             document=document,
+        )
+
+    def _serving(self, now_ns: int) -> ServingView | None:
+        requests, facts = self.summary.requests, self.facts
+        if not requests and not facts.serves:
+            return None
+        under_way = list(requests.open.values())
+        length = self._load.seconds
+        return ServingView(
+            sequences=facts.sequences,
+            kv_room=facts.kv_room,
+            running=requests.running,
+            reading=sum(one.state == READING for one in under_way),
+            waiting=requests.waiting,
+            kv_bytes=requests.kv_bytes,
+            arrived=requests.arrived,
+            ended=sum(requests.ended.values()),
+            failed=requests.ended.get("error", 0),
+            queue=_spread(requests.queue),
+            ttft=_spread(requests.ttft),
+            itl=_spread(requests.itl),
+            requests=tuple(_request(one, now_ns) for one in under_way[:MAX_REQUESTS]),
+            load=tuple(_load(length, *row) for _, row in self._load.rows()),
         )
 
     def _phase_view(self, name: str, now_ns: int, ended: bool) -> PhaseView:
@@ -345,7 +382,7 @@ class LiveState:
             tokens_per_second=rate,
             fraction=fraction,
             seconds_left=left if running else None,
-            parts=_parts(total),
+            parts=Parts.of(total),
             rpc_calls=total.rpc_calls,
             bytes_up=total.bytes_up,
             bytes_down=total.bytes_down,
@@ -353,8 +390,6 @@ class LiveState:
             raw_bytes_down=total.raw_bytes_down,
             compression_seconds=total.busy.compression_seconds,
             queue_seconds=total.busy.queue_seconds,
-            drafted_tokens=total.drafted_tokens,
-            accepted_tokens=total.accepted_tokens,
         )
 
     def _progress(
@@ -388,35 +423,22 @@ class LiveState:
         passes = max(1, phase.passes)
         views = []
         for layer in range(self._layer_count()):
-            now = running.get(layer) or ()
+            now = running.get(layer, NO_TIME)
             if not any(now):
-                now = self._last_pass.get(layer, ())
+                now = self._last_pass.get(layer, NO_TIME)
             whole = phase.layers.get(layer)
-            mean = (
-                Parts(
-                    whole.tee_seconds / passes,
-                    whole.serialization_seconds / passes,
-                    whole.network_seconds / passes,
-                    whole.server_seconds / passes,
-                    whole.gpu_seconds / passes,
-                )
-                if whole is not None
-                else Parts()
-            )
-            views.append((layer, Parts(*now), mean))
+            views.append((layer, now, Parts.of(whole).divided(passes) if whole is not None else NO_TIME))
         worst = max(views, key=lambda view: view[2].total)[0]
         return tuple(LayerView(layer, now, mean, layer == worst) for layer, now, mean in views)
 
     def _now_parts(self, age: float) -> Parts:
         """Of the last second or so: what the bar 'now' shows."""
-        rows = self._series.rows()
-        count = max(1, math.ceil(1.0 / self._series.seconds))
-        sums = [0.0] * 6
-        for at, row in rows[-count:]:
-            if at >= age - 1.0 - self._series.seconds:
-                for index in range(6):
-                    sums[index] += row[index]
-        return Parts(*sums)
+        length = self._series.seconds
+        sums = NO_TIME
+        for at, row in self._series.rows()[-max(1, math.ceil(1.0 / length)) :]:
+            if at >= age - 1.0 - length:
+                sums = sums.plus(Parts(*row[:_PARTS]))
+        return sums
 
     def _ops(self) -> tuple[OpView, ...]:
         return tuple(
@@ -427,9 +449,7 @@ class LiveState:
 
     def _history(self) -> tuple[Moment, ...]:
         length = self._series.seconds
-        return tuple(
-            Moment(at, length, Parts(*row[:6]), row[6], row[7], row[8], row[9]) for at, row in self._series.rows()
-        )
+        return tuple(Moment(at, length, Parts(*row[:_PARTS]), *row[_PARTS:]) for at, row in self._series.rows())
 
     def layer_history(self, layer: int) -> tuple[Parts, ...]:
         """Means per pass of ``layer`` from the run's begin until now, at most 240 of them."""
@@ -438,21 +458,20 @@ class LiveState:
         return tuple(Parts(*values) for values in self._passes.column(_PARTS * layer, _PARTS))
 
     def _rpcs_per_token(self) -> float:
-        """Of decode, once it has passes; before that of the prompt's pass. A pass that is under way does not count."""
+        """Of the phase, once it has a whole pass; 0 before that."""
         if self._whole_passes is None:
             return 0.0
         phase, calls, tokens, passes = self._whole_passes
         return calls / max(1, passes if phase == ev.PREFILL else tokens)
 
     def _per_op_calls(self, prefill: PhaseView, decode: PhaseView) -> int:
-        """RPCs that the plan per-op would have made by now: 9 a layer and 2 more for each pass."""
-        per_pass = _PER_OP_LAYER * self._layer_count() + _PER_OP_PASS
+        """RPCs that the plan per-op would have made by now."""
         passes = float(prefill.passes + decode.passes)
         if prefill.running and prefill.fraction:
             passes += prefill.fraction
         elif decode.running and self._where.layer >= 0:
             passes += self._where.layer / max(1, self._layer_count())
-        return int(per_pass * passes)
+        return int(PER_OP.rpc_calls(self._layer_count()) * passes)
 
     def _retrying_text(self, now_ns: int) -> str:
         if self._retrying is None:
@@ -479,7 +498,35 @@ class LiveState:
         return (last.cpu_seconds - first.cpu_seconds) / seconds if seconds > 0 else None
 
 
-_RARE: Final = frozenset({ev.TokensMade, ev.PhaseBegan, ev.PhaseEnded, ev.Retried, ev.Noted, ev.Sampled, ev.TextMade})
+_RARE: Final = frozenset(
+    {ev.TokensMade, ev.PhaseBegan, ev.PhaseEnded, ev.Retried, ev.Noted, ev.Sampled, ev.TextMade, ev.Stepped, ev.Arrived}
+)
+
+
+def _load(length: float, seconds: float, running: float, waiting: float) -> tuple[float, float]:
+    """Means over a stretch in which ``seconds`` were worked. A step counts where it ends, so of a busy stretch they may
+    be a little more or less than its ``length``."""
+    over = seconds if 2 * seconds > length else length
+    return running / over, waiting / over
+
+
+def _spread(latencies: Latencies) -> Spread:
+    return Spread(*(latencies.quantile(share) for share in (0.5, 0.95, 0.99)))
+
+
+def _request(one: Open, now_ns: int) -> RequestView:
+    since = (one.latest_ns - one.first_ns) / 1e9
+    return RequestView(
+        number=one.number,
+        state=one.state,
+        prompt_tokens=one.prompt_tokens,
+        read=min(one.read, one.prompt_tokens) if one.prompt_tokens else one.read,
+        made=one.made,
+        max_tokens=one.max_tokens,
+        seconds=max(0, now_ns - one.arrived_ns) / 1e9,
+        ttft_seconds=(one.first_ns - one.arrived_ns) / 1e9 if one.first_ns else None,
+        rate=(one.made - 1) / since if one.made > 1 and since > 0 else 0.0,
+    )
 
 
 def time_of(event: ev.Event) -> int | None:
@@ -509,15 +556,4 @@ def latency_of(total: PhaseTotal | None) -> snap.Latency:
         latencies.quantile(0.95) or 0.0,
         latencies.max_seconds,
         histogram,
-    )
-
-
-def _parts(total: PhaseTotal) -> Parts:
-    return Parts(
-        total.tee_seconds,
-        total.serialization_seconds,
-        total.network_seconds,
-        total.server_seconds,
-        total.gpu_seconds,
-        total.other_seconds,
     )

@@ -1,11 +1,16 @@
-"""The monitor's two themes, with colours that people tell apart however they see them (after Okabe and Ito)."""
+"""The monitor's two themes, and all that Textual 8 has to know of them."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.style import Style
+
+from teegpu.report.parts import PARTS
+
+if TYPE_CHECKING:
+    from textual.theme import Theme
 
 DARK: Final = "teegpu-dark"
 LIGHT: Final = "teegpu-light"
@@ -21,12 +26,7 @@ COLOURS: Final[dict[str, dict[str, str]]] = {
         "bold": "#f2f5f8",
         "track": "#1e2834",
         "cursor": "#22384a",
-        "tee": "#12b886",
-        "serialization": "#f0c419",
-        "network": "#e8590c",
-        "server": "#cc79a7",
-        "gpu": "#56b4e9",
-        "other": "#5f6b78",
+        **{part.name: part.dark for part in PARTS.values()},
         "accent": "#56b4e9",
         "good": "#12b886",
         "warn": "#f0c419",
@@ -42,20 +42,14 @@ COLOURS: Final[dict[str, dict[str, str]]] = {
         "bold": "#05090d",
         "track": "#e6ebf0",
         "cursor": "#d5e7f4",
-        "tee": "#009e73",
-        "serialization": "#e0a800",
-        "network": "#d55e00",
-        "server": "#b65c8f",
-        "gpu": "#3d9fda",
-        "other": "#9aa5b1",
+        **{part.name: part.light for part in PARTS.values()},
         "accent": "#0072b2",
         "good": "#007a5a",
         "warn": "#946c00",
         "bad": "#c2410c",
     },
 }
-"""By theme and role. Parts of the time are Okabe and Ito's bluish green, yellow, vermillion, purple and blue, a little
-lighter or darker where the background asks for it; they differ in brightness too."""
+"""By theme and role."""
 
 
 @lru_cache(maxsize=4096)
@@ -71,3 +65,44 @@ def style(role: str, theme: str = DARK) -> Style:
         bgcolor=colours.get(back),
         bold=bold or None,
     )
+
+
+VARIABLES = ("line", "focus", "title", "quiet", "head")
+"""Names that ``styles.tcss`` uses beside Textual's own."""
+
+
+def theme(name: str) -> Theme:
+    """One of our palettes as a theme of Textual's."""
+    from textual.theme import Theme  # what needs no screen does without it
+
+    colours = COLOURS[name]
+    return Theme(
+        name=name,
+        primary=colours["accent"],
+        secondary=colours["tee"],
+        warning=colours["warn"],
+        error=colours["bad"],
+        success=colours["good"],
+        accent=colours["accent"],
+        foreground=colours["text"],
+        background=colours["background"],
+        surface=colours["surface"],
+        panel=colours["track"],
+        dark=name == DARK,
+        variables={
+            **variables(name),
+            "footer-background": colours["track"],
+            "footer-key-foreground": colours["accent"],
+            "footer-description-foreground": colours["dim"],
+            "footer-description-background": colours["track"],
+            "footer-item-background": colours["track"],
+            "footer-key-background": colours["track"],
+        },
+    )
+
+
+def variables(name: str) -> dict[str, str]:
+    """Our own names, for themes that do not know them."""
+    colours = COLOURS[name]
+    roles = ("border", "focus", "bold", "dim", "track")
+    return {variable: colours[role] for variable, role in zip(VARIABLES, roles, strict=True)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from teegpu.metrics import events as ev
 from teegpu.monitor.snapshot import ChunkView
+from teegpu.record import events as ev
 
 _SMOOTHING: Final = 0.1
 """Weight of the latest request in the estimates of a request's length and the server's share of it."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from teegpu.monitor.draw import LETTERS, NAMES, PARTS, SHORT_NAMES, Look, Span
+from teegpu.formats import NOTHING
+from teegpu.monitor.draw import Look, Span
 from teegpu.monitor.snapshot import Facts, Parts
+from teegpu.report.parts import PARTS
 from teegpu.units import human_bytes
-
-NOTHING = "–"
 
 
 def clock(seconds: float) -> str:
@@ -24,17 +24,9 @@ def span_of(seconds: float) -> str:
         return f"{seconds:,.0f} s"
     if seconds >= 1:
         return f"{seconds:.2f} s"
-    for size, unit in ((1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= size * 0.9995:
-            value = seconds / size
-            return (
-                f"{value:.0f} {unit}"
-                if value >= 100
-                else f"{value:.1f} {unit}"
-                if value >= 10
-                else f"{value:.2f} {unit}"
-            )
-    return "0 s" if not seconds else f"{seconds * 1e6:.2f} µs"
+    size, unit = (1e-3, "ms") if seconds >= 0.9995e-3 else (1e-6, "µs")
+    value = seconds / size
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}" if seconds else "0 s"
 
 
 def rate(per_second: float) -> str:
@@ -49,46 +41,23 @@ def percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.9995 or share < 0.0005 else f"{share:.1%}"
 
 
-def plural(count: int, word: str, many: str = "") -> str:
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {many or word + 's'}"
-
-
 def legend(parts: Parts, look: Look, *, other: bool = True, short: bool = False) -> list[list[Span]]:
     """Each part: its colour or letter, its name, its share; in few cells where it is to be ``short``."""
     total = parts.total
     items: list[list[Span]] = []
-    for role, value in zip(PARTS, parts.bars, strict=True):
+    for (role, part), value in zip(PARTS.items(), parts, strict=True):
         if role == "other" and (not other or value < 0.005 * total):
             continue
-        mark = (LETTERS[role], role) if look.letters else (" ", f"on {role}")
+        mark = (part.letter, role) if look.letters else (" ", f"on {role}")
         share = value / total if total else 0.0
-        name = SHORT_NAMES.get(role, NAMES[role]) if short else NAMES[role]
+        name = part.shorter or part.short if short else part.short
         figure = (f"{share:.0%}" if short else percent(share)) if total else NOTHING
         items.append([mark, (f" {name} ", "dim"), (figure, "")])
     return items
 
 
-def how(facts: Facts) -> list[str]:
-    """How the work is split, in a few words."""
-    words = [facts.model, facts.plan, privacy(facts)]
-    if facts.plan != "local":
-        words += [facts.transport, facts.wire_dtype]
-    if facts.link:
-        words.append(f"link {facts.link}")
-    return [word for word in words if word]
-
-
-def privacy(facts: Facts) -> str:
-    """How values are hidden from the servers, and whether products are checked; empty where neither is."""
-    if facts.privacy == "none":
-        return "verified" if facts.verified else ""
-    if facts.privacy == "reference":
-        return facts.privacy
-    return f"{facts.privacy}, {'verified' if facts.verified else 'not verified'}"
-
-
 def tee(facts: Facts) -> str:
-    if facts.tee_kind in ("", "none"):
+    if not facts.tee_kind:
         return "none: development mode"
     return f"{facts.tee_kind}, {'attested' if facts.attested else 'not attested'}"
 

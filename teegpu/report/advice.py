@@ -8,31 +8,36 @@ change). Silent where there is nothing to say that is true: predictions below 5 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from teegpu.report import advice_compute, advice_rules
-from teegpu.report.advice_local import find_reference
+from teegpu.report import advice_compute, advice_rules, advice_serving, facts
+from teegpu.report.advice_local import find_references
 from teegpu.report.advice_reading import Reading
 from teegpu.report.advice_rules import Advice
 
-__all__ = ["advise", "find_reference"]
+__all__ = ["advise", "find_references"]
 
 
-def advise(document: Mapping[str, Any], local_reference: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def advise(document: Mapping[str, Any], local_references: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """Advice about the run in ``document``, what saves most first; of two that change one setting, the better one.
 
-    ``local_reference`` is the document of an earlier run with the plan ``local``, of the same model on the same machine
-    (see ``find_reference``): with it more can be said about what the TEE would take alone. One that does not fit is not
-    used.
+    ``local_references`` are the documents of earlier runs with the plan ``local``, of the same model on the same
+    machine (see ``find_references``): with them more can be said about what the TEE would take alone. Those that do not
+    fit are not used. A request that stood still is named first, and left out of the rest.
     """
     run = Reading(document)
     if not run.seconds:
         return []
+    if facts.requests(document):
+        return [_entry(advice) for advice in advice_serving.advise(run)]
     outage = advice_rules.retries(run)
     if outage is not None:
         return [_entry(outage)]
-    given = [advice for rule in (*advice_rules.RULES, *advice_compute.rules(local_reference)) for advice in rule(run)]
+    stalls = advice_rules.stalls(run)
+    if stalls:
+        run = Reading(advice_rules.without(document, stalls))
+    given = [advice for rule in (*advice_rules.RULES, *advice_compute.rules(local_references)) for advice in rule(run)]
     ranked = sorted(given, key=lambda advice: -advice.saving_seconds)
     kept: list[Advice] = []
     for advice in ranked:
@@ -40,6 +45,8 @@ def advise(document: Mapping[str, Any], local_reference: Mapping[str, Any] | Non
             kept.append(advice)
     if not any(advice.saving_seconds for advice in kept):
         kept.extend(advice_compute.at_the_limit(run))
+    if stalls:
+        kept.insert(0, advice_rules.stalled(stalls))
     return [_entry(advice) for advice in kept]
 
 

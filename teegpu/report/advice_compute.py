@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from teegpu import machine
+from teegpu import facts, machine
 from teegpu.report import advice_local
 from teegpu.report.advice_reading import LOCAL, Change, Reading, figure
 from teegpu.report.advice_rules import Advice, Rule, percent, worth
@@ -49,16 +49,16 @@ def threads(run: Reading) -> Iterator[Advice]:
 def serialization(run: Reading) -> Iterator[Advice]:
     """int8 on a link that is quick enough for fp16: quantising costs more than the bytes."""
     spent = sum(phase.serialization_seconds for phase in run.phases)
-    if run.wire != "int8" or not spent:
+    if run.wire != facts.INT8.name or not spent:
         return
-    saving = run.saving(Change(wire="fp16"))
+    saving = run.saving(Change(wire=facts.FP16.name))
     if saving is not None and worth(run, saving):
         text = (
             f"Serialization took {human_seconds(spent)}, {percent(spent, run.seconds)} of the run, most of it for "
             "int8. This link carries fp16 in less than that, and fp16 is more accurate."
         )
         evidence = {"serialization_seconds": spent, "network_seconds": sum(p.network_seconds for p in run.phases)}
-        yield Advice("serialization-bound", text, {"run.wire_dtype": "fp16"}, saving, evidence)
+        yield Advice("serialization-bound", text, {"run.wire_dtype": facts.FP16.name}, saving, evidence)
 
 
 def tee(run: Reading) -> Iterator[Advice]:
@@ -102,12 +102,12 @@ def gpu(run: Reading) -> Iterator[Advice]:
         yield Advice("gpu-bound", text, settings, saving, {"gpu_seconds": spent, "seconds": run.seconds})
 
 
-def decode_in_the_tee(run: Reading, reference: Mapping[str, Any] | None) -> Iterator[Advice]:
+def decode_in_the_tee(run: Reading, references: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
     """Decode waits for round trips: where the TEE can do it alone, it should."""
     phase = run.decode
     if not phase.remote or not phase.tokens:
         return
-    local = advice_local.estimate(run, phase, reference)
+    local = advice_local.estimate(run, phase, references)
     if local is None or not worth(run, phase.seconds - local.seconds):
         return
     a_token, alone = (human_seconds(seconds / phase.tokens) for seconds in (phase.seconds, local.seconds))
@@ -115,6 +115,11 @@ def decode_in_the_tee(run: Reading, reference: Mapping[str, Any] | None) -> Iter
         f"Decode took {a_token} a token, {percent(phase.network_seconds, phase.seconds)} of it network. In the TEE "
         f"alone a token would take about {alone} (from {local.basis}){_memory(run)}."
     )
+    fused = run.saving(Change(plan=facts.FUSED.name), phase.name) if phase.plan != facts.FUSED.name else None
+    if fused is not None and worth(run, fused):
+        text += (
+            f" With fused, which has half the rounds, about {human_seconds((phase.seconds - fused) / phase.tokens)}."
+        )
     evidence = {
         "seconds_per_token": phase.seconds / phase.tokens,
         "local_seconds_per_token": local.seconds / phase.tokens,
@@ -141,7 +146,7 @@ def speculation(run: Reading) -> Iterator[Advice]:
     yield Advice("decode-speculate", text, {"run.speculate": "4"}, 0.0, evidence)
 
 
-def offloading(run: Reading, reference: Mapping[str, Any] | None) -> Iterator[Advice]:
+def offloading(run: Reading, references: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
     """Whether all of it in the TEE would have been quicker."""
     total = 0.0
     basis = ""
@@ -151,7 +156,7 @@ def offloading(run: Reading, reference: Mapping[str, Any] | None) -> Iterator[Ad
         if phase.plan == LOCAL:
             total += phase.seconds
             continue
-        local = advice_local.estimate(run, phase, reference)
+        local = advice_local.estimate(run, phase, references)
         if local is None:
             return
         total += local.seconds
@@ -192,9 +197,9 @@ def at_the_limit(run: Reading) -> Iterator[Advice]:
     yield Advice("at-the-limit", text, {}, 0.0, {"ratio": ratio, **{f"{k}_seconds": v for k, v in parts.items()}})
 
 
-def rules(reference: Mapping[str, Any] | None) -> tuple[Rule, ...]:
-    """The rules of this module; ``reference`` is a stored run in the TEE alone, or None."""
+def rules(references: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """The rules of this module; ``references`` are stored runs in the TEE alone."""
     return (
-        threads, serialization, tee, gpu, partial(decode_in_the_tee, reference=reference), speculation,
-        partial(offloading, reference=reference),
+        threads, serialization, tee, gpu, partial(decode_in_the_tee, references=references), speculation,
+        partial(offloading, references=references),
     )  # fmt: skip

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from teegpu.metrics.events import DECODE
+from teegpu.record.events import DECODE
+from teegpu.report import facts
 from teegpu.report.advice_reading import LOCAL, Phase, Reading
 
-NONE: Final = "none"
-TWO_SERVER: Final = "two-server"
-RING_COST: Final = 2.2
-"""The least that a product in the ring cost against one in fp32, over SmolLM2's matrices and 1 to 1,024 rows, on one
-core with AVX2: so the TEE alone is rather said to be slower than it is."""
-
-SHIELD_OPS: Final = ("FIXED_POINT", "MASK", "PADS", "HINT", "UNMASK", "VERIFY")
-"""The TEE's operations that there are for privacy and verification alone."""
+REFERENCES: Final = 9
+"""So many stored runs are looked at."""
 
 ALIKE: Final = 4.0
 """A stored run tells of a prompt that is at most so many times longer or shorter than its own."""
-
-NARROW_DECODE: Final = 2.0
-"""A step of decode reads every weight once, so in fp32 it takes at most twice what it takes in bf16 or fp16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +26,21 @@ class LocalEstimate:
     basis: str
 
 
-def estimate(reading: Reading, phase: Phase, reference: Mapping[str, Any] | None) -> LocalEstimate | None:
-    """``phase`` in the TEE alone: from ``reference``, a stored run of the same model on the same machine, or from the
-    run's own times where the server computes on this machine's processor. None where neither tells."""
-    if reference is not None and (told := _from_reference(reading, phase, reference)) is not None:
-        return told
-    return _from_server(reading, phase)
+def estimate(reading: Reading, phase: Phase, references: Sequence[Mapping[str, Any]]) -> LocalEstimate | None:
+    """``phase`` in the TEE alone: as the run measured it before it began, or the middle one of ``references``, stored
+    runs of the same model on the same machine. None where neither tells: the server's own times say too little of it,
+    they hold its wake-ups and another dtype."""
+    probed = reading.probed(phase, LOCAL)
+    if probed is not None:
+        return LocalEstimate(probed, "what this run measured before it began")
+    known = [seconds for each in references if (seconds := _from_reference(reading, phase, each)) is not None]
+    if not known:
+        return None
+    runs = "an earlier run" if len(known) == 1 else f"the middle one of {len(known)} earlier runs"
+    return LocalEstimate(statistics.median(known), f"{runs} on this machine")
 
 
-def _from_reference(reading: Reading, phase: Phase, reference: Mapping[str, Any]) -> LocalEstimate | None:
+def _from_reference(reading: Reading, phase: Phase, reference: Mapping[str, Any]) -> float | None:
     other = Reading(reference)
     if not alike(reading.document, reference):
         return None
@@ -52,36 +51,19 @@ def _from_reference(reading: Reading, phase: Phase, reference: Mapping[str, Any]
     if not 1 / ALIKE <= apart <= ALIKE:
         return None
     # By the token: what attention adds for a longer context is left out, and that of a shorter one counted.
-    return LocalEstimate(known.seconds / known.tokens * phase.tokens, "an earlier run on this machine")
-
-
-def _from_server(reading: Reading, phase: Phase) -> LocalEstimate | None:
-    """The server's products would take the TEE as long, on the same processor and in the same dtype, less what products
-    in the ring cost more, and each of two servers computed the same. What is masked and verified would not be. The TEE
-    computes
-    in fp32: for decode, which is bound by reading the weights, that costs at most twice the time; for prefill, which is
-    bound by arithmetic, a processor may be quicker in bf16 by any factor, so nothing is said."""
-    if not (reading.same_machine and reading.server_on_cpu and phase.remote):
-        return None
-    dtype = reading.server.get("dtype")
-    if dtype == "fp32":
-        slower = 1.0
-    elif dtype in ("bf16", "fp16") and phase.name == DECODE:
-        slower = NARROW_DECODE
-    else:
-        return None
-    if reading.privacy != NONE:
-        slower /= RING_COST * (2 if reading.privacy == TWO_SERVER else 1)
-    fewer = reading.server_threads / reading.cores if reading.cores else 1.0
-    tee = phase.tee_seconds - phase.op_seconds(*SHIELD_OPS)
-    seconds = tee + phase.other_seconds + phase.busy_gpu_seconds * slower * max(1.0, fewer)
-    return LocalEstimate(seconds, "the server's own times on the same processor")
+    return known.seconds / known.tokens * phase.tokens
 
 
 def alike(document: Mapping[str, Any], reference: Mapping[str, Any]) -> bool:
     """Whether ``reference`` ran the same model on a machine like that of ``document``."""
     ours, theirs = _machine(document), _machine(reference)
     return ours[0] is not None and ours == theirs
+
+
+def tells(document: Mapping[str, Any], reference: Mapping[str, Any]) -> bool:
+    """Whether ``reference`` says what ``document`` would have taken set up as it was: it came to its end, on a machine
+    like that one, and nobody else wanted the cores meanwhile."""
+    return reference.get("status") == "complete" and alike(document, reference) and not facts.load(reference)
 
 
 def _machine(document: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -91,11 +73,15 @@ def _machine(document: Mapping[str, Any]) -> tuple[Any, ...]:
     return digest or None, environment.get("machine"), environment.get("cpu"), cores
 
 
-def find_reference(document: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The first of ``others`` (newest first) that tells what ``document`` would have taken in the TEE alone."""
+def find_references(document: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first of ``others`` (newest first) that tell what ``document`` would have taken in the TEE alone: several, as
+    any one of them may have been disturbed."""
+    found: list[Mapping[str, Any]] = []
     for other in others:
         settings = other.get("settings") or {}
         local = settings.get("prefill_plan") == settings.get("decode_plan") == LOCAL
-        if local and other.get("status") == "complete" and alike(document, other):
-            return other
-    return None
+        if local and tells(document, other):
+            found.append(other)
+        if len(found) == REFERENCES:
+            break
+    return found

@@ -13,22 +13,26 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
-from teegpu.metrics import predict, traffic
-from teegpu.metrics.events import DECODE, PREFILL
-from teegpu.metrics.linkestimate import LinkFigures
-from teegpu.metrics.predict import Link, Work
-from teegpu.metrics.rates import TURNS_SLOWDOWN
-from teegpu.metrics.traffic import Shape, Traffic
+from teegpu import facts
+from teegpu.record.events import DECODE, PREFILL
 from teegpu.report import look
+from teegpu.stats import predict, traffic
+from teegpu.stats.linkestimate import LinkFigures
+from teegpu.stats.predict import Link, Work
+from teegpu.stats.traffic import Shape, Traffic
+from transports.addresses import is_local
 
-LOCAL: Final = "local"
-OVERLAPPING: Final = "pipelined"
+LOCAL: Final = facts.LOCAL.name
 
 EXPLAINED: Final = (0.7, 1.4)
 """Between these shares of a phase's real time its prediction must lie, or the formulas miss something in it."""
 
 INT8_SERIALIZATION: Final = 1.5
 """Serialization with int8 over that with fp16: 18 % of 1.17 s became 32 % of 1.15 s, network included, on loopback."""
+
+TURNS_SLOWDOWN: Final = 1.25
+"""What both sides together take longer where they compute at once and each wants all cores: chunks of 256 tokens took
+1.05 to 1.35 times as long as one piece, on loopback and two cores."""
 
 TEE_FLOPS_PER_THREAD: Final = 5e9
 """What one thread of the TEE computes at least where a run does not tell (attention that was left to a GPU)."""
@@ -91,15 +95,21 @@ class Reading:
         self.shape = Shape.of(_mapping(document, "model"))
         self.link = Link.of(LinkFigures.from_json(_mapping(document, "link")))
         self.transport = str(self.settings.get("transport", ""))
+        self.carrier = facts.TRANSPORTS.get(self.transport)
         self.wire = str(self.settings.get("wire_dtype", ""))
         self.privacy = str(self.settings.get("privacy") or "none")
         self.prefill = self._phase(PREFILL)
         self.decode = self._phase(DECODE)
 
+    @property
+    def overlapping(self) -> bool:
+        """Whether its transport can have many requests under way."""
+        return self.carrier is not None and self.carrier.overlaps
+
     def _phase(self, name: str) -> Phase:
         data = _mapping(_mapping(self.document, "phases"), name)
         plan = str(self.settings.get(f"{name}_plan", ""))
-        overlaps = self.transport.startswith(OVERLAPPING) and figure(data, "chunks") > 1
+        overlaps = self.overlapping and figure(data, "chunks") > 1
         return Phase(name, plan, overlaps and name == PREFILL, data)
 
     @property
@@ -145,18 +155,35 @@ class Reading:
         return self.server.get("device") == "cpu"
 
     @property
+    def embedded(self) -> bool:
+        """Whether the run started its server itself, so that nobody else uses it."""
+        return self.server.get("embedded") is True
+
+    @property
     def same_machine(self) -> bool:
         """Whether the server computes beside the runner: embedded, or at a local address."""
-        if self.server.get("embedded") is True:
+        if self.embedded:
             return True
         addresses = self.settings.get("endpoints") or ()
-        return bool(addresses) and all(str(address).startswith(_LOCAL_ADDRESSES) for address in addresses)
+        return bool(addresses) and all(is_local(str(address).partition("#")[0]) for address in addresses)
 
     @property
     def shared_cores(self) -> bool:
         """Whether runner and server compute with more threads than there are cores for both."""
         threads = self.runner_threads + self.server_threads
         return self.same_machine and self.server_on_cpu and 0 < self.cores < threads
+
+    def probed(self, phase: Phase, plan: str) -> float | None:
+        """The seconds that ``phase`` would take with ``plan``, as the run itself measured before it began; None where
+        it did not."""
+        known = look.mapping(look.mapping(self.settings, "auto"), "predicted")
+        each = figure(known, "decode_step_seconds" if phase.name == DECODE else "prefill_seconds", plan)
+        if not each or not phase.tokens:
+            return None
+        if phase.name == DECODE:
+            return each * max(1.0, phase.passes)
+        tokens = figure(self.settings, "auto", "prompt_tokens")
+        return each * phase.tokens / tokens if tokens else None
 
     # What would have been
 
@@ -222,9 +249,9 @@ class Reading:
     def _formula(self, phase: Phase, change: Change) -> Traffic | None:
         """What the formulas say that ``phase`` sends."""
         shape, plan, wire = self.shape, change.plan or phase.plan, change.wire or self.wire
-        if shape is None or plan not in traffic.REMOTE_PLANS or wire not in (*traffic.FLOAT_BYTES, "int8"):
+        if shape is None or plan not in facts.PLANS or wire not in facts.WIRE_DTYPES or not self.prompt_tokens:
             return None
-        overlaps = change.overlaps if change.overlaps is not None else self.transport.startswith(OVERLAPPING)
+        overlaps = change.overlaps if change.overlaps is not None else self.overlapping
         passes = max(1, int(phase.passes))
         if phase.name == DECODE:
             return traffic.decode(shape, plan, wire, passes=passes, start=self.prompt_tokens, overlaps=overlaps)
@@ -275,15 +302,18 @@ class Reading:
         if change.plan is not None:
             scale = (then.bytes_up + then.bytes_down) / max(1, now.bytes_up + now.bytes_down)
             ours, theirs = ours * scale, theirs * scale
-            if phase.plan in traffic.SCORES_ON_LINK and change.plan not in traffic.SCORES_ON_LINK:
+            if self.shape is not None:
+                fused = facts.plan(change.plan).fused - facts.plan(phase.plan).fused
+                gpu *= self.shape.fused_work**fused
+            if facts.plan(phase.plan).remote_attention and not facts.plan(change.plan).remote_attention:
                 moved = phase.op_seconds("MATMUL", "MATMUL@gpu")
                 gpu = max(0.0, gpu - moved)
                 tee += moved if self.server_on_cpu else self._attention_seconds(phase)
         elif change.wire is not None:
             small = predict.INT8_SECONDS_PER_RPC / 2 * then.rpc_calls
-            if change.wire == "int8":
+            if facts.wire_dtype(change.wire).group:
                 ours, theirs = ours * INT8_SERIALIZATION + small, theirs * INT8_SERIALIZATION + small
-            elif self.wire == "int8":
+            elif facts.wire_dtype(self.wire).group:
                 ours, theirs = max(ours / 2, ours - small), max(theirs / 2, theirs - small)
         work = replace(
             work,
@@ -307,13 +337,10 @@ class Reading:
     def largest_frame_bytes(self) -> int:
         """Of the prefill: what the compression's minimum is held against."""
         shape = self.shape
-        if shape is None or self.wire not in (*traffic.FLOAT_BYTES, "int8"):
+        if shape is None or self.wire not in facts.WIRE_DTYPES:
             return 0
         tokens = min(self.chunk_tokens or self.prompt_tokens, self.prompt_tokens)
-        return traffic.frame_bytes("gate", (max(1, tokens), shape.intermediate), self.wire)
-
-
-_LOCAL_ADDRESSES = ("ipc://", "inprocess://", "tcp://127.", "tcp://localhost", "tcp://[::1]")
+        return traffic.frame_bytes("gate_up", (max(1, tokens), 2 * shape.intermediate), self.wire)
 
 
 def _mapping(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -7,15 +7,16 @@ on both sides are in ``advice_compute``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from teegpu.metrics.chooser import AUTO_CHUNK_TOKENS, LOCK_STEP_CHUNK_TOKENS
-from teegpu.metrics.events import PREFILL
-from teegpu.metrics.traffic import SCORES_ON_LINK
-from teegpu.report.advice_reading import OVERLAPPING, Change, Phase, Reading, figure
+from teegpu import facts
+from teegpu.record.events import PREFILL
+from teegpu.report.advice_reading import Change, Phase, Reading, figure
+from teegpu.stats.traffic import AUTO_CHUNK_TOKENS, LOCK_STEP_CHUNK_TOKENS
 from teegpu.units import human_bytes, human_seconds
+from transports.base import COMPRESSED_FROM_BYTES
 
 MIN_SHARE: Final = 0.05
 MIN_SECONDS: Final = 0.02
@@ -59,15 +60,60 @@ def retries(run: Reading) -> Advice | None:
     return Advice("retries", text, {}, 0.0, {"rpc_retries": counts})
 
 
+STALL_SECONDS: Final = 0.5
+STALL_SHARE: Final = 0.1
+STALL_TIMES: Final = 20.0
+"""A request is a stall where it took so long, so large a share of its phase, and so many times what nearly all others
+took."""
+
+
+def stalls(run: Reading) -> list[tuple[Phase, float]]:
+    """The phases in which one request took as long as hundreds, and what it took more than others. Requests that
+    overlap wait for each other, so there nothing can be told."""
+    found = []
+    for phase in run.phases:
+        worst = figure(phase.data, "rpc_latency", "max_seconds")
+        usual = figure(phase.data, "rpc_latency", "p95_seconds")
+        least = max(STALL_SECONDS, STALL_SHARE * phase.seconds, STALL_TIMES * usual)
+        if phase.remote and not phase.overlaps and worst >= least:
+            found.append((phase, worst - usual))
+    return found
+
+
+def stalled(found: list[tuple[Phase, float]]) -> Advice:
+    """What there is to say of a run that stood still: it is in nothing else that is said of it."""
+    phase, lost = max(found, key=lambda each: each[1])
+    text = (
+        f"One request of {phase.rpc_calls:,.0f} in {phase.name} took {human_seconds(lost)} more than the others, "
+        f"{percent(lost, phase.seconds)} of the phase: the server, the link or this machine stood still. What is said "
+        "below leaves that out."
+    )
+    evidence = {f"{phase.name}_seconds": seconds for phase, seconds in found}
+    return Advice("stall", text, {}, sum(seconds for _, seconds in found), evidence)
+
+
+def without(document: Mapping[str, Any], found: list[tuple[Phase, float]]) -> dict[str, Any]:
+    """``document`` as if the stalls had not been: taken off the phase, and off that part of it that is largest, where
+    they were counted."""
+    phases = dict(document["phases"])
+    for phase, seconds in found:
+        data = dict(phase.data)
+        part = max(("network_seconds", "gpu_seconds", "server_seconds"), key=lambda name: figure(data, name))
+        for name in ("seconds", part):
+            data[name] = max(0.0, figure(data, name) - seconds)
+        phases[phase.name] = data
+    return {**document, "phases": phases}
+
+
 # How a layer is cut into requests
 
 
 def plan(run: Reading) -> Iterator[Advice]:
     """``fused`` in place of a plan with more rounds, or with scores on the link."""
     for phase in run.phases:
-        if not phase.remote or phase.plan == "fused":
+        if not phase.remote or phase.plan == facts.FUSED.name:
             continue
-        saving = run.saving(Change(plan="fused"), phase.name)
+        saving = run.saving(Change(plan=facts.FUSED.name), phase.name)
         if saving is None or not worth(run, saving):
             continue
         evidence = {
@@ -77,8 +123,8 @@ def plan(run: Reading) -> Iterator[Advice]:
             "bytes_down": int(phase.bytes_down),
             "network_seconds": phase.network_seconds,
         }
-        settings = {f"run.{phase.name}_plan": "fused"}
-        if phase.plan in SCORES_ON_LINK and _mostly_bytes(run, phase):
+        settings = {f"run.{phase.name}_plan": facts.FUSED.name}
+        if facts.plan(phase.plan).remote_attention and _mostly_bytes(run, phase):
             text = (
                 f"In {phase.name} the plan {phase.plan} sends attention scores over the link, "
                 f"{human_bytes(phase.bytes_up + phase.bytes_down)} in all. With fused, attention stays in the TEE and "
@@ -107,33 +153,37 @@ def _mostly_bytes(run: Reading, phase: Phase) -> bool:
 
 def wire_dtype(run: Reading) -> Iterator[Advice]:
     """fp16 in place of fp32: half the bytes, at an error that is far below what computing in bf16 costs."""
-    if run.wire != "fp32":
+    if run.wire != facts.FP32.name:
         return
-    saving = run.saving(Change(wire="fp16"))
+    # A server that computes in bf16 rounds to it anyway: fp16 would keep no more, and round twice.
+    rounded = str(run.server.get("dtype")).removesuffix(facts.INT8_WEIGHTS) == facts.BF16.name
+    narrow = facts.BF16.name if rounded else facts.FP16.name
+    saving = run.saving(Change(wire=narrow))
     if saving is not None and worth(run, saving):
         nbytes = sum(phase.bytes_up + phase.bytes_down for phase in run.phases)
-        text = (
-            f"With the wire dtype fp32 {human_bytes(nbytes)} crossed the link; fp16 halves that. It is not exact, but "
-            "near: KL 2.3e-05 to fp32 on SmolLM2."
+        text = f"With the wire dtype fp32 {human_bytes(nbytes)} crossed the link; {narrow} halves that. " + (
+            "The server computes in bf16, and so rounds to it anyway."
+            if rounded
+            else "It is not exact, but near: KL 2.3e-05 to fp32 on SmolLM2."
         )
         evidence = {"bytes": int(nbytes), "network_seconds": _network(run)}
-        yield Advice("wire-dtype", text, {"run.wire_dtype": "fp16"}, saving, evidence)
+        yield Advice("wire-dtype", text, {"run.wire_dtype": narrow}, saving, evidence)
 
 
 def wire_int8(run: Reading) -> Iterator[Advice]:
     """int8 where even two bytes a value hold the run up. Never without what it costs."""
-    if run.wire not in ("fp16", "bf16"):
+    if run.wire not in (facts.FP16.name, facts.BF16.name):
         return
-    saving = run.saving(Change(wire="int8"))
+    saving = run.saving(Change(wire=facts.INT8.name))
     if saving is not None and worth(run, saving):
         nbytes = sum(phase.bytes_up + phase.bytes_down for phase in run.phases)
-        less = 1.0 - run.bytes_share(Change(wire="int8"))
+        less = 1.0 - run.bytes_share(Change(wire=facts.INT8.name))
         text = (
             f"The link carried {human_bytes(nbytes)}, and int8 would take {less:.0%} off. It is lossy: on SmolLM2 "
             "KL 6e-3, and one likeliest token in 27 is another one (docs/accuracy.md)."
         )
         evidence = {"bytes": int(nbytes), "network_seconds": _network(run)}
-        yield Advice("wire-int8", text, {"run.wire_dtype": "int8"}, saving, evidence)
+        yield Advice("wire-int8", text, {"run.wire_dtype": facts.INT8.name}, saving, evidence)
 
 
 def _network(run: Reading) -> float:
@@ -152,12 +202,10 @@ EXPECTED_CROSSING: Final = {
 CODEC_BYTES_PER_SECOND: Final = 0.5e9
 """What zstd with a byte shuffle reaches on one core at least, each way."""
 
-SMALLER_MINIMUM: Final = 65536
-
 
 def compression_off(run: Reading) -> Iterator[Advice]:
     """Compression that took longer than it saved."""
-    if not run.transport.endswith("+zstd"):
+    if run.carrier is None or not run.carrier.compresses:
         return
     spent = sum(phase.compression_seconds for phase in run.phases)
     saving = 0.0
@@ -181,42 +229,24 @@ def compression_off(run: Reading) -> Iterator[Advice]:
 
 
 def compression_on(run: Reading) -> Iterator[Advice]:
-    """Compression that would pay, and the minimum that keeps it from the frames of a chunk."""
+    """Compression that would pay."""
     phase = run.prefill
-    compresses = run.transport.endswith("+zstd")
-    if not phase.remote or run.transport not in ("zmq", "zmq+zstd", "pipelined", "pipelined+zstd"):
+    if not phase.remote or run.carrier is None or run.carrier.compresses or not run.carrier.sockets:
         return
-    minimum, frame = _minimum(run), run.largest_frame_bytes
-    if frame < SMALLER_MINIMUM or (compresses and (phase.compression_compressed_bytes or frame >= minimum)):
+    frame = run.largest_frame_bytes
+    if frame < COMPRESSED_FROM_BYTES:
         return
     crossing = EXPECTED_CROSSING[run.wire]
     codec = (phase.bytes_up + phase.bytes_down) / CODEC_BYTES_PER_SECOND
     saving = run.saving(Change(crossing=crossing, codec_seconds=(codec, codec)), PREFILL)
     if saving is None or not worth(run, saving):
         return
-    settings = {} if compresses else {"run.transport": f"{run.transport}+zstd"}
-    if frame < minimum:
-        settings["compression.min_bytes"] = str(SMALLER_MINIMUM)
-    evidence = {"largest_frame_bytes": frame, "min_bytes": minimum, "expected_crossing": list(crossing)}
-    if compresses:
-        text = (
-            f"Nothing was compressed: the largest frame of a chunk has {human_bytes(frame)}, and compression.min_bytes "
-            f"is {human_bytes(minimum)}. With {human_bytes(SMALLER_MINIMUM)} on both sides the link would carry less."
-        )
-        yield Advice("compression-min-bytes", text, settings, saving, evidence)
-        return
-    also = f", with compression.min_bytes {SMALLER_MINIMUM} on both sides" if frame < minimum else ""
     text = (
-        f"On a link as slow as this, compression pays{also}: SmolLM2's activations in {run.wire} shrink to "
+        f"On a link as slow as this, compression pays: SmolLM2's activations in {run.wire} shrink to "
         f"{crossing[0]:.0%} up and {crossing[1]:.0%} down. It loses nothing."
     )
-    yield Advice("compression-on", text, settings, saving, evidence)
-
-
-def _minimum(run: Reading) -> int:
-    compression = run.settings.get("compression")
-    value = compression.get("min_bytes") if isinstance(compression, dict) else None
-    return value if isinstance(value, int) else 2**20
+    evidence = {"largest_frame_bytes": frame, "expected_crossing": list(crossing)}
+    yield Advice("compression-on", text, {"run.transport": run.carrier.compressing.name}, saving, evidence)
 
 
 # How requests overlap
@@ -228,12 +258,15 @@ CHUNKS: Final = (64, 128, 256, 512)
 def overlap(run: Reading) -> Iterator[Advice]:
     """Chunks under way together, where one request after the other was sent."""
     phase = run.prefill
-    if not phase.remote or run.transport not in ("zmq", "zmq+zstd") or run.prompt_tokens <= AUTO_CHUNK_TOKENS:
+    carrier = run.carrier
+    if not phase.remote or carrier is None or carrier.overlaps or not carrier.sockets:
+        return
+    if run.prompt_tokens <= AUTO_CHUNK_TOKENS:
         return
     saving = run.saving(Change(overlaps=True, chunk_tokens=AUTO_CHUNK_TOKENS), PREFILL)
     if saving is None or not worth(run, saving):
         return
-    transport = run.transport.replace("zmq", OVERLAPPING)
+    transport = carrier.overlapping.name
     settings = {"run.transport": transport}
     if run.chunk_tokens < LOCK_STEP_CHUNK_TOKENS:
         settings["run.chunk_tokens"] = "0"
@@ -254,9 +287,9 @@ def overlap(run: Reading) -> Iterator[Advice]:
 def chunk_size(run: Reading) -> Iterator[Advice]:
     """A chunk so small that requests are mostly overhead, or so large that nothing overlaps."""
     phase, now = run.prefill, run.chunk_tokens
-    if not phase.remote or not now or (now >= run.prompt_tokens and not run.transport.startswith(OVERLAPPING)):
+    if not phase.remote or not now or (now >= run.prompt_tokens and not run.overlapping):
         return
-    overlapping = run.transport.startswith(OVERLAPPING)
+    overlapping = run.overlapping
     best: tuple[float, int] | None = None
     for chunk in CHUNKS if overlapping else (LOCK_STEP_CHUNK_TOKENS,):
         if not overlapping or chunk < run.prompt_tokens:
@@ -288,7 +321,10 @@ def chunk_size(run: Reading) -> Iterator[Advice]:
 
 
 def server_queue(run: Reading) -> Iterator[Advice]:
-    """Requests that waited at the server although they were alone in their connection: others use it."""
+    """Requests that waited at the server although they were alone in their connection: others use it. An embedded one
+    is nobody else's: what waits there waits for cores."""
+    if run.embedded:
+        return
     waited = sum(phase.busy_queue_seconds for phase in run.phases if phase.remote and not phase.overlaps)
     if worth(run, waited):
         calls = sum(phase.rpc_calls for phase in run.phases if not phase.overlaps)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from teegpu.report import facts, look
-from teegpu.report.advice_local import ALIKE, alike
+from teegpu.report.advice_local import ALIKE, tells
 
 NONE: Final = "none"
 LOCAL: Final = "local"
@@ -46,7 +46,7 @@ def beside(document: look.Document, others: Iterable[Mapping[str, Any]]) -> dict
 
 
 def _fits(document: look.Document, other: look.Document, kind: str) -> bool:
-    if look.text(other, "status") != "complete" or not alike(document, other):
+    if not tells(document, other):
         return False
     if kind == NONE and look.text(document, "settings", "link") != look.text(other, "settings", "link"):
         return False

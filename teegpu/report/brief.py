@@ -9,11 +9,11 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
+from teegpu.formats import aligned
 from teegpu.report import facts
 from teegpu.report.facts import PHASES
+from teegpu.report.opening import prediction
 from teegpu.units import human_bytes
-
-_GAP = 2
 
 _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("tokens", lambda phase: f"{phase['tokens']:,}"),
@@ -49,14 +49,8 @@ def brief(document: dict[str, Any], width: int | None = None, details: str = "")
 
 
 def _facts(document: dict[str, Any]) -> list[str]:
-    latency = document["latency"]
-    found = [] if document["status"] == "complete" else [document["status"]]
-    found += facts.setup(document)
-    if latency["ttft_seconds"] is not None:
-        found.append(f"TTFT {latency['ttft_seconds']:.3f} s")
-    if latency["tpot_median_seconds"] is not None:
-        found.append(f"TPOT {latency['tpot_median_seconds'] * 1e3:.1f} ms")
-    return found
+    status = [] if document["status"] == "complete" else [document["status"]]
+    return [*status, *facts.setup(document), *facts.latency(document, rate=False)]
 
 
 def _table(document: dict[str, Any]) -> list[list[str]]:
@@ -71,9 +65,8 @@ def _table(document: dict[str, Any]) -> list[list[str]]:
 
 def _notes(document: dict[str, Any]) -> list[str]:
     """What is worth a line only where it happened."""
-    notes = []
-    output = document.get("output") or []
-    answers = [output] if isinstance(output, dict) else output
+    notes = [f"predicted: {told}"] if (told := prediction(document)) else []
+    answers = facts.answers(document)
     reused = sum(answer["reused_tokens"] for answer in answers)
     if reused:
         total = sum(answer["prompt_tokens"] for answer in answers)
@@ -100,13 +93,10 @@ def _advice(document: dict[str, Any]) -> list[str]:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[Text]:
     """Lines of equal width, figures to the right; headings dim where there is colour."""
-    widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for number, row in enumerate(rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        line = Text((" " * _GAP).join(cells))
-        line.stylize("dim", 0, None if number == 0 else widths[0])
-        lines.append(line)
+    labels = max(cell_len(row[0]) for row in rows)
+    lines = [Text(line) for line in aligned(rows).splitlines()]
+    for number, line in enumerate(lines):
+        line.stylize("dim", 0, labels if number else None)
     return lines
 
 

@@ -12,6 +12,7 @@ from rich.terminal_theme import TerminalTheme
 from teegpu import formats
 from teegpu.report import facts, look
 from teegpu.report.grid import HEADING, TOTAL, Grid
+from teegpu.report.opening import opening
 from teegpu.report.sections import Strip, sections
 from teegpu.report.tables import strip_lines
 
@@ -37,7 +38,7 @@ def cell(text: str) -> str:
 
 
 def as_csv(document: look.Document) -> str:
-    """Every number of phases, latency, limit, link and memory, one a row (``COLUMNS``)."""
+    """Every number of phases, latency, limit, link, memory and requests, one a row (``COLUMNS``)."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -45,7 +46,7 @@ def as_csv(document: look.Document) -> str:
     for phase in facts.PHASES:
         for name, value in look.numbers(look.at(document, "phases", phase)):
             writer.writerow([*run, phase, cell(name), value])
-    for part in ("latency", "limit", "link", "memory"):
+    for part in ("latency", "limit", "link", "memory", "requests"):
         for name, value in look.numbers(look.at(document, part), part):
             writer.writerow([*run, "", cell(name), value])
     return out.getvalue()
@@ -58,6 +59,8 @@ def as_markdown(document: look.Document) -> str:
     blocks = [title, "\n".join(f"- {escape(line)}" for line in told if line)]
     if note := look.text(document, "note"):
         blocks.append(f"> {escape(note)}")
+    if lines := opening(document):
+        blocks.append("\n".join(f"- **{label}:** {escape(line)}" for label, line in lines))
     for section in sections(document):
         if isinstance(section, Strip):
             heading, *rows = strip_lines(section, 100)
@@ -112,7 +115,8 @@ _THEME = TerminalTheme(
      (121, 192, 255), (210, 168, 255), (86, 212, 221), (255, 255, 255)],
 )  # fmt: skip
 
-_SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img">
+_SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img" \
+xml:space="preserve">
 <style>
 .{unique_id}-matrix {{ font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; \
 font-size: {char_height}px; line-height: {line_height}px; font-variant-east-asian: full-width; }}
@@ -134,7 +138,8 @@ font-size: {char_height}px; line-height: {line_height}px; font-variant-east-asia
 </g>
 </svg>
 """
-"""As rich's own, without the fonts that it would fetch from elsewhere."""
+"""As rich's own, without the fonts that it would fetch from elsewhere. librsvg drops spaces at the beginning of a text
+unless they are to be preserved."""
 
 
 def as_svg(blocks: list[RenderableType], title: str, width: int) -> str:

@@ -22,3 +22,7 @@ class Grid:
     title: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        return max(len(row.cells) for row in self.rows)

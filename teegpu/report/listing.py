@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -10,12 +10,10 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from teegpu.formats import NOTHING
+from teegpu.formats import NOTHING, aligned
 from teegpu.report import facts, look
 from teegpu.report.parts import whole
-from teegpu.units import human_age, human_seconds
-
-_GAP = 2
+from teegpu.units import human_age, human_seconds, percent
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def entry(line: Line) -> dict[str, Any]:
     document = line.document
     # with all of it in the TEE there is no link, whatever its settings are
     settings = look.mapping(document, "settings")
-    link = {} if facts.plans(document) == "local" else settings
+    link = settings if facts.remote(document) else {}
     return {
         "id": line.id,
         "status": line.status,
@@ -67,7 +65,7 @@ def entry(line: Line) -> dict[str, Any]:
         "transport": look.text(link, "transport") or None,
         "wire_dtype": look.text(link, "wire_dtype") or None,
         "prompt_tokens": look.number(document, "phases", "prefill", "tokens"),
-        "generated_tokens": look.number(document, "phases", "decode", "tokens"),
+        "generated_tokens": facts.generated(document),
         "ttft_seconds": look.number(document, "latency", "ttft_seconds"),
         "tpot_median_seconds": look.number(document, "latency", "tpot_median_seconds"),
         "communication_share": communication_share(document),
@@ -76,76 +74,44 @@ def entry(line: Line) -> dict[str, Any]:
     }
 
 
-def _seconds(value: float | None) -> str:
-    return NOTHING if value is None else human_seconds(value)
-
-
-def _tokens(found: Mapping[str, Any]) -> str:
+def _row(line: Line, now: datetime) -> list[str]:
+    found, age = entry(line), line.age_seconds(now)
+    mode = found["privacy"]
+    plan = facts.plans(line.document) + (f" ({mode})" if mode not in (None, "none") else "")
     prompt, made = found["prompt_tokens"], found["generated_tokens"]
-    return NOTHING if prompt is None and made is None else f"{prompt or 0:,.0f} + {made or 0:,.0f}"
+    ttft, tpot, share = (found[name] for name in ("ttft_seconds", "tpot_median_seconds", "communication_share"))
+    cells = (
+        found["id"],
+        None if age is None else human_age(age),
+        f"{found['status']}, cut" if facts.remarks(line.document) else found["status"],
+        found["model"],
+        plan,
+        found["transport"],
+        found["wire_dtype"],
+        None if prompt is None and made is None else f"{prompt or 0:,.0f} + {made or 0:,.0f}",
+        None if ttft is None else human_seconds(ttft),
+        None if tpot is None else human_seconds(tpot),
+        None if share is None else percent(share),
+    )
+    return [*(cell or NOTHING for cell in cells), found.get("problem") or found["note"] or ""]
 
 
-_FIRST: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-    ("id", lambda found: found["id"]),
-    ("age", lambda found: found["age"]),
-    ("status", lambda found: found["status"]),
-    ("model", lambda found: found["model"] or NOTHING),
-)
-_SECOND: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-    ("plan", lambda found: found["plan"] or NOTHING),
-    ("transport", lambda found: found["transport"] or NOTHING),
-    ("wire", lambda found: found["wire_dtype"] or NOTHING),
-    ("tokens", _tokens),
-    ("TTFT", lambda found: _seconds(found["ttft_seconds"])),
-    ("TPOT", lambda found: _seconds(found["tpot_median_seconds"])),
-    ("comm.", lambda found: NOTHING if (share := found["communication_share"]) is None else f"{share:.1%}"),
-)
+_HEADINGS = ["id", "age", "status", "model", "plan", "transport", "wire", "tokens", "TTFT", "TPOT", "comm.", "note"]
+_FIRST = 4
+"""Columns of the first line where a run takes several."""
 
 
 def listing(runs: Sequence[Line], now: datetime, width: int | None = None) -> list[Text]:
     """Lines of text, headings first; where they would be wider than ``width``, each run takes two or three."""
-    found = []
-    for line in runs:
-        age = line.age_seconds(now)
-        shown = {"age": NOTHING if age is None else human_age(age), "plan": _plan(line.document)}
-        found.append(entry(line) | shown)
-    rows = [[*(heading for heading, _ in _FIRST + _SECOND), "note"]]
-    rows += [[*(write(run) for _, write in _FIRST + _SECOND), _remark(run)] for run in found]
-    wide = _aligned([row[:-1] for row in rows])
-    full = [f"{line}  {row[-1]}".rstrip() for line, row in zip(wide, rows, strict=True)]
+    rows = [_HEADINGS, *(_row(line, now) for line in runs)]
+    full = aligned(rows, left=len(_HEADINGS)).splitlines()
     if width is None or max(cell_len(line) for line in full) <= width:
-        return [Text(line, style="dim" if place == 0 else "") for place, line in enumerate(full)]
-    return _narrow(rows)
-
-
-def _plan(document: look.Document) -> str:
-    """The plans, and how values were hidden where they were."""
-    mode = look.text(document, "settings", "privacy")
-    return facts.plans(document) + (f" ({mode})" if mode not in ("", "none") else "")
-
-
-def _remark(run: Mapping[str, Any]) -> str:
-    return run.get("problem") or run["note"] or ""
-
-
-def _narrow(rows: Sequence[Sequence[str]]) -> list[Text]:
-    split = len(_FIRST)
-    first = _aligned([row[:split] for row in rows])
-    second = _aligned([row[split:-1] for row in rows])
+        return [Text(line, style="" if place else "dim") for place, line in enumerate(full)]
+    first = aligned([row[:_FIRST] for row in rows], left=_FIRST).splitlines()
+    second = aligned([row[_FIRST:-1] for row in rows], left=len(_HEADINGS)).splitlines()
     lines = []
     for place, row in enumerate(rows):
-        style = "dim" if place == 0 else ""
-        lines += [Text(first[place].rstrip(), style=style), Text(f"  {second[place]}".rstrip(), style=style)]
+        lines += [Text(text, style="" if place else "dim") for text in (first[place], f"  {second[place]}")]
         if row[-1] and place:
             lines.append(Text(f"  {row[-1]}", style="italic"))
     return lines
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(cell_len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return [
-        (" " * _GAP).join(
-            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
-        )
-        for row in rows
-    ]  # fmt: skip

@@ -18,17 +18,35 @@ GPU_OPS = ("EMBEDDING", "LINEAR", "MATMUL", "LM_HEAD")
 TEE_OPS = ("RMSNORM", "ROTARY", "SOFTMAX", "SILU")
 """Rows that are always there, in this order."""
 
-PARTS = ("tee", "serialization", "network", "server", "gpu", "other")
-"""The exclusive parts of a phase's wall time; ``{part}_seconds`` in the document."""
 
-NAMES = {
-    "tee": "TEE compute",
-    "serialization": "Serialization",
-    "network": "Network",
-    "server": "Server overhead",
-    "gpu": "GPU compute",
-    "other": "Other",
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An exclusive part of a phase's wall time: ``{name}_seconds`` in the document. ``letter`` stands for it where
+    there is no colour, ``short`` and ``shorter`` are its label where there is less room; ``dark`` and ``light`` are its
+    colours on such a background. They are Okabe and Ito's bluish green, yellow, vermillion, purple and blue, a little
+    lighter or darker: people tell them apart however they see colours, and they differ in brightness too."""
+
+    name: str
+    label: str
+    short: str
+    letter: str
+    dark: str
+    light: str
+    shorter: str = ""
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("tee", "TEE compute", "TEE", "T", "#12b886", "#009e73"),
+        Part("serialization", "Serialization", "serialization", "S", "#f0c419", "#e0a800", "serial."),
+        Part("network", "Network", "network", "N", "#e8590c", "#d55e00"),
+        Part("server", "Server overhead", "server", "Q", "#cc79a7", "#bf6a9a"),
+        Part("gpu", "GPU compute", "GPU", "G", "#56b4e9", "#3d9fda"),
+        Part("other", "Other", "other", ".", "#7a8591", "#9aa5b1"),
+    )
 }
+"""In the order in which charts and tables show them."""
 
 
 @dataclass

@@ -6,19 +6,17 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from teegpu.formats import NOTHING
-from teegpu.metrics import traffic
-from teegpu.metrics.traffic import Shape, Traffic
 from teegpu.report import facts, look
 from teegpu.report.beside import KINDS, LOCAL
 from teegpu.report.grid import HEADING, TOTAL, Grid, Row
 from teegpu.report.parts import took_place, whole
-from teegpu.units import human_seconds, times
+from teegpu.stats import traffic
+from teegpu.stats.traffic import Shape, Traffic
+from teegpu.units import human_bytes, human_seconds, times
 
 MASKING: Final = {
     "FIXED_POINT": "Fixed point",
     "MASK": "Masks",
-    "PADS": "Pads, read",
-    "HINT": "Hints, applied",
     "UNMASK": "Taking masks off",
 }
 """The TEE's operations that there are for privacy alone."""
@@ -41,11 +39,19 @@ def privacy_grid(document: look.Document) -> Grid | None:
         return None
     phases = {name: look.mapping(document, "phases", name) for name in facts.PHASES}
     used = [name for name, phase in phases.items() if took_place(phase)]
-    rows = [Row(("", *used), HEADING)]
+    rows, notes = [Row(("", *used), HEADING)], list[str]()
     for name, label in MASKING.items():
         spent = [look.amount(phases[phase], "ops", name, "seconds") for phase in used]
         if any(spent):
             rows.append(Row((f"  {label}", *(human_seconds(seconds) for seconds in spent))))
+    offline = look.mapping(document, "settings", "offline")
+    if seconds := look.number(offline, "seconds"):
+        cells = [human_seconds(seconds), *[NOTHING] * (len(used) - 1)]
+        rows.append(Row(("  Pads, made before the prompt", *cells[: len(used)]), TOTAL))
+        notes.append(
+            f"Pads were made for {look.amount(offline, 'tokens'):,.0f} tokens and {look.amount(offline, 'logits'):,.0f}"
+            f" logits, in {human_bytes(look.amount(offline, 'most_bytes'))} of memory; no phase has that time."
+        )
     for label, seconds_of in (("Privacy, in the TEE", masking_seconds), ("Verification", verify_seconds)):
         shown = [_share(seconds_of(phases[name]), whole(phases[name])) for name in used]
         if any(cell != NOTHING for cell in shown):
@@ -55,8 +61,8 @@ def privacy_grid(document: look.Document) -> Grid | None:
         cells = [_ratio(look.amount(phases[name], f"bytes_{way}"), plain[name], way) for name in used]
         if any(cell != NOTHING for cell in cells):
             rows.append(Row((f"  Bytes {way}, over {PLAIN_WIRE} in the clear", *cells)))
-    compared, notes = _compared(document, used)
-    return Grid(f"Privacy: {facts.privacy(document)}", (*rows, *compared), tuple(notes)) if used else None
+    compared, sources = _compared(document, used)
+    return Grid(f"Privacy: {facts.privacy(document)}", (*rows, *compared), (*notes, *sources)) if used else None
 
 
 def _share(seconds: float, wall: float) -> str:
@@ -68,7 +74,7 @@ def _plain(document: look.Document, name: str, phase: Mapping[str, Any]) -> Traf
     shape = Shape.of(look.mapping(document, "model"))
     settings = look.mapping(document, "settings")
     plan, passes = look.text(settings, f"{name}_plan"), int(look.amount(phase, "passes"))
-    if shape is None or plan not in traffic.REMOTE_PLANS or not passes:
+    if shape is None or not traffic.together(plan, 1) or not passes:
         return None
     prompt = round(look.amount(document, "phases", "prefill", "tokens") / passes) if name == "prefill" else 0
     if name == "decode":

@@ -10,9 +10,9 @@ from typing import Any
 from teegpu.formats import NOTHING
 from teegpu.report import facts, look
 from teegpu.report.grid import HEADING, PLAIN, TOTAL, Grid, Row
-from teegpu.report.parts import NAMES, PARTS, Breakdown, Item, breakdown, took_place
+from teegpu.report.parts import PARTS, Breakdown, Item, breakdown, took_place
 from teegpu.report.privacy import privacy_grid
-from teegpu.units import count, human_bytes, human_seconds, times
+from teegpu.units import count, human_bytes, human_seconds, plural, times
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,64 @@ Section = Grid | Strip
 
 def sections(document: look.Document) -> list[Section]:
     """Everything that there are figures for, in the order of the report."""
-    found: list[Section] = []
+    found: list[Section] = [*request_grids(document)]
     for name in facts.PHASES:
         phase = look.mapping(document, "phases", name)
         if took_place(phase):
             found.append(phase_grid(name, phase))
             if (layers := strip(name, phase)) is not None:
                 found.append(layers)
-    optional = (privacy_grid(document), link_grid(document), limit_grid(document), endpoint_grid(document))
-    return [*found, *(grid for grid in optional if grid is not None)]
+    return [*found, *run_grids(document)]
+
+
+def run_grids(document: look.Document) -> list[Grid]:
+    """What is not of one phase, as far as there are figures for it."""
+    found = (privacy_grid(document), link_grid(document), limit_grid(document), endpoint_grid(document))
+    return [grid for grid in found if grid is not None]
+
+
+# Requests, where several were served at once
+
+
+def request_grids(document: look.Document) -> list[Grid]:
+    """What requests waited for, and what a step of so many brought; nothing for a run that served nobody."""
+    requests = facts.requests(document)
+    if not requests:
+        return []
+    ended = look.mapping(requests, "ended")
+    rows = [Row(("", "p50", "p95", "p99", "most"), HEADING)]
+    for name, label in (("queue", "In line"), ("ttft", "First token"), ("itl", "Between tokens"), ("e2e", "Whole")):
+        values = [look.number(requests, f"{name}_seconds", place) for place in ("p50", "p95", "p99", "max")]
+        rows.append(Row((f"  {label}", *(NOTHING if value is None else human_seconds(value) for value in values))))
+    capacity = look.mapping(document, "settings", "capacity")
+    told = [f"{plural(look.amount(requests, 'arrived'), 'request')} arrived"]
+    told += [f"{look.amount(ended, reason):,.0f} ended by {reason}" for reason in sorted(ended)]
+    told += [f"{look.amount(requests, 'open'):,.0f} are under way"] if look.amount(requests, "open") else []
+    sequences, most = look.amount(capacity, "sequences"), look.amount(requests, "most_running")
+    load = [f"{most:,.0f} ran at once at most" + (f", of {sequences:,.0f}" if sequences else "")]
+    load.append(f"{look.amount(requests, 'most_waiting'):,.0f} were in line")
+    kv, room = look.amount(requests, "most_kv_bytes"), look.amount(capacity, "kv_bytes")
+    load.append(f"keys and values took {human_bytes(kv)}" + (f" of {human_bytes(room)}" if room else ""))
+    if gave_way := look.amount(requests, "gave_way"):
+        load.append(f"{gave_way:,.0f} had to give way")
+    if reused := look.amount(requests, "reused_tokens"):
+        load.append(
+            f"{reused:,.0f} of {plural(look.amount(requests, 'prompt_tokens'), 'prompt token')} were still known"
+        )
+    grids = [Grid("Requests", tuple(rows), (f"{', '.join(told)}.", f"{'; '.join(load)}."))]
+    batches = look.entries(requests, "batches")
+    if batches:
+        rows = [Row(("Sequences at once", "steps", "a step", "tokens/s"), HEADING)]
+        least = 1
+        for batch in batches:
+            upto, steps, seconds = (look.amount(batch, name) for name in ("upto", "steps", "seconds"))
+            least = int(upto) // 2 + 1
+            label = f"  {upto:.0f}" if upto <= least else f"  {least} to {upto:.0f}"
+            each = human_seconds(seconds / steps) if steps else NOTHING
+            rate = f"{look.amount(batch, 'tokens') / seconds:,.1f}" if seconds else NOTHING
+            rows.append(Row((label, count(steps), each, rate)))
+        grids.append(Grid("Steps that only generate", tuple(rows)))
+    return grids
 
 
 # One phase
@@ -64,7 +113,7 @@ def phase_grid(name: str, phase: Mapping[str, Any]) -> Grid:
     """The sections and rows of the report on a phase; their shares add up to 100.0 %."""
     parts = breakdown(phase)
     tokens, wall = look.amount(phase, "tokens"), parts.wall
-    title = f"{name.capitalize()}: {tokens:,.0f} token{'s' * (tokens != 1)} in {human_seconds(wall)}"
+    title = f"{name.capitalize()}: {plural(tokens, 'token')} in {human_seconds(wall)}"
     if tokens and wall:
         title += f", {tokens / wall:,.1f} tokens/s"
     if not look.amount(phase, "seconds"):
@@ -134,7 +183,7 @@ def strip(name: str, phase: Mapping[str, Any]) -> Strip | None:
     for part in PARTS:
         values = tuple(look.amount(layers[place], f"{part}_seconds") for place in places)
         if any(values):
-            parts[NAMES[part]] = values
+            parts[PARTS[part].label] = values
     return Strip(f"{name.capitalize()}, by layer", tuple(places), parts) if parts else None
 
 

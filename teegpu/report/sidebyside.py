@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,11 +13,9 @@ from rich.text import Text
 
 from teegpu import formats
 from teegpu.formats import NOTHING
-from teegpu.report import look
-from teegpu.report.comparison import signed_percent
 from teegpu.report.exports import cell, escape
 from teegpu.report.grid import HEADING, Grid, Row
-from teegpu.report.measures import Measure
+from teegpu.report.measures import Measure, relative_change, signed_percent
 from teegpu.report.tables import grid_table
 
 Comparison = Mapping[str, Any]
@@ -27,6 +25,9 @@ NARROW = 74
 
 _GROUPS = (("latency.", "Latency"), ("phases.prefill.", "Prefill"), ("phases.decode.", "Decode"), ("", "Whole run"))
 
+COLUMNS = ("run", "figure", "value", "reference", "difference", "change", "verdict")
+"""CSV: a row for each run and figure; ``reference`` is the first run's figure, ``change`` a fraction of it."""
+
 
 def letter(place: int) -> str:
     """What a run is called in a table: A, B, C; after Z they are numbered."""
@@ -35,26 +36,26 @@ def letter(place: int) -> str:
 
 def compared(comparison: Comparison, width: int | None = None) -> list[RenderableType]:
     """What ``compare`` prints, for ``width`` columns (None: as wide as it takes)."""
-    blocks: list[RenderableType] = [Group(*(Text(line) for line in legend(comparison)))]
+    blocks: list[RenderableType] = [Group(*map(Text, _legend(comparison)))]
     if comparison["warnings"]:
         blocks.append(Group(*(Text(f"! {line}", style="yellow") for line in comparison["warnings"])))
     blocks += [grid_table(grid) for grid in grids(comparison, narrow=width is not None and width < NARROW)]
-    if told := thresholds(comparison):
+    if told := _thresholds(comparison):
         blocks.append(Group(*(Text(line, style="bold red" if line.startswith("FAILED") else "green") for line in told)))
     return [blocks[0], *(Group(Text(), block) for block in blocks[1:])]
 
 
-def legend(comparison: Comparison) -> list[str]:
+def _legend(comparison: Comparison) -> list[str]:
     """A line for each run."""
     found = []
     for place, run in enumerate(comparison["runs"]):
-        note = run["note"]
-        parts = [run["id"] or "(without an id)", run["model"], run["started_at"], f"note: {note}" if note else ""]
+        note = f"note: {run['note']}" if run["note"] else ""
+        parts = [run["id"] or "(without an id)", run["model"], run["started_at"], note]
         found.append(f"{letter(place)}: " + " · ".join(part for part in parts if part))
     return found
 
 
-def thresholds(comparison: Comparison) -> list[str]:
+def _thresholds(comparison: Comparison) -> list[str]:
     return [
         f"FAILED {entry['reason']}" if entry["failed"] else f"passed {entry['condition']} ({entry['run']})"
         for entry in comparison["thresholds"]
@@ -63,106 +64,76 @@ def thresholds(comparison: Comparison) -> list[str]:
 
 def grids(comparison: Comparison, *, narrow: bool = False) -> list[Grid]:
     """Two runs: one table. More: all values side by side, then each run against the first."""
-    runs = len(comparison["runs"])
-    tables = [_pair(comparison, place, narrow=narrow) for place in range(1, runs)]
-    return tables if runs <= 2 else [_overview(comparison), *tables]
+    places = range(len(comparison["runs"]))
+    tables = []
+    if len(places) > 2:
+        tables.append(_grid(comparison, "All runs", [letter(place) for place in places], lambda _, cells: cells))
+    for place in places[1:]:
+        headings = ["A", letter(place), *([] if narrow else ["difference"]), "change"]
+
+        def pair(figure: Mapping[str, Any], cells: list[str], place: int = place) -> list[str]:
+            apart = [] if narrow else [_difference(figure, place)]
+            return [cells[0], cells[place], *apart, _change(figure, place)]
+
+        tables.append(_grid(comparison, f"{letter(place)} against A", headings, pair))
+    return tables
 
 
-def _overview(comparison: Comparison) -> Grid:
-    headings = [letter(place) for place in range(len(comparison["runs"]))]
-    rows = []
-    for title, figures in _grouped(comparison):
-        rows.append(Row((title, *headings), HEADING))
-        rows += [
-            Row((f"  {label}", *(_value(measure, value) for value in figure["values"])))
-            for label, measure, figure in figures
-        ]
-    return Grid("All runs", tuple(rows))
-
-
-def _pair(comparison: Comparison, place: int, *, narrow: bool) -> Grid:
-    rows = []
-    headings = ["A", letter(place), *([] if narrow else ["difference"]), "change"]
-    for title, figures in _grouped(comparison):
-        rows.append(Row((title, *headings), HEADING))
-        for label, measure, figure in figures:
-            cells = [_value(measure, figure["values"][0]), _value(measure, figure["values"][place])]
-            if not narrow:
-                cells.append(_difference(measure, figure["differences"][place]))
-            rows.append(Row((f"  {label}", *cells, _change(figure, place))))
-    return Grid(f"{letter(place)} against A", tuple(rows))
-
-
-def _grouped(comparison: Comparison) -> Iterator[tuple[str, list[tuple[str, Measure, Mapping[str, Any]]]]]:
-    """Title, and (label, measure, figure) of those that belong under it."""
-    left = list(comparison["figures"])
-    for prefix, title in _GROUPS:
+def _grid(comparison: Comparison, title: str, headings: list[str], write: Any) -> Grid:
+    """Figures in their groups; ``write`` makes the cells of a row from a figure and all of its values in words."""
+    rows, left = [], list(comparison["figures"])
+    for prefix, group in _GROUPS:
         own = [figure for figure in left if figure["figure"].startswith(prefix)]
         left = [figure for figure in left if figure not in own]
         if own:
-            lead = title.lower() + " "
-            yield (
-                title,
-                [
-                    (figure["label"].removeprefix(lead), Measure(figure["figure"], figure["label"]), figure)
-                    for figure in own
-                ],
-            )
+            rows.append(Row((group, *headings), HEADING))
+        for figure in own:
+            shown = _measure(figure).shown
+            cells = [NOTHING if value is None else shown(value) for value in figure["values"]]
+            rows.append(Row((f"  {figure['label'].removeprefix(group.lower() + ' ')}", *write(figure, cells))))
+    return Grid(title, tuple(rows))
 
 
-def _value(measure: Measure, value: float | None) -> str:
-    return NOTHING if value is None else measure.shown(value)
+def _measure(figure: Mapping[str, Any]) -> Measure:
+    return Measure(figure["figure"], figure["label"])
 
 
-def _difference(measure: Measure, difference: float | None) -> str:
+def _difference(figure: Mapping[str, Any], place: int) -> str:
+    difference = figure["differences"][place]
     if difference is None:
         return NOTHING
-    sign = "+" if difference > 0 else ""
-    return sign + measure.shown(difference)
+    return ("+" if difference > 0 else "") + _measure(figure).shown(difference)
 
 
 def _change(figure: Mapping[str, Any], place: int) -> str:
-    change = figure["changes"][place]
-    if change is None:
-        difference = figure["differences"][place]
-        if difference is None:
-            return NOTHING
-        change = float("inf") if difference > 0 else float("-inf")
-    return f"{signed_percent(change)} {figure['verdicts'][place]}".rstrip()
+    change = relative_change(figure["values"][0], figure["values"][place])
+    return NOTHING if change is None else f"{signed_percent(change)} {figure['verdicts'][place]}".rstrip()
 
 
 def compared_markdown(comparison: Comparison) -> str:
-    blocks = ["\n".join(f"- {escape(line)}" for line in legend(comparison))]
-    if comparison["warnings"]:
-        blocks.append("\n".join(f"> **{escape(line)}**" for line in comparison["warnings"]))
+    def items(lines: list[str]) -> Iterator[str]:
+        if lines:
+            yield "\n".join(lines)
+
+    blocks = [*items([f"- {escape(line)}" for line in _legend(comparison)])]
+    blocks += items([f"> **{escape(line)}**" for line in comparison["warnings"]])
     for grid in grids(comparison):
-        heading = [escape(grid.title), *grid.rows[0].cells[1:]]
-        body = []
+        body = [[escape(grid.title), *grid.rows[0].cells[1:]]]
         for row in grid.rows:
-            cells = [escape(part.strip()) for part in row.cells]
-            body.append([f"**{cells[0]}**", *[""] * (len(cells) - 1)] if row.kind == HEADING else cells)
-        blocks.append(formats.markdown([heading, *body]))
-    if told := thresholds(comparison):
-        blocks.append("\n".join(f"- {escape(line)}" for line in told))
+            first, *rest = (escape(part.strip()) for part in row.cells)
+            body.append([f"**{first}**", *[""] * len(rest)] if row.kind == HEADING else [first, *rest])
+        blocks.append(formats.markdown(body))
+    blocks += items([f"- {escape(line)}" for line in _thresholds(comparison)])
     return "\n\n".join(blocks) + "\n"
 
 
-COMPARE_COLUMNS = ("run", "figure", "value", "reference", "difference", "change", "verdict")
-
-
 def compared_csv(comparison: Comparison) -> str:
-    """A row for each run and figure; ``reference`` is the first run's figure, ``change`` a fraction of it."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COMPARE_COLUMNS)
+    writer.writerow(COLUMNS)
     for place, run in enumerate(comparison["runs"]):
         for figure in comparison["figures"]:
-            values: Sequence[Any] = figure["values"]
-            row = [values[place], values[0], figure["differences"][place], figure["changes"][place]]
-            writer.writerow([cell(run["id"]), cell(figure["figure"]), *row, figure["verdicts"][place]])
+            values = [figure["values"][place], figure["values"][0]]
+            values += [figure["differences"][place], figure["changes"][place]]
+            writer.writerow([cell(run["id"]), cell(figure["figure"]), *values, figure["verdicts"][place]])
     return out.getvalue()
-
-
-def failures(comparison: Comparison) -> list[str]:
-    """Why thresholds were missed, a line each."""
-    return [look.text(entry, "reason") for entry in comparison["thresholds"] if entry["failed"]]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from teegpu.report import facts, look
 from teegpu.report.grid import HEADING, TOTAL, Grid, Row
+from teegpu.report.opening import opening
 from teegpu.report.sections import Section, Strip, sections
 
 SHADES = " ▁▂▃▄▅▆▇█"
@@ -52,6 +53,9 @@ def header(document: look.Document) -> RenderableType:
             found.append(Text(" · ".join(told_of), style="dim"))
     if note := look.text(document, "note"):
         found.append(Text(f"note: {note}"))
+    lines = opening(document)
+    wide = max((len(label) for label, _ in lines), default=0)
+    found += [Text.assemble((f"{label:<{wide}}  ", "bold cyan"), told) for label, told in lines]
     return Group(*found)
 
 
@@ -61,7 +65,7 @@ def _section(section: Section) -> RenderableType:
 
 def grid_table(grid: Grid) -> RenderableType:
     """One grid under its title: labels to the left, figures to the right."""
-    columns = max(len(row.cells) for row in grid.rows)
+    columns = grid.columns
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     # on a terminal that is too narrow for it all, the labels are left and figures take two lines
     labels = max(cell_len(row.cells[0]) for row in grid.rows)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from teegpu.metrics import events as ev
-from teegpu.metrics.summary import exposed
+from teegpu.record import events as ev
 from teegpu.report.parts import PARTS
+from teegpu.stats.summary import exposed
 
 STEPS = 240
 """Steps of a timeline at most; at least half of them once the phase is longer than that many first steps."""

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from teegpu.metrics import events as ev
-from teegpu.metrics.summary import server_parts
+from teegpu.record import events as ev
 from teegpu.report import facts, look
+from teegpu.stats.summary import server_parts
 from teegpu.units import printable
 
 RUNNER, LINK, SERVER = 1, 2, 3

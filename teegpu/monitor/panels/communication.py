@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from teegpu.facts import TRANSPORTS
+from teegpu.formats import NOTHING
 from teegpu.monitor import words
-from teegpu.monitor.draw import Line, Look, Span, area, cells, columns, fit, gauge, pairs, sparkline, table
+from teegpu.monitor.draw import Line, Look, Span, area, cells, columns, fit, gauge, pairs, sparkline, table, wrapped
 from teegpu.monitor.snapshot import Moment, Parts, Snapshot
-from teegpu.units import human_bytes
+from teegpu.units import human_bytes, plural
 
 
 def communication(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
     """Share, calls, latency, bytes: the whole of it in a few lines."""
-    if state.facts.plan == "local":
+    if not state.facts.remote:
         return [(("all is computed in the TEE: there is no communication", "dim"),)]
     lines = [share_line(state, width, look), *pairs(_figures(state), width, name_width=11)]
     room = height - len(lines) - 1
@@ -24,7 +26,7 @@ def communication(state: Snapshot, width: int, height: int, look: Look) -> list[
 
 def share_line(state: Snapshot, width: int, look: Look) -> Line:
     phase = state.current
-    text = words.percent(phase.parts.communication_share) if phase.parts.total else words.NOTHING
+    text = words.percent(phase.parts.communication_share) if phase.parts.total else NOTHING
     lead: list[Span] = [(text, "bold network"), (f" of {state.phase}" if state.phase else "", "dim"), ("  ", "")]
     room = width - sum(cells(part) for part, _ in lead)
     if look.letters:
@@ -51,7 +53,7 @@ def _figures(state: Snapshot) -> list[tuple[str, str | list[Span]]]:
             "latency",
             [(words.span_of(latency.median), "bold"), (f" median, {words.span_of(latency.p95)} p95", "")]
             if latency.calls
-            else words.NOTHING,
+            else NOTHING,
         ),
         ("up", _bytes(state.prefill.bytes_up + state.decode.bytes_up, state.up_rate)),
         ("down", _bytes(state.prefill.bytes_down + state.decode.bytes_down, state.down_rate)),
@@ -73,7 +75,8 @@ def _bytes(count: int, per_second: float) -> list[Span]:
 
 
 def compression(state: Snapshot) -> str:
-    if not state.facts.transport.endswith("+zstd"):
+    transport = TRANSPORTS.get(state.facts.transport)
+    if transport is None or not transport.compresses:
         return "off"
     raw = sum(p.raw_bytes_up + p.raw_bytes_down for p in (state.prefill, state.decode))
     crossed = sum(p.bytes_up + p.bytes_down for p in (state.prefill, state.decode))
@@ -95,7 +98,7 @@ def over_time(state: Snapshot, width: int, height: int, look: Look) -> list[Line
     """The parts' shares of each moment, stacked: what fills the time, from the run's begin until now."""
     if not state.history:
         return [(("nothing has been computed yet", "dim"),)]
-    shares = [moment.parts.divided(moment.parts.total).bars for moment in _merged(state.history, width)]
+    shares = [moment.parts.divided(moment.parts.total) for moment in _merged(state.history, width)]
     lines = columns(shares, width, max(1, height - 1), look, top=1.0)
     return [*lines, _axis(state.seconds, width)]
 
@@ -114,38 +117,21 @@ def _merged(history: tuple[Moment, ...], width: int) -> list[Moment]:
     merged = []
     for first, last in pairwise(edges):
         group = history[first:last]
-        merged.append(
-            Moment(
-                group[0].at_seconds,
-                sum(moment.seconds for moment in group),
-                Parts(*(sum(values) for values in zip(*(moment.parts.bars for moment in group), strict=True))),
-                sum(moment.bytes_up for moment in group),
-                sum(moment.bytes_down for moment in group),
-                sum(moment.tokens for moment in group),
-                sum(moment.rpc_calls for moment in group),
-            )
-        )
+        parts = Parts(*(sum(values) for values in zip(*(moment.parts for moment in group), strict=True)))
+        rest = (sum(values) for values in zip(*(moment.moved for moment in group), strict=True))
+        merged.append(Moment(group[0].at_seconds, sum(moment.seconds for moment in group), parts, *rest))
     return merged
 
 
 def rates(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
     """Bytes each way, tokens and calls a second over the run: a curve each."""
     moments = _merged(state.history, max(8, width - 36))
-    curves: list[tuple[str, list[float], str, str]] = [
-        ("up", [moment.bytes_up / moment.seconds for moment in moments], "tee", words.rate(state.up_rate)),
-        ("down", [moment.bytes_down / moment.seconds for moment in moments], "gpu", words.rate(state.down_rate)),
-        (
-            "tokens",
-            [moment.tokens / moment.seconds for moment in moments],
-            "accent",
-            words.tokens_rate(state.token_rate),
-        ),
-        (
-            "calls",
-            [moment.rpc_calls / moment.seconds for moment in moments],
-            "serialization",
-            f"{moments[-1].rpc_calls / moments[-1].seconds:,.0f}/s" if moments else words.NOTHING,
-        ),
+    calls = f"{moments[-1].rpc_calls / moments[-1].seconds:,.0f}/s" if moments else NOTHING
+    figures = words.rate(state.up_rate), words.rate(state.down_rate), words.tokens_rate(state.token_rate), calls
+    names = ("up", "tee"), ("down", "gpu"), ("tokens", "accent"), ("calls", "serialization")
+    curves = [
+        (name, [moment.moved[place] / moment.seconds for moment in moments], role, figures[place])
+        for place, (name, role) in enumerate(names)
     ]
     rows = max(1, height // len(curves))
     room = max(8, width - 22)
@@ -170,13 +156,9 @@ def latencies(state: Snapshot, width: int, height: int, look: Look) -> list[Line
     latency = state.latency
     if not latency.calls:
         return [(("no call yet", "dim"),)]
-    head: Line = (
-        (words.span_of(latency.median), "bold"),
-        (" median  ", "dim"),
-        (words.span_of(latency.p95), "bold"),
-        (" p95  ", "dim"),
-        (words.span_of(latency.largest), "bold"),
-        (" max", "dim"),
+    figures = [("median", latency.median), ("p95", latency.p95), ("max", latency.largest)]
+    head = wrapped(
+        [[(words.span_of(value), "bold"), (f" {name}", "dim")] for name, value in figures], ("  ", ""), width
     )
     bins = list(latency.histogram)
     while len(bins) > max(1, height - 1):  # the smallest neighbours go together
@@ -184,7 +166,7 @@ def latencies(state: Snapshot, width: int, height: int, look: Look) -> list[Line
         bins[place : place + 2] = [(bins[place + 1][0], bins[place][1] + bins[place + 1][1])]
     most = max(count for _, count in bins)
     room = max(4, width - 18)
-    lines: list[Line] = [fit(head, width)]
+    lines: list[Line] = [fit(head[0], width)]
     for upto, count in bins:
         bar = gauge(count / most, room, "accent", look)
         lines.append(
@@ -195,25 +177,21 @@ def latencies(state: Snapshot, width: int, height: int, look: Look) -> list[Line
 
 def endpoints(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:  # noqa: ARG001
     """Who answers, and how much."""
-    rows: list[list[Span]] = [[(name, "dim") for name in ("server", "calls", "up", "down", "retries")]]
-    rows += [
-        [
-            (one.address, "bold"),
-            (f"{one.rpc_calls:,}", ""),
-            (human_bytes(one.bytes_up), ""),
-            (human_bytes(one.bytes_down), ""),
-            (f"{one.retries:,}", "bad" if one.retries else ""),
-        ]
-        for one in state.endpoints
-    ]
-    if len(rows) == 1:
+    if not state.endpoints:
         return [(("no server has answered yet", "dim"),)]
+    rows: list[list[Span]] = [[(name, "dim") for name in ("server", "calls", "retries", "up", "down")]]
+    for one in state.endpoints:
+        figures = (human_bytes(one.bytes_up), human_bytes(one.bytes_down))
+        retries: Span = (f"{one.retries:,}", "bad" if one.retries else "")
+        rows.append([(one.address, "bold"), (f"{one.rpc_calls:,}", ""), retries, *((text, "") for text in figures)])
+    if width < 44:  # the bytes are on the overview too
+        rows = [row[:3] for row in rows]
     lines = table(rows, width)
     lines += pairs(
         [
             ("in flight", f"{state.in_flight:,}"),
             ("compressed", compression(state)),
-            ("per-op", f"would have made {state.per_op_calls:,} calls by now"),
+            ("as per-op", plural(state.per_op_calls, "call")),
             ("queue", f"{words.span_of(_queue(state))} a call"),
             ("keys", words.keys(state.facts)),
         ],

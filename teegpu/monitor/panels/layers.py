@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from teegpu.formats import NOTHING
 from teegpu.monitor import words
 from teegpu.monitor.draw import Line, Look, Span, columns, fit, gauge, resampled, sides, stacked, wrapped
 from teegpu.monitor.snapshot import ChunkView, LayerView, Parts, Snapshot
+from teegpu.units import plural
 
 SORTS = ("layer", "time", "communication")
 PLACES = {
@@ -30,11 +32,11 @@ def profile(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
     """All layers at a glance: a bar on a line each where there is room, else a column each."""
     views = list(state.layers)
     if not views:
-        return [(("no layer has been computed yet", "dim"),)]
+        return [(("no layer yet", "dim"),)]
     if height >= len(views) + 1:
         return rows(state, views, width, look)
     each = max(1, min(4, width // len(views)))  # columns of equal width, as far as they go
-    means = [view.now.bars if view.now.total else view.mean.bars for view in views]
+    means = [view.mean for view in views]
     used = min(width, each * len(views))
     chart = columns(means, used, max(1, height - 1), look)
     worst = next(view for view in views if view.worst)
@@ -65,11 +67,11 @@ def row(state: Snapshot, view: LayerView, scale: float, width: int, look: Look) 
     now = view.now if view.now.total else Parts()
     mark: Span = ("▶", "bold accent") if here else (" ", "")
     name: Span = (f"{view.layer:>4} ", "bold warn" if view.worst else "bold" if here else "")
-    bar = stacked(now.bars, _bar_width(width), look, scale=scale or None)
+    bar = stacked(now, _bar_width(width), look, scale=scale or None)
     figures = (
-        f"{words.span_of(now.total) if now.total else words.NOTHING:>9} "
-        f"{words.span_of(view.mean.total) if view.mean.total else words.NOTHING:>9} "
-        f"{words.percent(view.mean.communication_share) if view.mean.total else words.NOTHING:>6}"
+        f"{words.span_of(now.total) if now.total else NOTHING:>9} "
+        f"{words.span_of(view.mean.total) if view.mean.total else NOTHING:>9} "
+        f"{words.percent(view.mean.communication_share) if view.mean.total else NOTHING:>6}"
     )
     tail: Span = (" ◀", "warn") if view.worst else ("  ", "")
     return fit((mark, name, (" ", ""), *bar, (figures, ""), tail), width)
@@ -79,11 +81,11 @@ def detail(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
     """One layer (``state.focus``) from the run's first pass to the latest: stacked columns, and its figures."""
     view = next((view for view in state.layers if view.layer == state.focus), None)
     if view is None:
-        return [(("no layer has been computed yet", "dim"),)]
+        return [(("no layer yet", "dim"),)]
     history = state.layer_history
     key = wrapped(
         [[*item[:-1], (words.span_of(seconds), "")] for item, seconds in zip(
-            words.legend(view.mean, look, other=False), view.mean.bars, strict=False)],
+            words.legend(view.mean, look, other=False), view.mean, strict=False)],
         ("   ", ""),
         width,
     )  # fmt: skip
@@ -91,14 +93,14 @@ def detail(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
     # One long first pass (the prompt's) would flatten all that follow.
     totals = sorted(parts.total for parts in history)
     top = min(totals[-1], 2.5 * totals[len(totals) // 2]) if totals else 0.0
-    chart = columns([parts.bars for parts in history], width, room, look, top=top or None)
-    passes = words.plural(len(history) * state.layer_history_passes, "pass", "passes")
+    chart = columns(list(history), width, room, look, top=top or None)
+    passes = plural(len(history) * state.layer_history_passes, "pass", "passes")
     latest = resampled([parts.total for parts in history], 1)
     foot = sides(
         [("first pass", "dim")],
         [
             (f"full height {words.span_of(top)}", "dim"),
-            (f"   mean {words.span_of(latest[0]) if latest else words.NOTHING} over {passes}", ""),
+            (f"   mean {words.span_of(latest[0]) if latest else NOTHING} over {passes}", ""),
         ],
         width,
     )

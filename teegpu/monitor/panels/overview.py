@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from teegpu.formats import NOTHING
 from teegpu.monitor import snapshot as snap
 from teegpu.monitor import words
 from teegpu.monitor.draw import Line, Look, Span, clip, fit, gauge, pairs, paragraph, sides, stacked, wrapped
+from teegpu.monitor.panels import requests
 from teegpu.monitor.panels.digits import big
 from teegpu.monitor.snapshot import Parts, PhaseView, Snapshot
-from teegpu.units import human_bytes, printable
+from teegpu.report.facts import remarks
+from teegpu.units import human_bytes, plural, printable
 
 STATUS = {
     snap.STARTING: ("◌", "dim", "starting"),
@@ -23,6 +26,8 @@ def header(state: Snapshot, width: int, paused: bool = False) -> Line:
     mark, role, word = STATUS[state.status]
     if state.retrying:
         mark, role, word = "●", "bad", "server lost"
+    elif state.serving is not None and state.status == snap.RUNNING:
+        word = "serving" if state.serving.running else "idle"
     elif state.status == snap.RUNNING:
         if not state.phase:
             mark, role, word = STATUS[snap.STARTING]
@@ -35,40 +40,44 @@ def header(state: Snapshot, width: int, paused: bool = False) -> Line:
         right.append(("view paused  ", "bold warn"))
     elif state.behind:
         right.append(("catching up  ", "warn"))
+    if state.document is not None and remarks(state.document):
+        right.append(("record cut  ", "bold warn"))
     right += [(f"{mark} ", role), (word, f"bold {role}"), (f"  {words.clock(state.seconds)} ", "")]
     left: list[Span] = [(" teegpu ", "bold accent"), (" ", "")]
-    for number, word in enumerate(words.how(state.facts)):
+    for number, word in enumerate(state.facts.how):
         left += [(" · ", "dim"), (word, "")] if number else [(word, "bold")]
     return sides(left, right, width)
 
 
 def tiles(state: Snapshot) -> list[tuple[str, str, str, str]]:
     """The big figures: (figure, role, caption, what is beside it)."""
+    if state.serving is not None:
+        return requests.tiles(state, state.serving)
     phase = state.current
     share = phase.parts.communication_share
     decoding = state.decode.passes or state.phase == "decode"
     speed = state.decode.tokens_per_second if decoding else state.prefill.tokens_per_second
     return [
         (
-            f"{share * 100:.0f}%" if phase.parts.total else words.NOTHING,
+            f"{share * 100:.0f}%" if phase.parts.total else NOTHING,
             "network" if phase.parts.total else "dim",
             "communication",
             f"of {state.phase}" if state.phase else "",
         ),
         (
-            f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}" if speed else words.NOTHING,
+            f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}" if speed else NOTHING,
             "gpu",
             "tokens/s",
             "decode" if decoding else "prefill",
         ),
         (
-            f"{state.rpcs_per_token:.0f}" if state.rpcs_per_token else words.NOTHING,
+            f"{state.rpcs_per_token:.0f}" if state.rpcs_per_token else NOTHING,
             "serialization",
             "RPCs per token" if decoding else "RPCs",
             f"per-op: {_per_op(state)}",
         ),
         (
-            f"{state.ttft_seconds:.2f}" if state.ttft_seconds is not None else words.NOTHING,
+            f"{state.ttft_seconds:.2f}" if state.ttft_seconds is not None else NOTHING,
             "tee",
             "s to first token",
             f"TPOT {words.span_of(state.tpot_median_seconds)}" if state.tpot_median_seconds else "",
@@ -78,7 +87,7 @@ def tiles(state: Snapshot) -> list[tuple[str, str, str, str]]:
 
 def _per_op(state: Snapshot) -> str:
     layers = state.facts.layers
-    return f"{9 * layers + 2}" if layers else words.NOTHING
+    return f"{9 * layers + 2}" if layers else NOTHING
 
 
 def tile(figure: tuple[str, str, str, str], width: int) -> list[Line]:
@@ -95,8 +104,10 @@ def tile(figure: tuple[str, str, str, str], width: int) -> list[Line]:
     return lines
 
 
-def progress(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:  # noqa: ARG001 (panels are alike)
-    """A line for each phase: how far, how quick, how long still."""
+def progress(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
+    """A line for each phase: how far, how quick, how long still. Of a run that serves several: how full it is."""
+    if state.serving is not None:
+        return requests.progress(state.serving, width, height, look)
     return [_phase_line(phase, state, width, look) for phase in (state.prefill, state.decode)]
 
 
@@ -105,16 +116,16 @@ def _phase_line(phase: PhaseView, state: Snapshot, width: int, look: Look) -> Li
     role = {"prefill": "gpu", "decode": "tee"}[phase.name]
     told: list[Span] = []
     if phase.name == "prefill":
-        told.append((words.plural(phase.expected, "token") if phase.expected else words.NOTHING, ""))
+        told.append((plural(phase.expected, "token") if phase.expected else NOTHING, ""))
         if phase.chunks > 1:
             told.append((f"{phase.chunks} chunks", "dim"))
     else:
         if not started:
-            told.append((words.NOTHING, "dim"))
+            told.append((NOTHING, "dim"))
         elif phase.running and phase.expected:
             told.append((f"{phase.tokens:,} of ≤ {phase.expected:,} tokens", ""))
         else:
-            told.append((words.plural(phase.tokens, "token"), ""))
+            told.append((plural(phase.tokens, "token"), ""))
     if started:
         told.append((words.tokens_rate(phase.tokens_per_second), "bold"))
         told.append((words.clock(phase.seconds), ""))
@@ -149,12 +160,12 @@ def time(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
         rows = [row for row in rows if row[0] in ("now", state.phase)][-room:]
     lines = []
     for name, parts, _ in rows:
-        share = words.percent(parts.communication_share) if parts.total else words.NOTHING
+        share = words.percent(parts.communication_share) if parts.total else NOTHING
         tail: list[Span] = (
             [(share.rjust(7), "bold"), (" communication", "dim")] if width >= 70 else [(share.rjust(7), "bold")]
         )
         size = width - 9 - sum(len(text) for text, _ in tail)
-        lines.append(((name.ljust(9), "dim"), *stacked(parts.bars, size, look), *tail))
+        lines.append(((name.ljust(9), "dim"), *stacked(parts, size, look), *tail))
     if room > len(rows):
         lines.append(())
     return lines + key
@@ -163,30 +174,30 @@ def time(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
 def both_sides(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:  # noqa: ARG001
     """The two processes and what is between them."""
     facts = state.facts
-    memory: list[Span] = [(human_bytes(state.runner_bytes) if state.runner_bytes else words.NOTHING, "bold tee")]
+    memory: list[Span] = [(human_bytes(state.runner_bytes) if state.runner_bytes else NOTHING, "bold tee")]
     if state.runner_cores is not None:
         memory.append((f"  {state.runner_cores:.1f} cores", "dim"))
     if facts.runner_threads:
-        memory.append((f"  {words.plural(facts.runner_threads, 'thread')}", "dim"))
-    server: list[Span] = [(human_bytes(state.server_bytes) if state.server_bytes else words.NOTHING, "bold gpu")]
+        memory.append((f"  {plural(facts.runner_threads, 'thread')}", "dim"))
+    server: list[Span] = [(human_bytes(state.server_bytes) if state.server_bytes else NOTHING, "bold gpu")]
     device = " ".join(word for word in (facts.device, facts.dtype) if word)
     if device:
         server.append((f"  {device}", ""))
     if facts.server_threads:
-        server.append((f"  {words.plural(facts.server_threads, 'thread')}", "dim"))
+        server.append((f"  {plural(facts.server_threads, 'thread')}", "dim"))
     rows: list[tuple[str, str | list[Span]]] = [("runner", memory)]
-    if facts.plan != "local":
+    if facts.remote:
         where = facts.endpoints[0] if facts.endpoints else "embedded"
         if len(facts.endpoints) > 1:
             where += f" and {len(facts.endpoints) - 1} more"
         rows += [("server", server), ("at", where)]
-    rows.append(("TEE", [(words.tee(facts), "warn" if facts.tee_kind == "none" else "good")]))
-    if facts.plan != "local":
+    rows.append(("TEE", [(words.tee(facts), "good" if facts.tee_kind else "warn")]))
+    if facts.remote:
         rows.append(("keys", words.keys(facts)))
-    if hidden := words.privacy(facts):
-        rows.append(("privacy", hidden))
+    if facts.privacy:
+        rows.append(("privacy", facts.privacy))
     if facts.note:
-        rows.append(("note", printable(facts.note)))
+        rows.append(("note", facts.note))
     return pairs(rows, width)
 
 

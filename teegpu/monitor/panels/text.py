@@ -1,8 +1,9 @@
-"""The generated text."""
+"""The generated text; of a run that serves others, who is under way instead."""
 
 from __future__ import annotations
 
 from teegpu.monitor.draw import Line, Look, fit, paragraph
+from teegpu.monitor.panels import requests
 from teegpu.monitor.snapshot import Snapshot
 from teegpu.units import printable
 
@@ -12,10 +13,19 @@ TAIL = 8000
 
 def tail(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
     """The end of the text, as much as there is room for."""
-    return [fit(line, width) for line in lines(state, width, look, most=TAIL)[-height:]]
+    if state.serving is not None:
+        return requests.under_way(state.serving, width, height, look)
+    return [fit(line, width) for line in lines(state, width, most=TAIL)[-height:]]
 
 
-def lines(state: Snapshot, width: int, look: Look, *, most: int | None = None) -> list[Line]:  # noqa: ARG001
+def shown(state: Snapshot, width: int, height: int, look: Look) -> list[Line]:
+    """All of it."""
+    if state.serving is not None:
+        return requests.all_of_them(state.serving, width, height, look)
+    return lines(state, width)
+
+
+def lines(state: Snapshot, width: int, *, most: int | None = None) -> list[Line]:
     """All of the text (its last ``most`` characters), or why there is none."""
     if not state.text_known:
         if not state.ended and not state.replay and not state.tokens:
@@ -23,9 +33,9 @@ def lines(state: Snapshot, width: int, look: Look, *, most: int | None = None) -
         told = "The text is not in the record. It stays with the run, unless record.save_text is on."
         return paragraph(told, width, "dim")
     text = state.text if most is None else state.text[-most:]
-    shown: list[Line] = []
+    made: list[Line] = []
     for source in text.replace("\t", "    ").split("\n"):
-        shown += paragraph(printable(source, len(source) + 1), width)
-    if not state.ended and state.current.running and shown:
-        shown[-1] = (*shown[-1], ("▌", "accent"))
-    return shown
+        made += paragraph(printable(source, len(source) + 1), width)
+    if not state.ended and state.current.running and made:
+        made[-1] = (*made[-1], ("▌", "accent"))
+    return made

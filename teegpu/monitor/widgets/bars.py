@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from textual import events
 from textual.message import Message
 
@@ -23,25 +25,26 @@ class Header(Panel):
 
 
 class ViewBar(Panel):
-    """The views, by number and name; a click chooses one. ``views``: (id, name)."""
+    """The views, by number and name; a click chooses one."""
 
     class Chosen(Message):
         def __init__(self, view: str) -> None:
             super().__init__()
             self.view = view
 
-    def __init__(self, views: list[tuple[str, str]]) -> None:
+    def __init__(self, views: Sequence[str]) -> None:
         super().__init__("", self._names, id="views")
         self.views = views
-        self.current = views[0][0]
+        self.current = views[0]
         self._edges: list[tuple[int, str]] = []
 
     def _names(self, state: Snapshot, width: int, height: int, look: Look) -> list[Line]:  # noqa: ARG002
         spans: list[Span] = []
         self._edges = []
         at = 0
-        for number, (view, name) in enumerate(self.views, 1):
+        for number, view in enumerate(self.views, 1):
             chosen = view == self.current
+            name = "requests" if view == "text" and state.serving is not None else view
             text = f" {number} {name} " if not (look.letters and chosen) else f"[{number} {name}]"
             spans += [(text, "bold accent on cursor" if chosen else "dim"), (" ", "")]
             at += len(text) + 1

@@ -1,0 +1,1 @@
+"""The GPU servers of a run, seen from the TEE runner: connections, handshake, requests, failover."""

@@ -1,0 +1,68 @@
+"""Who a run's servers are said to be: by whom they are run, and what each proves of that."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from teegpu.attest.binding import SERVER
+from teegpu.attest.evidence import Evidence, read_json
+from teegpu.attest.policy import Policy
+from teegpu.attest.verify import VENDORS, Roots, Wanted, judge
+from teegpu.config import Config
+from teegpu.endpoints import Endpoint
+from teegpu.errors import ConfigError
+from teegpu.options import client_options
+
+PINNED: Final = "pinned"
+ATTESTED: Final = "attested"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Of the server at ``address``. ``key`` is the fingerprint of the key that it must prove to have, or empty;
+    ``proof`` is empty without one, ``pinned``, or ``attested`` and by which kind of TEE."""
+
+    address: str
+    operator: str
+    share: int
+    key: str
+    proof: str
+
+    def __str__(self) -> str:
+        key = f"key {self.key}" if self.key else "no key"
+        return ", ".join([key, *([f"operator {self.operator}"] if self.operator else []),
+                          *([self.proof] if self.proof.startswith(ATTESTED) else [])])  # fmt: skip
+
+
+def proves(identity: Identity) -> int:
+    """How much a server proves of itself: the more, the higher."""
+    return bool(identity.proof) + identity.proof.startswith(ATTESTED)
+
+
+def identify(config: Config, endpoints: Sequence[Endpoint], roots: Roots = VENDORS) -> list[Identity]:
+    """One for each of ``endpoints``. Raises ``ConfigError`` for keys and files that can't be used, ``EvidenceError``
+    and ``AttestationError`` where evidence does not hold."""
+    found = []
+    for endpoint in endpoints:
+        curve = client_options(config, endpoint).curve
+        proof = "" if curve is None else PINNED
+        if curve is not None and endpoint.evidence:
+            evidence = _evidence(endpoint.evidence)
+            wanted = Wanted(SERVER, hashlib.sha256(curve.server.raw).digest(), None)
+            judge(evidence, Policy.read(Path(endpoint.policy)), wanted, int(time.time()), roots=roots)
+            proof = f"{ATTESTED}: {evidence.kind}"
+        key = "" if curve is None else curve.server.fingerprint
+        found.append(Identity(endpoint.address, endpoint.operator, endpoint.share, key, proof))
+    return found
+
+
+def _evidence(path: str) -> Evidence:
+    try:
+        return Evidence.from_json(read_json(Path(path).read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"run.endpoints: evidence={path} can't be read: {error.strerror}") from None
