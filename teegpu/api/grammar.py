@@ -1,0 +1,70 @@
+"""Answers that are JSON of a schema: of each token's logits those are left that the grammar allows."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any, Final
+
+import torch
+from llguidance import LLMatcher, LLTokenizer
+
+from teegpu.api.errors import ApiError
+from teegpu.model.tokenizer import Tokenizer
+
+MOST_SCHEMA_BYTES: Final = 64 * 1024
+
+_SPACE: Final = r"[ \n]{1,8}"
+"""Room for an indentation, and not for a model that has nothing to say but spaces."""
+
+_BITS = torch.arange(8, dtype=torch.uint8)
+
+
+class Grammars:
+    """Makes grammars for one tokenizer. What is costly is made when the first one is asked for; any thread may ask."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._made: LLTokenizer | None = None
+
+    def of(self, schema: dict[str, Any], param: str) -> Grammar:
+        """A grammar of JSON that ``schema`` describes, for one answer. Raises ``ApiError``, of ``param``, for a schema
+        that can't be followed."""
+        text = json.dumps(schema)
+        if len(text) > MOST_SCHEMA_BYTES:
+            raise ApiError(400, f"the schema is longer than {MOST_SCHEMA_BYTES} bytes", param=param)
+        with self._lock:
+            if self._made is None:
+                ends = list(self._tokenizer.eos_token_ids)
+                size = self._tokenizer.vocab_size
+                self._made = LLTokenizer(self._tokenizer.to_json(), n_vocab=size, eos_token=ends)
+        matcher = LLMatcher(
+            self._made, LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _SPACE}), log_level=0
+        )
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())[:200]
+            raise ApiError(400, f"the schema can't be followed ({reason})", param=param, code="invalid_schema")
+        return Grammar(matcher)
+
+
+class Grammar:
+    """Where one answer stands in its grammar (``tee.sampling.Constraint``)."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+        packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        allowed = (packed[:, None] >> _BITS & 1).flatten().to(torch.bool)[: logits.shape[-1]]
+        left = logits[: allowed.shape[0]].masked_fill(~allowed, float("-inf"))
+        rest = logits.new_full((logits.shape[-1] - left.shape[0],), float("-inf"))
+        return torch.cat([left, rest])
+
+    def take(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+    @property
+    def failed(self) -> str:
+        """Why the answer is not what was asked for; empty where it is, as far as it goes."""
+        return " ".join(self._matcher.get_error().split())[:200] if self._matcher.is_error() else ""

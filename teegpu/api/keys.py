@@ -1,0 +1,46 @@
+"""API keys: a file of their SHA-256 digests, a line each, as ``sha256sum`` writes them. The keys themselves are kept
+nowhere."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from pathlib import Path
+
+from teegpu.errors import ConfigError
+
+_LINE = re.compile(r"([0-9a-fA-F]{64})(\s.*)?")
+
+
+class ApiKeys:
+    """Raises ``ConfigError`` for a file that can't be read, or has another line than a digest."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            lines = Path(path).expanduser().read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"api.keys: {path} can't be read ({error})") from None
+        self._digests: list[bytes] = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            found = _LINE.fullmatch(line.strip())
+            if found is None:
+                raise ConfigError(
+                    f"api.keys: line {number} of {path} does not begin with a SHA-256 digest: make one with "
+                    "printf %s KEY | sha256sum"
+                )
+            self._digests.append(bytes.fromhex(found[1]))
+        if not self._digests:
+            raise ConfigError(f"api.keys: {path} has no digest, so that nobody could use this endpoint")
+
+    def whose(self, authorization: str) -> str | None:
+        """The name under which the one with this ``Authorization`` header is known here: the digest of its key, or None
+        where there is no such key. It takes as long for all."""
+        scheme, _, key = authorization.partition(" ")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        known = False
+        for each in self._digests:
+            known |= hmac.compare_digest(each, digest)
+        return digest.hex() if known and scheme.lower() == "bearer" else None

@@ -1,0 +1,145 @@
+"""Where the endpoint listens, who may reach it, and how it ends: uvicorn, held by a few rules of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from teegpu.errors import ConfigError
+from transports import addresses
+from transports.errors import BadAddressError
+
+HEAD_SECONDS: Final = 10.0
+"""How long a connection may take to send the head of its first request, and how long it may be idle afterwards."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """``host`` and ``port``, or ``path`` of a unix socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str, setting: str) -> Address:
+        """``host:port`` or ``unix:/path``. Raises ``ConfigError``."""
+        if text.startswith("unix:/"):
+            return cls(path=text.removeprefix("unix:"))
+        try:
+            found = addresses.parse(f"tcp://{text}", listening=True)
+        except BadAddressError:
+            raise ConfigError(f"{setting}: {text!r} is not host:port, such as 127.0.0.1:8000, or unix:/path") from None
+        return cls("0.0.0.0" if found.host == "*" else found.host.strip("[]"), found.port)
+
+    @property
+    def local(self) -> bool:
+        """Whether nobody reaches it from another machine."""
+        return bool(self.path) or addresses.is_local(f"tcp://{self.text}")
+
+    @property
+    def text(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"unix:{self.path}" if self.path else f"{host}:{self.port}"
+
+    def listen(self, setting: str) -> socket.socket:
+        """A socket that listens here; a unix socket is for its own user. Raises ``ConfigError``."""
+        try:
+            if self.path:
+                Path(self.path).unlink(missing_ok=True)
+                listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                before = os.umask(0o177)
+                try:
+                    listener.bind(self.path)
+                finally:
+                    os.umask(before)
+                return listener
+            return socket.create_server((self.host, self.port), family=_family(self.host))
+        except OSError as error:
+            raise ConfigError(f"{setting}: can't listen at {self.text} ({error.strerror or error})") from None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def tls(certificate: str, key: str) -> ssl.SSLContext | None:
+    """What both files make, None without them. Raises ``ConfigError``."""
+    if not certificate and not key:
+        return None
+    if not certificate or not key:
+        raise ConfigError("api.tls_cert and api.tls_key go together: give both, or none")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(Path(certificate).expanduser(), Path(key).expanduser())
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"api.tls_cert, api.tls_key: no certificate with its key can be read ({error})") from None
+    return context
+
+
+class _Protocol(H11Protocol):
+    """A connection that says nothing is closed: h11's own time-out begins after the first answer only."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(HEAD_SECONDS, self._say_something)
+
+    def data_received(self, data: bytes) -> None:
+        waiting = self.cycle is None or self.cycle.response_complete
+        super().data_received(data)
+        if waiting and (self.cycle is None or self.cycle.response_complete) and not self.timeout_keep_alive_task:
+            # Still no whole head: the clock goes on from where it was.
+            self.timeout_keep_alive_task = self.loop.call_later(HEAD_SECONDS, self._say_something)
+
+    def _say_something(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """``on_signal`` is called on the loop with each signal that asks the process to end; nothing ends by itself."""
+
+    def __init__(self, app: ASGIApp, context: ssl.SSLContext | None, on_signal: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=True,
+            proxy_headers=False,
+            timeout_keep_alive=int(HEAD_SECONDS),
+            timeout_graceful_shutdown=1,
+            h11_max_incomplete_event_size=32 * 1024,
+            ssl_context_factory=None if context is None else (lambda _, __: context),
+        )
+        # What uvicorn would say of a request may quote it; what we have to say is said in app.
+        quiet = logging.getLogger("uvicorn")
+        quiet.setLevel(logging.CRITICAL)
+        super().__init__(config)
+        self._on_signal = on_signal
+        self._own_loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._own_loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self._own_loop is not None:
+            self._own_loop.call_soon_threadsafe(self._on_signal)
