@@ -5,16 +5,17 @@ What the runner does with a wrong answer is the same wherever it was made wrong.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
+import torch
 
 from teegpu.audit.middle import Middle
 from teegpu.wire import dtypes, program
-from teegpu.wire.layout import Row, layout_of
 from transports.base import Buffer, Reply
 
 KINDS = {
@@ -24,8 +25,18 @@ KINDS = {
     "swap-rows": "two tokens' rows of one output are exchanged",
     "replay": "the answer to an earlier request of the same form",
     "other-layer": "the product with another layer's weights",
+    "steer": "one token's logit is raised in every answer, so that the server dictates the text",
+    "dtype": "the values are said to be of another dtype than was asked for",
+    "escapes": "a refusal in place of the answer, whose text would take over a terminal",
 }
-"""What a lying server does, once, to one answer."""
+"""What a lying server does, once, to one answer; but ``steer`` to all that it can."""
+
+_OTHER_DTYPE = {"fp32": "int32", "int32": "fp32", "fp16": "bf16", "bf16": "fp16"}
+"""Of as many bytes."""
+_ESCAPES = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202e"
+"""Would write to the clipboard, clear the screen, and turn the text around."""
+_RAISED = 2**30
+"""Added to a whole number, which is below 2**31: more than any logit, as a rule."""
 
 
 @dataclass(slots=True)
@@ -51,47 +62,74 @@ class LyingServer(Middle):
         self._left = at
         self._random = random.Random(seed)
         self._earlier: dict[bytes, list[bytes]] = {}
+        self._target: int | None = None
 
     def up(self, address: str, frames: Sequence[Buffer]) -> Sequence[Buffer]:
         header = _execute(frames)
         if self.kind != "other-layer" or header is None or self.lie is not None:
             return frames
         code = _program(header)
-        weights = [step.weight for step in code.steps if step.weight]
+        weights = list(code.weights)
         if not weights or not all(name.startswith("layers.") for name in weights) or self._layers < 2:
             return frames
         if self._left > 0:
             self._left -= 1
             return frames
         self.lie = Lie(address, weights)
-        steps = tuple(step._replace(weight=self._elsewhere(step.weight)) for step in code.steps)
+        steps = tuple(step._replace(weights=tuple(map(self._elsewhere, step.weights))) for step in code.steps)
         header[3] = program.Program(code.inputs, steps, code.outputs).packed
         return [msgpack.packb(header), *frames[1:]]
 
     def _elsewhere(self, weight: str) -> str:
-        if not weight:
-            return weight
         _, layer, name = weight.split(".", 2)
         return f"layers.{(int(layer) + 1) % self._layers}.{name}"
 
     def down(self, address: str, request: Sequence[Buffer], reply: Reply) -> list[memoryview]:
         asked = _execute(request)
-        if self.kind == "other-layer" or asked is None or self.lie is not None:
+        steers = self.kind == "steer"
+        done = self.lie is not None and not (steers and self.lie.server == address)
+        if self.kind == "other-layer" or asked is None or done:
             return reply.frames
         header: list[Any] = msgpack.unpackb(reply.frames[0])
         if header[1] != "result":
             return reply.frames
         table = header[4]
         frames = [bytearray(frame) for frame in reply.frames[1:]]
-        changed = self._replayed(table, frames) if self.kind == "replay" else self._spoilt(table, frames)
+        if self.kind == "escapes":
+            header[1:] = ["refusal", header[2], "internal", _ESCAPES]
+            changed: list[bytearray] | None = []
+        elif self.kind == "dtype":
+            changed = self._mislabelled(header, frames)
+        elif steers:
+            changed = self._steered(table, frames)
+        else:
+            changed = self._replayed(table, frames) if self.kind == "replay" else self._spoilt(table, frames)
         self._earlier[table] = [bytes(frame) for frame in reply.frames[1:]]
         if changed is None:
             return reply.frames
-        if self._left > 0:
+        if self._left > 0 and not steers:
             self._left -= 1
             return reply.frames
-        self.lie = Lie(address, [step.weight for step in _program(asked).steps if step.weight])
-        return [reply.frames[0], *(memoryview(frame) for frame in changed)]
+        self.lie = Lie(address, list(_program(asked).weights))
+        return [memoryview(msgpack.packb(header)), *(memoryview(frame) for frame in changed)]
+
+    def _mislabelled(self, header: list[Any], frames: list[bytearray]) -> list[bytearray] | None:
+        rows = msgpack.unpackb(header[4])
+        if any(encoding not in _OTHER_DTYPE for _, _, encoding in rows):
+            return None
+        if self._left <= 0:
+            header[4] = msgpack.packb([[name, shape, _OTHER_DTYPE[encoding]] for name, shape, encoding in rows])
+        return frames
+
+    def _steered(self, table: bytes, frames: list[bytearray]) -> list[bytearray] | None:
+        for (name, shape, encoding), frame in zip(msgpack.unpackb(table), frames, strict=True):
+            if name == "logits" and encoding in _OTHER_DTYPE:
+                logits = torch.frombuffer(frame, dtype=dtypes.PLAIN[encoding]).view(shape)
+                if self._target is None:
+                    self._target = self._random.randrange(shape[-1])
+                steer(logits, self._target)
+                return frames
+        return None
 
     def _replayed(self, table: bytes, frames: list[bytearray]) -> list[bytearray] | None:
         earlier = self._earlier.get(table)
@@ -100,19 +138,27 @@ class LyingServer(Middle):
         return [bytearray(frame) for frame in earlier]
 
     def _spoilt(self, table: bytes, frames: list[bytearray]) -> list[bytearray] | None:
-        layout = layout_of(tuple(Row(name, tuple(shape), encoding) for name, shape, encoding in msgpack.unpackb(table)))
-        place = self._random.randrange(len(layout.frames))
-        shared = layout.frames[place]
-        number = self._random.randrange(len(shared.rows))
-        width = dtypes.itemsize(shared.encoding)
-        start = sum(shared.sizes[:number]) * width
-        part = slice(start, start + shared.sizes[number] * width)
+        rows = msgpack.unpackb(table)
+        place = self._random.randrange(len(rows))
+        _, shape, encoding = rows[place]
+        width = dtypes.itemsize(encoding)
+        part = slice(0, math.prod(shape) * width)
         values = frames[place][part]
-        spoil(self.kind, values, shared.shapes[number][0], width, self._random)
+        spoil(self.kind, values, shape[0], width, self._random)
         if values == frames[place][part]:
             return None
         frames[place][part] = values
         return frames
+
+
+def steer(logits: torch.Tensor, target: int) -> None:
+    """Makes ``target`` the likeliest token of each row of ``logits`` (rows, vocab), in place, with as small a change as
+    that takes where they can be read. Whole numbers may be masked: to these it adds."""
+    if logits.dtype == torch.int32:
+        logits[:, target] += _RAISED
+    else:
+        most = logits.max(-1).values
+        logits[:, target] = most + (most.abs() * 0.02).clamp_min(0.05)
 
 
 def spoil(kind: str, frame: bytearray, rows: int, itemsize: int, chance: random.Random) -> None:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from teegpu import __version__, machine
+from teegpu import __version__, facts, machine
 from teegpu.audit.capture import Capture
 from teegpu.audit.cheating import KINDS, LyingServer
 from teegpu.audit.findings import Finding
 from teegpu.audit.inversion import layers_attacked, read_everything
-from teegpu.audit.kit import kit
 from teegpu.audit.known import AGAIN, CHANGED, PROMPT, TRAINING, Known, Truth
 from teegpu.audit.linking import changed_token, equal_rows, masks_used_twice, same_prompt
 from teegpu.audit.middle import Middle, Switch
@@ -31,10 +30,9 @@ from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.model.weights import WeightStore
-from teegpu.options import wire_limits
-from teegpu.tee.generate import Generation
-from teegpu.tee.runner import Runner
-from teegpu.tee.shield.modes import TWO_SERVER, verified
+from teegpu.options import verified, wire_limits
+from teegpu.runner import Runner
+from teegpu.tee.sequence import Generation
 
 SCHEMA = "teegpu.audit/1"
 
@@ -43,7 +41,6 @@ LEAST_PROMPT = 16
 _TRAINING_TEXTS = ("pride", "speeches")
 _LIE_PROMPT = 12
 _LIE_ANSWER = 2
-_SPARE = 64
 
 Notify = Callable[[str], None]
 Prompt = Callable[[Tokenizer], list[int]]
@@ -52,8 +49,9 @@ Prompt = Callable[[Tokenizer], list[int]]
 @dataclass(slots=True)
 class Cheat:
     """A lie, and what came of it. ``told`` names the weights whose product was changed, and is None where nothing could
-    be changed so. ``noticed`` is the error with which the run ended, empty where it went on, and ``verified`` says that
-    it was verification that found it; ``answer_changed`` that the run went on and gave another answer."""
+    be changed so. ``noticed`` is the error with which the run ended, empty where it went on, or where that error would
+    not be fit for a terminal. ``verified`` says that it was verification that found it; ``answer_changed`` that the run
+    went on and gave another answer."""
 
     kind: str
     told: str | None = None
@@ -93,9 +91,9 @@ class Report:
 
     @property
     def verified(self) -> bool | None:
-        """Whether every lie was noticed; None where none was told."""
+        """Whether every lie was noticed; None where none was told. Where no server took part there is nobody to lie."""
         told = [cheat for cheat in self.cheats if cheat.told is not None]
-        return all(cheat.noticed for cheat in told) if told else None
+        return all(cheat.noticed for cheat in told) if told or not self.seen else None
 
     def to_json(self, text_of: Callable[[Sequence[int]], str] | None = None) -> dict[str, Any]:
         """The document ``teegpu.audit/1``. With ``text_of`` it holds what was recovered, as text."""
@@ -153,12 +151,8 @@ class Audit:
             switch = Switch()
             tokenizer = Tokenizer(self._folder)
             prompt = self._checked(self._prompt(tokenizer))
-            spec = read_spec(self._folder)
-            training = _training(tokenizer, min(self._training_tokens, spec.max_positions - 1))
-            config = stack.enter_context(
-                kit(self._config, self._folder, *self._needs(len(prompt), len(training)), self._notify)
-            )
-            runner = stack.enter_context(Runner(config, self._folder, notify=self._notify, wrap=switch))
+            training = _training(tokenizer, min(self._training_tokens, read_spec(self._folder).max_positions - 1))
+            runner = stack.enter_context(Runner(self._config, self._folder, notify=self._notify, wrap=switch))
             store = stack.enter_context(WeightStore(self._folder, runner.spec))
             self.text_of = runner.tokenizer.decode
             known = Known(store, runner.spec)
@@ -187,16 +181,6 @@ class Audit:
                 "what is recovered of less could be chance"
             )
         return prompt
-
-    def _needs(self, prompt: int, training: int) -> tuple[int, int]:
-        """For how many tokens there must be pads, and for the logits of how many; what a run that ends early leaves
-        unused included."""
-        answer = self._config.run.max_tokens
-        tokens, heads = 3 * prompt + answer + training, answer + 3
-        if self._lies:
-            runs = 1 + len(KINDS)
-            tokens, heads = tokens + runs * (_LIE_PROMPT + _LIE_ANSWER), heads + runs * _LIE_ANSWER
-        return tokens + _SPARE, heads + _SPARE
 
     def _scenes(self, runner: Runner, capture: Capture, prompt: list[int], training: list[int]) -> Truth:
         place = len(prompt) // 2
@@ -235,7 +219,7 @@ class Audit:
         for view in views:
             self._notify(f"attacking what {view.label} got")
             report.findings += self._findings(view, known, report.truth)
-        if self._config.run.privacy == TWO_SERVER and len(views) == 2:
+        if self._config.run.privacy == facts.TWO_SERVER.name and len(views) == 2:
             # What must not happen, to show that the attacks would see it.
             together = Together("both servers together", *views)
             self._notify(f"attacking what {together.label} got")
@@ -262,7 +246,8 @@ class Audit:
             try:
                 cheat.answer_changed = _generate(runner, prompt, _LIE_ANSWER) != honest
             except TeegpuError as error:
-                cheat.noticed, cheat.verified = str(error), isinstance(error, VerificationError)
+                told = str(error)
+                cheat.noticed, cheat.verified = told if told.isprintable() else "", isinstance(error, VerificationError)
             if liar.lie is not None:
                 cheat.told = ", ".join(liar.lie.weights)
             cheats.append(cheat)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from teegpu import ring
-from teegpu.model.spec import ModelSpec
+from teegpu.model.spec import AFTER, ModelSpec
 from teegpu.model.weights import WeightStore
 
 PROMPT, AGAIN, CHANGED, TRAINING = "prompt", "again", "changed", "training"
@@ -44,8 +43,11 @@ class Known:
         self.embedding = store.load("embed_tokens")
 
     def norm(self, layer: int) -> torch.Tensor:
-        """The weight of the norm before ``layer``, fp32 (hidden,)."""
-        return self._store.load(f"layers.{layer}.input_layernorm", torch.float32)
+        """The weight of the norm before ``layer``, fp32 (hidden,); ones where there is none."""
+        name = f"layers.{layer}.input_layernorm"
+        if name not in self.spec.weights:
+            return torch.ones(self.spec.hidden_size)
+        return self._store.load(name, torch.float32)
 
     def embedded(self, ids: list[int]) -> torch.Tensor:
         """fp32 (tokens, hidden)."""
@@ -53,12 +55,17 @@ class Known:
 
     def entering_first(self, ids: list[int]) -> torch.Tensor:
         """What enters layer 0 for these tokens, its norm done: fp32 (tokens, hidden). Needs no context."""
-        rows = self.embedded(ids)
+        rows = self.embedded(ids) * self.spec.embedding_scale
+        if self.spec.norms == AFTER:
+            return rows
         return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.spec.rms_eps) * self.norm(0)
 
     def logit_scales(self) -> torch.Tensor:
         """What a product of int8 weights with lm_head is multiplied by, to be compared with others: fp32 (vocab,)."""
-        return ring.quantise(self._store.load("lm_head"))[1]
+        shape = self.spec.weights["lm_head"]
+        scale = torch.empty(shape[0])
+        self._store.load_whole("lm_head", torch.empty(shape, dtype=torch.int8), scale)
+        return scale
 
     def nearest(self, rows: torch.Tensor, factor: torch.Tensor | None = None) -> list[int]:
         """For each of ``rows`` (n, hidden) the token whose embedding, times ``factor`` (hidden,), points most nearly in

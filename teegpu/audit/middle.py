@@ -6,12 +6,12 @@ a server gets after decompression, and those that it answers.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 from teegpu.endpoints import Endpoint
-from transports.base import Buffer, Client, Message, Reply
+from transports.base import Buffer, Changed, Client, Message, Reply, Sent
 
 
 class Middle:
@@ -39,65 +39,27 @@ class Wrapped(Client):
         self.overlaps = inner.overlaps  # type: ignore[misc]
 
     @property
-    def on_sent(self) -> Callable[[Message, int], None] | None:
-        return self._inner.on_sent
-
-    @on_sent.setter
-    def on_sent(self, hook: Callable[[Message, int], None] | None) -> None:
-        self._inner.on_sent = hook
-
-    @property
     def pending_bytes(self) -> int:
         return self._inner.pending_bytes
 
-    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Sent:
         sent = self._up(message)
-        return self._down(sent, self._inner.request(sent, timeout_seconds=timeout_seconds))
+        return Changed(self._inner.begin(sent, timeout_seconds=timeout_seconds), partial(self._down, sent))
 
-    def request_async(self, message: Message, *, timeout_seconds: float | None = None) -> Awaitable[Reply]:
-        return self._request_async(message, timeout_seconds)
-
-    async def _request_async(self, message: Message, timeout_seconds: float | None) -> Reply:
+    async def begin_async(self, message: Message, *, timeout_seconds: float | None = None) -> Sent:
         sent = self._up(message)
-        return self._down(sent, await self._inner.request_async(sent, timeout_seconds=timeout_seconds))
-
-    def request_all(self, messages: Sequence[Message], *, timeout_seconds: float | None = None) -> list[Reply]:
-        sent = [self._up(message) for message in messages]
-        replies = self._inner.request_all(sent, timeout_seconds=timeout_seconds)
-        return [self._down(message, reply) for message, reply in zip(sent, replies, strict=True)]
-
-    def post(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply | None]:
-        sent = self._up(message)
-        look = self._inner.post(sent, timeout_seconds=timeout_seconds)
-
-        def looked() -> Reply | None:
-            reply = look()
-            return None if reply is None else self._down(sent, reply)
-
-        return looked
-
-    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Callable[[], Reply]:
-        sent = self._up(message)
-        wait = self._inner.begin(sent, timeout_seconds=timeout_seconds)
-        return lambda: self._down(sent, wait())
+        return Changed(await self._inner.begin_async(sent, timeout_seconds=timeout_seconds), partial(self._down, sent))
 
     def close(self) -> None:
         self._inner.close()
 
     def _up(self, message: Message) -> Message:
         frames = self._middle().up(self._address, message.frames)
-        return message if frames is message.frames else _with_frames(message, frames)
+        return message if frames is message.frames else replace(message, frames=frames)
 
     def _down(self, sent: Message, reply: Reply) -> Reply:
         reply.frames = self._middle().down(self._address, sent.frames, reply)
         return reply
-
-
-def _with_frames(message: Message, frames: Sequence[Buffer]) -> Message:
-    """``message``, of whatever kind it is, with other frames."""
-    changed: Any = replace(message, frames=frames)
-    whole: Message = changed
-    return whole
 
 
 class Switch:

@@ -42,11 +42,11 @@ class Work:
         return next(iter(self.operands.values())).shape[0]
 
     def asks_for(self, weight: str) -> bool:
-        return any(step.weight == weight for step in self.program.steps)
+        return weight in self.program.weights
 
     def reads(self, weight: str) -> torch.Tensor | None:
         """The operand that is multiplied with ``weight`` as it came, or None."""
-        names = [step.inputs[0] for step in self.program.steps if step.weight == weight]
+        names = [step.inputs[0] for step in self.program.steps if weight in step.weights]
         return self.operands.get(names[0]) if names else None
 
 
@@ -93,7 +93,7 @@ class View(abc.ABC):
 
     def logits(self, scene: str) -> torch.Tensor | None:
         """What was answered to lm_head, (tokens, vocab), or None where it was not asked for."""
-        parts = [work.outputs["logits"] for work in self.works(scene) if "logits" in work.outputs]
+        parts = [_logits(work.outputs) for work in self.works(scene) if "logits" in work.outputs]
         return torch.cat(parts) if parts else None
 
     def ids(self, scene: str) -> list[int] | None:
@@ -158,6 +158,15 @@ class Together(View):
                     work.encodings,
                     _less(work.outputs, other.outputs),
                 )
+
+
+def _logits(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Those that were answered, or what a server can make of the two that the TEE joins: it knows what both are of, and
+    a factor of all logits of a token changes nothing."""
+    if "logits_x" not in outputs:
+        return outputs["logits"]
+    added = outputs["d"].to(torch.float32)
+    return outputs["logits_x"] + outputs["logits"] * torch.rsqrt(added.square().mean(-1, keepdim=True) + 1e-12)
 
 
 def _less(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ def seen(view: ServerView) -> Seen:
     works = view.works(PROMPT)
     first = min((exchange.sent_ns for exchange in exchanges), default=0)
     last = max((exchange.received_ns for exchange in exchanges), default=0)
-    products = {step.weight for work in works for step in work.program.steps if step.weight}
+    products = {name for work in works for name in work.program.weights}
     prompt_tokens, answer_tokens = _lengths(works)
     return Seen(
         server=view.server,
@@ -61,7 +61,7 @@ def _lengths(works: Sequence[Work]) -> tuple[int | None, int | None]:
     if not logits:
         return None, None
     before = works[: logits[0] + 1]
-    weights = [step.weight for work in before for step in work.program.steps if step.weight.endswith("q_proj")]
+    weights = [name for work in before for name in work.program.weights if name.endswith("q_proj")]
     if not weights:
         return None, len(logits)
     rows = sum(work.rows for work in before if work.asks_for(weights[0]))

@@ -28,6 +28,8 @@ def render(document: Entry) -> str:
 
 def verdicts(document: Entry) -> list[str]:
     """What it comes to, in sentences."""
+    if not document["seen"]:
+        return ["So there is nothing to recover, and nobody to lie.", *document["notes"]]
     lines = [_privacy(document)]
     told = [cheat for cheat in document["cheats"] if cheat["told"] is not None]
     if told:

@@ -18,29 +18,31 @@ from typing import Any
 import torch
 
 import transports
-from teegpu import machine
+from teegpu import facts, machine
 from teegpu.bench import baseline, wholenumbers
 from teegpu.bench import document as doc
 from teegpu.bench.cases import from_values
 from teegpu.bench.measure import Notify, Progress
 from teegpu.config import Config
 from teegpu.errors import PromptError, UsageError, nearest
-from teegpu.metrics.recorder import Recorder
 from teegpu.model import texts
 from teegpu.model.folder import ModelFolder
-from teegpu.model.reader import read_spec, rotary_config
+from teegpu.model.reader import read_spec
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.model.weights import WeightStore
 from teegpu.options import client_options, wire_limits
+from teegpu.record.recorder import Recorder
+from teegpu.remote.calls import Products, drive
+from teegpu.remote.client import GpuClient
+from teegpu.remote.embedded import EmbeddedServer
+from teegpu.remote.handshake import check_digest, hello
 from teegpu.settings import WIRE_DTYPES
-from teegpu.tee import plans
-from teegpu.tee.decoder import Decoder, Pass
-from teegpu.tee.embedded_server import EmbeddedServer
-from teegpu.tee.gpu_client import GpuClient
+from teegpu.tee.decoder import Decoder, Span, Step
 from teegpu.tee.kv_cache import KVCache
-from teegpu.tee.products import Products, drive
-from teegpu.tee.rotary import RotaryTable
+from teegpu.tee.products import LocalProducts
+from teegpu.tee.rotary import Rotary
 from teegpu.tee.weights import TeeWeights
+from teegpu.wire import codec
 from transports.base import Client
 
 ALL_TEXTS = "all"
@@ -53,21 +55,29 @@ Logits = Callable[[int, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared: teegpu with a server and a wire dtype, or with the arithmetic of a privacy mode, or
-    transformers (without either)."""
+    """What is compared: teegpu with a server and a wire dtype, or in ``whole_numbers``, as private and verified runs
+    compute, or with ``int8`` weights in the plan local, row by row as they decode, or transformers (without any)."""
 
     label: str
     server_dtype: str
     wire_dtype: str | None = None
-    privacy: str | None = None
+    whole_numbers: bool = False
+    int8: bool = False
+
+    @property
+    def by_transformers(self) -> bool:
+        return not (self.wire_dtype or self.whole_numbers or self.int8)
 
 
 REFERENCE = Variant("transformers fp32 (reference)", "fp32")
 
 
-def variants(*, bf16: bool, shielded: bool) -> list[Variant]:
+INT8 = "int8 weights, decoded in the TEE"
+
+
+def variants(*, bf16: bool, shielded: bool, int8: bool) -> list[Variant]:
     """Each wire dtype with a server in fp32; with ``bf16`` also a server, and transformers, in that; with ``shielded``
-    also what private runs compute."""
+    also what private runs compute, with ``int8`` what int8 weights do."""
     chosen = [Variant(f"{wire} wire, fp32 server", "fp32", wire) for wire in WIRE_DTYPES]
     if bf16:
         chosen += [
@@ -76,7 +86,9 @@ def variants(*, bf16: bool, shielded: bool) -> list[Variant]:
             Variant("transformers bf16", "bf16"),
         ]
     if shielded:
-        chosen += [Variant(label, "int8", privacy=mode) for mode, label in wholenumbers.MODES.items()]
+        chosen.append(Variant(wholenumbers.LABEL, "int8", whole_numbers=True))
+    if int8:
+        chosen.append(Variant(INT8, "fp32", int8=True))
     return chosen
 
 
@@ -159,6 +171,7 @@ class AccuracyBenchmark:
         chosen: dict[str, str],
         bf16: bool = True,
         shielded: bool = True,
+        int8: bool = True,
     ) -> None:
         self._folder = folder
         self._base = base
@@ -172,7 +185,7 @@ class AccuracyBenchmark:
             )
         self._tokens = tokens
         self._texts = chosen
-        self._variants = variants(bf16=bf16, shielded=shielded)
+        self._variants = variants(bf16=bf16, shielded=shielded, int8=int8)
         self._scores: dict[str, dict[str, Score]] = {}
         self._digest = ""
         self._started_at = doc.now()
@@ -235,8 +248,8 @@ class AccuracyBenchmark:
         return {
             "label": variant.label,
             "wire_dtype": variant.wire_dtype,
-            "server_dtype": variant.server_dtype if variant.wire_dtype or variant.privacy else None,
-            "privacy": variant.privacy,
+            "server_dtype": None if variant.by_transformers or variant.int8 else variant.server_dtype,
+            "whole_numbers": variant.whole_numbers,
             **total.to_json(),
             "kl_nats_worst_text": max(figure["kl_nats"] or 0.0 for figure in figures.values()),
             "texts": figures,
@@ -281,15 +294,16 @@ class _Models:
             for dtype in dtypes
         }
         # The servers load their weights meanwhile.
-        whole = [REFERENCE, *(variant for variant in chosen if not (variant.wire_dtype or variant.privacy))]
+        whole = [REFERENCE, *(variant for variant in chosen if variant.by_transformers)]
         self._transformers = {variant.label: baseline.load(folder, variant.server_dtype) for variant in whole}
         self._spec = read_spec(folder)
         store = stack.enter_context(WeightStore(folder, self._spec))
         self.digest = store.digest()
         self.tokenizer = Tokenizer(folder)
         self._weights = TeeWeights(store, self._spec)
-        self._rotary = RotaryTable(rotary_config(folder))
-        self._whole_numbers = wholenumbers.WholeNumbers(store, self._spec, self.digest, base.model.cache_path)
+        self._rotary = Rotary(self._spec)
+        self._whole_numbers = wholenumbers.products(store, self._spec)
+        self._int8 = LocalProducts(TeeWeights(store, self._spec, int8=True), Recorder())
         self._connections: dict[str, Client] = {}
         for dtype, server in servers.items():
             server.wait()
@@ -311,35 +325,35 @@ class _Models:
             if variant.wire_dtype:
                 gpu = self._remote(variant.server_dtype, variant.wire_dtype)
                 opened[variant.label] = self._logits(PLAN, gpu, ids)
-            elif variant.privacy:
-                products = self._whole_numbers.products(variant.privacy)
-                opened[variant.label] = self._logits(wholenumbers.PLAN, products, ids)
+            elif variant.whole_numbers:
+                opened[variant.label] = self._logits(wholenumbers.PLAN, self._whole_numbers, ids)
+            elif variant.int8:
+                opened[variant.label] = _row_by_row(self._logits(facts.LOCAL.name, self._int8, ids))
         return opened
 
     def _remote(self, server_dtype: str, wire_dtype: str) -> GpuClient:
-        gpu = GpuClient(
-            self._connections[server_dtype],
-            self._spec,
-            wire_dtype=wire_dtype,
-            recorder=Recorder(),
-            limits=wire_limits(self._base),
-        )
-        gpu.hello(self._base.link.hello_timeout_seconds, self.digest)
-        return gpu
+        connection, limits = self._connections[server_dtype], wire_limits(self._base)
+        welcome = hello(connection, codec.Decoder(limits), self._base.link.hello_timeout_seconds)
+        check_digest(welcome, self._spec, self.digest, connection.endpoint)
+        return GpuClient(connection, self._spec, wire_dtype=wire_dtype, recorder=Recorder(), limits=limits)
 
     def _logits(self, plan: str, products: Products, ids: torch.Tensor) -> Logits:
-        decoder = Decoder(self._spec, self._weights, self._rotary, plans.get(plan), products, Recorder())
+        decoder = Decoder(self._spec, self._weights, self._rotary, facts.plan(plan), products, Recorder())
         cache = KVCache(self._spec)
         cache.reserve(len(ids))
 
         def logits(start: int, stop: int) -> torch.Tensor:
-            found = drive(decoder.forward(Pass(ids[start:stop], start, cache, "all")))
+            found = drive(decoder.forward(Step([Span(ids[start:stop], start, cache, "all")])))
             cache.advance(stop)
             if found is None:
                 raise RuntimeError("a pass that was to give all logits gave none")
             return found
 
         return logits
+
+
+def _row_by_row(logits: Logits) -> Logits:
+    return lambda start, stop: torch.cat([logits(row, row + 1) for row in range(start, stop)])
 
 
 def _transformers_logits(model: Any, ids: torch.Tensor) -> Logits:

@@ -12,13 +12,21 @@ import torch
 
 from teegpu import machine
 from teegpu.bench.samples import PhaseSample, Sample
+from teegpu.errors import UsageError
 from teegpu.model.folder import ModelFolder
+from teegpu.model.reader import read_quantisation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(folder: ModelFolder, dtype: str) -> Any:
-    """The model of ``folder`` as transformers runs it, with its fastest attention for the CPU."""
+    """The model of ``folder`` as transformers runs it, with its fastest attention for the CPU. Raises ``UsageError``
+    for quantised weights, which it reads with the kernels of others, or rounds on the way."""
+    if (quantisation := read_quantisation(folder)) is not None:
+        raise UsageError(
+            f"model '{folder.name}' is quantised ({quantisation.about}): transformers can't be what it is compared "
+            "with; give the model that it was made from"
+        )
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from teegpu import facts
 from teegpu.config import Config
 from teegpu.errors import UsageError, nearest
-from teegpu.settings import AUTO, PLANS, SECTIONS, SETTINGS, Value
-from teegpu.tee.shield import modes
+from teegpu.facts import AUTO
+from teegpu.fields import Value
+from teegpu.options import whole_numbers
+from teegpu.settings import PLANS, SECTIONS, SETTINGS
 
 TRANSFORMERS = "transformers"
-LOCAL = "local"
-DEFAULT_PLAN = "fused"
-"""What stands for auto in the settings in force: a case says what it measures, and does not choose for itself."""
 TRANSFORMERS_DTYPES = ("fp32", "bf16")
 
 KEYS: dict[str, tuple[str, ...]] = {
@@ -29,6 +29,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "transport": ("run.transport",),
     "wire": ("run.wire_dtype",),
     "dtype": ("server.dtype",),
+    "weights": ("server.weights",),
+    "local-dtype": ("run.local_dtype",),
+    "local-weights": ("run.local_weights",),
     "chunk": ("run.chunk_tokens",),
     "speculate": ("run.speculate",),
     "privacy": ("run.privacy",),
@@ -46,25 +49,25 @@ PACKED = "packed"
 NO_KV_CACHE = "no-kv-cache"
 NO_POSITION_CACHE = "no-position-cache"
 WAYS = (PACKED, NO_KV_CACHE, NO_POSITION_CACHE)
-"""How things were done before, in which the product has no part: see ``bench.packed``, and ``bench.uncached`` for the
-others."""
+"""How it was done before, see ``bench.before``."""
 
 _BASELINE_KEYS = ("plan", "dtype", "threads", "label")
-_LOCAL_KEYS = ("plan", "prefill", "decode", "speculate", "threads", "label")
+_LOCAL_PRODUCTS = ("local-dtype", "local-weights")
+_LOCAL_KEYS = ("plan", "prefill", "decode", "speculate", "threads", "label", *_LOCAL_PRODUCTS)
 _REFERENCE_KEYS = (*_LOCAL_KEYS, "privacy", "chunk")
-_SERVER_KEYS = ("dtype", "server-threads")
+_SERVER_KEYS = ("dtype", "weights", "server-threads")
 
 DEFAULTS = (
-    LOCAL,
     "per-op,transport=zmq,wire=fp32,dtype=fp32",
     "batched,transport=zmq,wire=fp32,dtype=fp32",
     "attention,transport=zmq,wire=fp32,dtype=fp32",
     "fused,transport=zmq,wire=fp16",
     "fused,transport=pipelined,wire=fp16",
     "fused,transport=pipelined,wire=int8",
+    "local",
     TRANSFORMERS,
 )
-"""What is measured when no case is given: each plan, what narrow values and overlap bring, and transformers itself."""
+"""Each plan, what narrow values and overlap bring, and transformers itself."""
 
 DEFAULT_SET = "default"
 """``--case default`` stands for all of ``DEFAULTS``, so that others can be added to them."""
@@ -94,28 +97,33 @@ class Case:
         return decode_tokens if self.decode_tokens is None else self.decode_tokens
 
     def prefill_plan(self, base: Config) -> str:
-        return self._plan("run.prefill_plan", base.run.prefill_plan)
+        return self._plan("run.prefill_plan", base)
 
     def decode_plan(self, base: Config) -> str:
-        return self._plan("run.decode_plan", base.run.decode_plan)
+        return self._plan("run.decode_plan", base)
 
-    def _plan(self, key: str, otherwise: str) -> str:
+    def _plan(self, key: str, base: Config) -> str:
         if self.baseline:
             return TRANSFORMERS
-        plan = str(self.given.get(key, otherwise))
-        hidden = self.given.get("run.privacy", modes.NONE) != modes.NONE
-        return (modes.SHIELDED_PLANS[0] if hidden else DEFAULT_PLAN) if plan == AUTO else plan
+        plan = str(self.given.get(key, base.values()[key]))
+        # A case says what it measures, and does not choose for itself.
+        return (facts.ATTENTION if self.whole_numbers(base) else facts.FUSED).name if plan == AUTO else plan
+
+    def whole_numbers(self, base: Config) -> bool:
+        """Whether it hides or verifies products."""
+        return whole_numbers(from_values(base.values() | dict(self.given)))
 
     def offloads(self, base: Config) -> bool:
         """Whether one of its plans sends products away, or computes them as a server would (``reference``)."""
-        return not {self.prefill_plan(base), self.decode_plan(base)} <= {LOCAL, TRANSFORMERS}
+        plans = {self.prefill_plan(base), self.decode_plan(base)} - {TRANSFORMERS}
+        return any(facts.plan(plan).remote for plan in plans)
+
+    def privacy(self, base: Config) -> facts.Privacy:
+        return facts.privacy(str(self.given.get("run.privacy", base.run.privacy)))
 
     def servers(self, base: Config) -> int:
         """How many GPU servers the case needs."""
-        privacy = self.given.get("run.privacy", base.run.privacy)
-        if not self.offloads(base) or privacy == modes.REFERENCE:
-            return 0
-        return 2 if privacy == modes.TWO_SERVER else 1
+        return self.privacy(base).servers if self.offloads(base) else 0
 
     def remote(self, base: Config) -> bool:
         """Whether the case needs a GPU server."""
@@ -152,12 +160,12 @@ def from_values(values: Mapping[str, object]) -> Config:
 
 
 def parse_all(texts: Sequence[str], base: Config) -> list[Case]:
-    """The cases of ``texts`` in their order, each with a label of its own; without any, those of ``DEFAULTS``.
+    """The cases of ``texts`` in their order, each with a label of its own.
 
     Raises ``UsageError``, see ``parse``.
     """
     cases: list[Case] = []
-    for text in texts or (DEFAULT_SET,):
+    for text in texts:
         if text.strip() == DEFAULT_SET:
             cases += [parse(default, base) for default in _defaults(base)]
         else:
@@ -233,13 +241,13 @@ def _value(text: str, key: str, raw: str, setting: str) -> Value:
 
 def _check(text: str, items: Mapping[str, str], case: Case, base: Config) -> None:
     """Raises ``UsageError`` for keys that would do nothing, and for what can't be measured."""
-    if case.given.get("run.transport", base.run.transport) == "inprocess" and case.remote(base):
+    if case.remote(base) and not facts.transport(str(case.given.get("run.transport", base.run.transport))).sockets:
         raise UsageError(f"--case {text}: transport=inprocess needs a server in the runner's own process: use zmq")
-    hidden = case.given.get("run.privacy", base.run.privacy) != modes.NONE
     plans = {case.prefill_plan(base), case.decode_plan(base)}
-    if hidden and not plans <= set(modes.SHIELDED_PLANS):
-        raise UsageError(f"--case {text}: privacy takes the plans {' and '.join(modes.SHIELDED_PLANS)} alone: write "
-                         "for example attention,privacy=two-server")  # fmt: skip
+    if not case.baseline and case.whole_numbers(base) and not plans <= set(facts.PADS.plans(verified=True)):
+        names = " and ".join(facts.PADS.plans(verified=True))
+        raise UsageError(f"--case {text}: privacy and verification take the plans {names} alone: "
+                         "write for example attention,privacy=two-server")  # fmt: skip
     if case.offloads(base) and not case.remote(base):
         idle = [key for key in items if key not in _REFERENCE_KEYS]
         if idle:
@@ -248,9 +256,11 @@ def _check(text: str, items: Mapping[str, str], case: Case, base: Config) -> Non
     if not case.remote(base):
         idle = [key for key in items if key not in _LOCAL_KEYS]
         if idle:
-            raise UsageError(f"--case {text}: '{idle[0]}' does nothing in the plan local, which has no server and "
-                             "computes in fp32")  # fmt: skip
+            raise UsageError(f"--case {text}: '{idle[0]}' does nothing in the plan local, which has no server")
         return
+    idle = [key for key in items if key in _LOCAL_PRODUCTS]
+    if idle and facts.LOCAL.name not in plans:
+        raise UsageError(f"--case {text}: '{idle[0]}' is for products of the plan local, and no phase has it")
     endpoint = items.get("endpoint") or base.run.endpoint
     idle = [key for key in items if key in _SERVER_KEYS]
     if endpoint and idle:
@@ -280,7 +290,7 @@ def _label(case: Case, items: Mapping[str, str], base: Config) -> str:
     words = [prefill if prefill == decode else f"{prefill}/{decode}"]
     if case.remote(base):
         words += [str(case.given.get("run.transport", base.run.transport))]
-        if case.given.get("run.privacy", base.run.privacy) == modes.NONE:
+        if not case.whole_numbers(base):
             words += [str(case.given.get("run.wire_dtype", base.run.wire_dtype))]
     extras = [f"server {items['dtype']}"] if "dtype" in items else []
     extras += [f"{key} {raw}" for key, raw in items.items() if key not in ("plan", "prefill", "decode", "transport",

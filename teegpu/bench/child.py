@@ -1,24 +1,25 @@
-"""A case in a process of its own, as its parent sees it: commands in, answers out, one JSON object on a line.
+"""A case in a process of its own: commands in, answers out, one JSON object on a line. Both sides of it.
 
 A process for each case, because threads are set per process and because its peak memory is then the case's own. It
 waits on its standard input between commands, without using the processor, and ends when that ends: it can't outlive
-the parent. Ctrl-C in a terminal is for the parent, which ends it.
+the parent.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
+import queue
 import sys
-import tempfile
-from pathlib import Path
-from typing import IO, Any
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from teegpu import errors, machine
+from teegpu import children, errors, machine
 from teegpu.errors import ConnectionFailedError, TeegpuError
+from transports.errors import TransportError
+
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 _KINDS: dict[str, type[TeegpuError]] = {
     kind.__name__: kind
@@ -36,7 +37,6 @@ _KINDS: dict[str, type[TeegpuError]] = {
         errors.WireError,
     )
 }
-_TAIL_BYTES = 4096
 
 
 class Child:
@@ -47,26 +47,12 @@ class Child:
 
     def __init__(self, module: str, what: str, *, alone: bool = False) -> None:
         self.what = what
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        try:
-            # -P: modules are not looked for in the current folder.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                text=True,
-                encoding="utf-8",
-                start_new_session=True,
-                env=_environment(alone=alone),
-            )
-        except BaseException:
-            self._log.close()
-            raise
+        given = machine.without_sharing(os.environ) if alone else None
+        self._child = children.Child(["-m", module], given=given, text=True)
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.pid
 
     def ask(self, command: dict[str, Any]) -> dict[str, Any]:
         """The answer to ``command``. Raises the ``TeegpuError`` that it answers with, or ``TeegpuError`` with the last
@@ -76,17 +62,19 @@ class Child:
 
     def send(self, command: dict[str, Any]) -> None:
         """Hands ``command`` over without waiting for the answer."""
-        assert self._process.stdin is not None  # opened as a pipe above
+        stdin = self._child.process.stdin
+        assert stdin is not None  # a pipe
         try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
+            stdin.write(json.dumps(command) + "\n")
+            stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
 
     def answer(self) -> dict[str, Any]:
         """The answer to what was sent. Raises as ``ask``."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        stdout = self._child.process.stdout
+        assert stdout is not None  # a pipe
+        line = stdout.readline()
         if not line:
             raise self._ended()
         answer: dict[str, Any] = json.loads(line)
@@ -95,30 +83,13 @@ class Child:
         return answer
 
     def _ended(self) -> TeegpuError:
-        code = self._process.wait()
-        how = f"with exit code {code}" if code >= 0 else f"by signal {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            how += ", which may mean that this machine is out of memory"
-        last = self._last_words()
+        how = children.how_it_ended(self._child.process.wait())
+        last = self._child.last_words()
         return TeegpuError(f"the process that measures {self.what} ended {how}{f' ({last})' if last else ''}")
-
-    def _last_words(self) -> str:
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, self._log.tell() - _TAIL_BYTES))
-        lines = self._log.read().decode("utf-8", "replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def close(self) -> None:
         """Ends the process at once: it has nothing to finish. May be called twice."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.kill()
-        process.wait()
-        with contextlib.suppress(OSError):  # what was not read any more
-            process.stdin.close()
-        process.stdout.close()
-        self._log.close()
+        self._child.close(politely=False)
 
     def __enter__(self) -> Child:
         return self
@@ -127,8 +98,41 @@ class Child:
         self.close()
 
 
-def _environment(*, alone: bool) -> dict[str, str]:
-    """Ours, and where this package is, which may be a checkout that the child would not find by itself."""
-    root = str(Path(__file__).resolve().parents[2])
-    ours = machine.without_sharing(os.environ) if alone else dict(os.environ)
-    return ours | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+# The child's side
+
+
+def serve(handle: Handler) -> None:
+    """Answers each command with what ``handle`` returns or raises, until standard input ends: then it ends the process
+    at once, in the middle of a measurement too.
+
+    What anything else prints to standard output goes to standard error.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for command in _commands():
+        answers.write(json.dumps(answered(handle, command)) + "\n")
+        answers.flush()
+
+
+def answered(handle: Handler, command: dict[str, Any]) -> dict[str, Any]:
+    """The answer to ``command``; an error that a user can be told is an answer too."""
+    try:
+        return handle(command)
+    except TeegpuError as error:
+        return {"error": {"kind": type(error).__name__, "text": str(error)}}
+    except TransportError as error:
+        return {"error": {"kind": ConnectionFailedError.__name__, "text": str(error)}}
+
+
+def _commands() -> Iterator[dict[str, Any]]:
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        # The parent is gone or wants no more. Nothing here is worth finishing, and taking torch down takes time.
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True, name="commands").start()
+    while True:
+        yield json.loads(lines.get())

@@ -1,13 +1,15 @@
 """``teegpu bench ladder``: what each step from one RPC a product to what teegpu does now brings on a machine and link.
 
-The rungs are those of ``bench.rungs``, each a process; they take turns, and transformers' tokens and logits in fp32 are
-what their output is held against. Beyond what every document has (``bench.document``), this one has:
+The rungs are those of ``bench.rungs`` and cases that the user wrote (``bench.cases``), each a process; they take turns,
+and transformers' tokens and logits in fp32 are what their output is held against. Beyond what every document has
+(``bench.document``), this one has:
 
     settings.prompt_tokens, decode_tokens, repeats, max_seconds (null: no bound), check, link ("": none), endpoint ("":
-             embedded servers), rungs (names), base (the settings in force that have a part in it, by dotted key)
+             embedded servers), rungs (names), cases (the settings that each names, by label), base (the settings in
+             force that have a part in it, by dotted key)
     reference.token_ids       transformers' in fp32, null without the check
     results[]                 one for each rung, in the ladder's order, whether it was measured yet or not:
-      rung, label, track      its name, its name for people, and "prefill", "beside", "decode" or "baseline"
+      rung, label, track      its name, its name for people, and "prefill", "beside", "decode", "baseline" or "case"
       before, adds            the nearest measured rung below it ("": none), and what it adds to that
       expected_seconds        what the original document expected of the prefill; null for other models and prompts
       case.kind               "teegpu" or "transformers"
@@ -21,12 +23,14 @@ what their output is held against. Beyond what every document has (``bench.docum
       server, threads, wire_dtype, notes    what the rung's process said of itself (see ``bench.worker``)
       accuracy                kl_nats, kl_nats_largest, top1_agreement over ``positions`` (see ``bench.logits``)
       repeats, cold           runs behind the figures after the warm-up; cold: none, the figures are the warm-up's
-      prefill                 seconds {median, min, max}, rpc_calls, bytes_up, bytes_down, communication_share,
-                              parts {…_seconds}, speed_up (over the first rung of the chain), speed_up_over_before,
-                              limit_seconds and ratio_to_limit (null where the link is not known)
-      decode                  the same, with seconds of all steps, seconds_per_step, seconds_per_token, steps,
-                              tokens_per_step, rpc_calls_per_step, bytes_up_per_step, bytes_down_per_step in place of
-                              rpc_calls and bytes; absent where no more than one token was made
+      prefill                 seconds {median, min, max}, ttft_seconds, rpc_calls, bytes_up, bytes_down,
+                              communication_share, parts {…_seconds}, speed_up (over the first rung of the chain, or
+                              the first case), speed_up_over_before, limit_seconds and ratio_to_limit (null where the
+                              link is not known)
+      decode                  the same, with seconds of all steps, seconds_per_step, seconds_per_token,
+                              tokens_per_second, tpot_seconds, steps, tokens_per_step, rpc_calls_per_step,
+                              bytes_up_per_step, bytes_down_per_step in place of the first five; absent where no more
+                              than one token was made
       output                  tokens, agreeing_tokens, identical
       error                   why it could not be measured (further); absent else
       warm_up, samples        every run, as ``bench.samples.Sample`` has it
@@ -47,25 +51,28 @@ from typing import Any, Protocol
 import transports
 from teegpu import endpoints
 from teegpu.bench import document as doc
-from teegpu.bench import laddersummary, saved
+from teegpu.bench import figures
 from teegpu.bench.cases import NO_KV_CACHE, NO_POSITION_CACHE, PACKED, TRANSFORMERS, Case
-from teegpu.bench.laddersummary import Step
+from teegpu.bench.figures import Step
 from teegpu.bench.measure import WARM_UP, Notify, Progress, Workers, described, measure
-from teegpu.bench.plans import REFERENCE, workload
 from teegpu.bench.pool import Pool, Workload
 from teegpu.bench.rungs import RUNGS, Rung, has_expected_shape
 from teegpu.bench.samples import Measured
 from teegpu.config import Config
-from teegpu.errors import TeegpuError, UsageError
+from teegpu.errors import PromptError, TeegpuError, UsageError
 from teegpu.model.folder import ModelFolder
+from teegpu.model.reader import read_spec
 from teegpu.model.weights import WeightStore
 from teegpu.options import client_options, wire_limits
-from teegpu.tee.greeting import Greeter
+from teegpu.remote.handshake import ModelHandshake
 from teegpu.wire.codec import Decoder
-from transports.linkspec import LinkSpec
+from transports.netem.spec import LinkSpec
 
 _SECTIONS = ("run.", "server.", "link.", "compression.", "limits.")
 """Sections of the settings in force that have a part in the figures."""
+
+REFERENCE = Case("reference", {}, "fp32")
+"""Whose tokens and logits the output of every rung is held against."""
 
 
 class LadderWorkers(Workers, Protocol):
@@ -147,10 +154,10 @@ class LadderBenchmark:
         by itself. Raises ``MismatchError`` for one with another model, and what an exchange with it does."""
         base, work = self._work.base, self._work
         for endpoint in endpoints.parse_all(base.run.endpoints) if base.run.endpoint else ():
-            greeter = Greeter(Decoder(wire_limits(base)), work.spec, self._digest)
+            handshake = ModelHandshake(Decoder(wire_limits(base)), work.spec, self._digest)
             with transports.connect("zmq", endpoint.address, client_options(base, endpoint)) as client:
-                reply = client.request(greeter.message, timeout_seconds=base.link.hello_timeout_seconds)
-                greeter.check(reply, endpoint)
+                reply = client.request(handshake.message, timeout_seconds=base.link.hello_timeout_seconds)
+                handshake.check(reply, endpoint)
 
     def _make_reference(self, path: Path, notify: Notify) -> Path | None:
         """``path`` with the reference's logits, from a process that is gone before the first rung is loaded."""
@@ -169,19 +176,19 @@ class LadderBenchmark:
 
     def _take_over(self, path: Path) -> None:
         """What the document in ``path`` has. Raises ``UsageError`` where it is of another measurement."""
-        old = saved.read(path, self.name)
-        if other := saved.difference(old, self.document("interrupted")):
+        old = doc.read(path, self.name)
+        if other := doc.difference(old, self.document("interrupted")):
             raise UsageError(
                 f"--resume: {path} was measured with another {other}; give another --out, or leave --resume out to "
-                "measure anew"
+                "begin again"
             )
         try:
             for entry, measured in zip(old["results"], self._measured, strict=True):
-                saved.take_over(entry, measured)
+                doc.take_over(entry, measured)
             self._reference = old["reference"]["token_ids"]
             self._started_at = str(old["started_at"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise saved.damaged(path) from None
+            raise doc.damaged(path) from None
 
     def document(self, status: str) -> dict[str, Any]:
         base, work = self._work.base, self._work
@@ -189,7 +196,8 @@ class LadderBenchmark:
             Step(rung, measured, self._max_seconds) for rung, measured in zip(self._rungs, self._measured, strict=True)
         ]
         expected = has_expected_shape(work.spec, work.prompt_tokens)
-        packed = [rung.name for rung in RUNGS.values() if PACKED in rung.ways] if base.run.endpoint else []
+        left_out = base.run.endpoint and any(rung.given is None for rung in self._rungs)
+        packed = [rung.name for rung in RUNGS.values() if PACKED in rung.ways] if left_out else []
         return doc.document(
             self.name,
             status=status,
@@ -205,10 +213,11 @@ class LadderBenchmark:
                 "link": str(self._link) if self._link is not None else "",
                 "endpoint": base.run.endpoint,
                 "rungs": [rung.name for rung in self._rungs],
+                "cases": {rung.name: _given(rung.given) for rung in self._rungs if rung.given is not None},
                 "base": {key: _plain(value) for key, value in base.values().items() if key.startswith(_SECTIONS)},
             },
-            notes=self._notes + laddersummary.notes(steps, repeats=self._repeats, left_out=packed, expected=expected),
-            results=laddersummary.results(steps, reference=self._reference, link=self._link, expected=expected),
+            notes=self._notes + figures.notes(steps, repeats=self._repeats, left_out=packed, expected=expected),
+            results=figures.results(steps, reference=self._reference, expected=expected),
             reference={"by": REFERENCE.label, "token_ids": self._reference},
         )
 
@@ -218,9 +227,16 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _given(case: Case) -> dict[str, Any]:
+    """What the user's case names."""
+    if case.baseline:
+        return {"transformers": case.transformers_dtype, **case.given}
+    return {key: _plain(value) for key, value in case.given.items()}
+
+
 def _described(rung: Rung, case: Case, work: Workload) -> dict[str, Any]:
     """The rung's case for the document."""
-    base, remote = work.base, rung.remote
+    base, remote = work.base, case.remote(work.base)
     config = case.config(base, work.decode_tokens)
     return {
         "kind": TRANSFORMERS if case.baseline else "teegpu",
@@ -230,10 +246,30 @@ def _described(rung: Rung, case: Case, work: Workload) -> dict[str, Any]:
         "transport": config.run.transport if remote else None,
         "wire_dtype": config.run.wire_dtype if remote else None,
         "codec": ("packed" if PACKED in rung.ways else "frames") if remote else None,
+        "privacy": config.run.privacy,
         "chunk_tokens": config.run.chunk_tokens,
-        "speculate": config.run.speculate,
-        "dtype": config.server.dtype if remote else "fp32",
+        "speculate": 0 if case.baseline else config.run.speculate,
+        "dtype": case.transformers_dtype or (config.server.dtype if remote else "fp32"),
         "kv_cache": NO_KV_CACHE not in rung.ways,
         "position_cache": NO_POSITION_CACHE not in rung.ways,
         "decode_tokens": case.steps(work.decode_tokens),
     }
+
+
+def workload(folder: ModelFolder, base: Config, prompt_tokens: int, decode_tokens: int, repeats: int) -> Workload:
+    """What each case does. Raises ``UsageError`` for numbers that can't be, ``PromptError`` for more tokens than the
+    model's context has, and what reading the model raises."""
+    for flag, value, least in (
+        ("--prompt-tokens", prompt_tokens, 1),
+        ("--decode-tokens", decode_tokens, 0),
+        ("--repeats", repeats, 1),
+    ):
+        if value < least:
+            raise UsageError(f"{flag} {value} is below the least, {least}")
+    spec = read_spec(folder)
+    if prompt_tokens + decode_tokens > spec.max_positions:
+        raise PromptError(
+            f"--prompt-tokens {prompt_tokens} and --decode-tokens {decode_tokens} are more than the context of "
+            f"{spec.name}, which ends at {spec.max_positions}: give less"
+        )
+    return Workload(folder, spec, base, prompt_tokens, decode_tokens)

@@ -25,13 +25,13 @@ from teegpu.model.reader import read_spec
 from teegpu.model.spec import ModelSpec
 from teegpu.model.weights import WeightStore
 from teegpu.options import client_options, wire_limits
-from teegpu.tee.embedded_server import EmbeddedServer
-from teegpu.tee.greeting import check_digest, hello
+from teegpu.remote.embedded import EmbeddedServer
+from teegpu.remote.handshake import check_digest, hello
 from teegpu.units import human_bytes
 from teegpu.wire.codec import Decoder
 from teegpu.wire.messages import Welcome
 from transports.base import Client
-from transports.link import EmulatedLink, LinkSpec
+from transports.netem.link import EmulatedLink, LinkSpec
 
 TRANSPORT = "zmq"
 _NOTICES = 5
@@ -55,14 +55,15 @@ class LinkBenchmark:
                 raise UsageError(f"{flag} {value} is below the least, 1")
         if not seconds > 0:
             raise UsageError(f"--seconds {seconds:g} is not above 0")
-        if len(base.run.endpoints) > 1:
-            servers = len(base.run.endpoints)
+        listed = endpoints.parse_all(base.run.endpoints)
+        if len(listed) > 1:
+            servers = len(listed)
             raise UsageError(f"run.endpoints names {servers} servers, and a link leads to one: name it with --endpoint")
         self._base = base
         self._folder = folder
         self._rounds, self._transfers, self._seconds = rounds, transfers, seconds
         self._link = LinkSpec.parse(base.run.link) if base.run.link else None
-        self._endpoint = endpoints.parse(base.run.endpoint) if base.run.endpoint else None
+        self._endpoint = listed[0] if listed else None
         self._options = client_options(base, self._endpoint)
         self._spec: ModelSpec | None = None
         self._digest = ""

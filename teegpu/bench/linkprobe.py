@@ -25,13 +25,13 @@ import torch
 from teegpu import __version__
 from teegpu.bench.samples import quantile
 from teegpu.errors import BadReplyError
-from teegpu.tee.greeting import decode_reply
+from teegpu.remote.client import decode_reply
 from teegpu.wire import codec
 from teegpu.wire.limits import MAX_HEADER_BYTES, Limits
 from teegpu.wire.messages import Execute, Health, HealthReport, Result, Welcome
 from teegpu.wire.program import Program, Step, single
 from transports.base import Client, Message
-from transports.linkspec import MAX_RTT_SECONDS, MIN_BYTES_PER_SECOND, LinkSpec
+from transports.netem.spec import MAX_RTT_SECONDS, MIN_BYTES_PER_SECOND, LinkSpec
 
 FIRST_BYTES: Final = 4096
 """The first size that is tried: even at 1 kbit/s it is across within the time that a reply may take."""

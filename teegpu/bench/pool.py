@@ -12,23 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from teegpu import machine
-from teegpu.bench import memory, packedserver
+from teegpu import facts, machine
 from teegpu.bench.cases import PACKED, Case
 from teegpu.bench.child import Child
 from teegpu.bench.samples import Sample
 from teegpu.config import Config
 from teegpu.errors import ConnectionFailedError, TeegpuError
+from teegpu.fields import Value
 from teegpu.model.folder import ModelFolder
 from teegpu.model.spec import ModelSpec
-from teegpu.settings import Value
-from teegpu.tee.embedded_server import ENTRY, EmbeddedServer
-from teegpu.tee.shield import modes
+from teegpu.options import MIB, whole_numbers
+from teegpu.remote.embedded import ENTRY, EmbeddedServer
 
 WORKER = "teegpu.bench.worker"
 
-RESERVE_BYTES = 512 * memory.MIB
+PACKED_ENTRY = ("teegpu.bench.before",)
+"""The server of the rungs that pack, for ``EmbeddedServer``."""
+
+RESERVE_BYTES = 512 * MIB
 """Memory that is left alone, for the system and for what the estimates miss."""
+
+PROCESS_BYTES = 700 * MIB
+"""A process with torch loaded, and the activations of a prompt."""
+
+_NARROW = ("bf16", "fp16")
 
 ServerKey = tuple[tuple[str, Value], ...]
 
@@ -96,7 +103,7 @@ class Pool:
         start_server: StartServer = lambda folder, config, threads, entry: EmbeddedServer(
             folder, config, threads=threads, entry=entry
         ),
-        available_bytes: Callable[[], int | None] = memory.available_bytes,
+        available_bytes: Callable[[], int | None] = machine.available_bytes,
     ) -> None:
         self._cases = cases
         self._work = workload
@@ -212,7 +219,7 @@ class Pool:
         count = case.servers(self._work.base)
         threads = config.server.threads or machine.thread_split(embedded=True, servers=count)[1]
         values = config.values() | {"server.threads": threads}
-        shared = ("server.device", "server.dtype", "server.threads")
+        shared = ("server.device", "server.dtype", "server.weights", "server.threads")
         key = tuple(
             (name, value)
             for name, value in values.items()
@@ -224,7 +231,7 @@ class Pool:
     def _server(self, key: ServerKey, config: Config, threads: int) -> ServerProcess:
         server = self._servers.get(key)
         if server is None:
-            entry = packedserver.ENTRY if dict(key)[PACKED] else ENTRY
+            entry = PACKED_ENTRY if dict(key)[PACKED] else ENTRY
             server = self._start_server(self._work.folder, config, threads, entry)
             try:
                 server.wait()
@@ -241,13 +248,14 @@ class Pool:
         case, spec, base = self._cases[index], self._work.spec, self._work.base
         config = case.config(base, self._work.decode_tokens)
         remote = case.remote(base)
-        everything = case.baseline or "local" in (config.run.prefill_plan, config.run.decode_plan)
-        need = memory.case_bytes(spec, all_weights=everything, dtype=case.transformers_dtype or "fp32") + RESERVE_BYTES
+        plans = {case.prefill_plan(base), case.decode_plan(base)}
+        everything = case.baseline or not all(facts.plan(plan).remote for plan in plans)
+        need = case_bytes(spec, all_weights=everything, dtype=case.transformers_dtype or "fp32") + RESERVE_BYTES
         own = self._servers_of(case, config)[0] if remote and not config.run.endpoint else ()
-        hidden = config.run.privacy != modes.NONE
+        int8 = whole_numbers(config) or config.server.weights == "int8"
         for key in own:
             if key not in self._servers:
-                need += memory.server_bytes(spec, config.server.dtype, int8=hidden)
+                need += server_bytes(spec, config.server.dtype, int8=int8)
 
         def short() -> bool:
             available = self._available_bytes()
@@ -265,3 +273,20 @@ class Pool:
         used = {key for loaded in self._loaded.values() for key in loaded.servers} | set(but)
         for key in [key for key in self._servers if key not in used]:
             self._servers.pop(key).close()
+
+
+def server_bytes(spec: ModelSpec, dtype: str, *, int8: bool = False) -> int:
+    """What a GPU server on the CPU needs for ``spec`` in ``dtype``; ``auto`` may turn out to be the largest. ``int8``:
+    it also has int8 weights."""
+    return PROCESS_BYTES + spec.parameters * (_value_bytes(dtype) + int8)
+
+
+def case_bytes(spec: ModelSpec, *, all_weights: bool, dtype: str = "fp32") -> int:
+    """What a case's process needs: all weights in ``dtype``, or the embedding alone."""
+    if all_weights:
+        return PROCESS_BYTES + spec.parameters * _value_bytes(dtype)
+    return PROCESS_BYTES + spec.vocab_size * spec.hidden_size * 4
+
+
+def _value_bytes(dtype: str) -> int:
+    return 2 if dtype in _NARROW else 4

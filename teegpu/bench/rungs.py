@@ -2,7 +2,7 @@
 
 The chain of the prefill, each rung with one thing more than the one before:
 
-    per-op            one RPC for each product, lock step, fp32, tensors packed in one msgpack body (``bench.packed``)
+    per-op            one RPC for each product, lock step, fp32, tensors packed in one msgpack body (``bench.before``)
     batched           projections that share an input travel in one RPC
     raw-frames        tensors as frames of their own, without copies, in place of one packed body
     zstd              frames are compressed where the policy finds that it pays
@@ -20,11 +20,11 @@ and V, and gate and up, are still requests of their own: ``per-op-raw`` in lock 
 chain gains from it comes with ``chunks``, which could not overlap without it.
 
 **zstd** stays on from its rung on and is left to its policy: nothing is compressed where that would take longer than
-sending, and never a frame below ``compression.min_bytes`` (1 MiB), which most frames of a chunk are.
+sending, and never a frame below 64 KiB.
 
 Of decode, over the fused plan in fp32:
 
-    no-kv-cache       each step computes the whole context anew, and rotary angles in each layer (``bench.uncached``)
+    no-kv-cache       each step computes the whole context anew, and rotary angles in each layer (``bench.before``)
     kv-cache          keys and values are kept
     position-cache    the table of rotary angles is kept
     speculation       tokens are guessed from the context, and checked in one step
@@ -43,14 +43,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from teegpu.bench.cases import LOCAL, NO_KV_CACHE, NO_POSITION_CACHE, PACKED, TRANSFORMERS, Case
+from teegpu import facts
+from teegpu.bench.cases import NO_KV_CACHE, NO_POSITION_CACHE, PACKED, TRANSFORMERS, Case
 from teegpu.config import Config
 from teegpu.errors import UsageError, nearest
+from teegpu.fields import Value
 from teegpu.model.spec import ModelSpec
-from teegpu.settings import Value
 
-Track = Literal["prefill", "beside", "decode", "baseline"]
-"""``prefill`` and ``decode`` are the chains, ``beside`` what the first one can't show, ``baseline`` has no server."""
+Track = Literal["prefill", "beside", "decode", "baseline", "case"]
+"""``prefill`` and ``decode`` are the chains, ``beside`` what the first one can't show, ``baseline`` has no server;
+``case`` is no rung, but a case of the user's."""
 
 TRACKS: tuple[Track, ...] = ("prefill", "beside", "decode", "baseline")
 
@@ -67,7 +69,7 @@ SPECULATE = 4
 class Rung:
     """``before`` names the rung that this one adds one thing to, ``adds`` says which. ``expected_seconds`` is what the
     document that this project started from expected, and nobody measured: a prefill of 1,024 tokens of TinyLlama-1.1B,
-    22 layers, 200 RPCs."""
+    22 layers, 200 RPCs. ``given``: the case itself, of one that the user wrote."""
 
     name: str
     label: str
@@ -81,13 +83,17 @@ class Rung:
     before: str = ""
     adds: str = ""
     expected_seconds: float | None = None
+    given: Case | None = None
 
-    @property
-    def remote(self) -> bool:
-        return bool(self.transport)
+    @classmethod
+    def of(cls, case: Case) -> Rung:
+        """The rung beside the ladder that is ``case``."""
+        return cls(case.label, case.label, "case", "", given=case)
 
     def case(self, base: Config, prompt_tokens: int, decode_tokens: int) -> Case:
         """The case to measure, with ``base`` as the settings in force. Nothing of the rung is left to them."""
+        if self.given is not None:
+            return self.given
         if self.name == TRANSFORMERS:
             return Case(self.label, {}, "fp32")
         given: dict[str, Value] = {
@@ -100,7 +106,7 @@ class Rung:
             "run.privacy": "none",
             "run.verify": "off",
         }
-        if self.remote:
+        if self.transport:
             given |= {"run.transport": self.transport, "run.wire_dtype": self.wire}
             if not base.run.endpoint:
                 given["server.dtype"] = "fp32"
@@ -115,7 +121,7 @@ class Rung:
 
 def _rungs() -> tuple[Rung, ...]:
     both, angles = (NO_KV_CACHE, NO_POSITION_CACHE), (NO_POSITION_CACHE,)
-    z, p = "zmq+zstd", "pipelined+zstd"
+    z, p = facts.ZMQ_ZSTD.name, facts.PIPELINED_ZSTD.name
     return (
         Rung("per-op", "per-op, packed in msgpack", "prefill", "per-op", "zmq", ways=(PACKED,),
              expected_seconds=40.0),
@@ -148,7 +154,7 @@ def _rungs() -> tuple[Rung, ...]:
              adds="rotary angles are kept"),
         Rung("speculation", "+ speculation", "decode", "fused", "pipelined", overlap=True, speculate=SPECULATE,
              before="position-cache", adds=f"up to {SPECULATE} tokens guessed from the context"),
-        Rung(LOCAL, "local: all in the TEE", "baseline", LOCAL, overlap=True),
+        Rung("local", "local: all in the TEE", "baseline", facts.LOCAL.name, overlap=True),
         Rung(TRANSFORMERS, "transformers fp32", "baseline", TRANSFORMERS),
     )  # fmt: skip
 

@@ -12,19 +12,15 @@ from typing import Any
 class PhaseSample:
     """One phase of one run. Seconds are the runner's wall time and its exclusive parts.
 
-    ``rounds`` are the round trips that can't be had at the same time: RPC calls in lock step, those of one chunk where
-    chunks overlap. ``overlapped`` says whether link, server and runner could work at once. ``raw_bytes`` are the bytes
-    of both ways before compression; ``limit_seconds`` is what the phase can't go below, as a run's report has it (see
-    ``metrics.predict``), None where the link is not known. ``links``: over how many the replies come at the same time,
-    each with the whole of the bandwidth. ``products_seconds`` is the time of the matrix products with weights, in the
-    runner or, as servers claim it, there: a sum, and no part of the wall.
+    ``overlapped`` says whether link, server and runner could work at once. ``raw_bytes`` are the bytes of both ways
+    before compression; ``limit_seconds`` is what the phase can't go below, as a run's report has it, None
+    where the link is not known.
     """
 
     tokens: int
     passes: int
     seconds: float
     rpc_calls: int = 0
-    rounds: int = 0
     overlapped: bool = False
     bytes_up: int = 0
     bytes_down: int = 0
@@ -36,8 +32,6 @@ class PhaseSample:
     other_seconds: float = 0.0
     raw_bytes: int = 0
     limit_seconds: float | None = None
-    links: int = 1
-    products_seconds: float = 0.0
 
     @property
     def communication_share(self) -> float:
@@ -140,16 +134,3 @@ def agreement(made: Sequence[int], reference: Sequence[int]) -> int:
             break
         same += 1
     return same
-
-
-def floor_seconds(
-    phase: PhaseSample, *, up_bytes_per_second: float, down_bytes_per_second: float, rtt_seconds: float
-) -> float:
-    """The least time in which a link can carry what ``phase`` sent: both directions at once, and its rounds.
-
-    One request after the other, bytes and round trips add up. Where requests overlap, bytes of some travel while
-    others wait for their round trip, so that only the larger of the two is a limit.
-    """
-    carrying = max(phase.bytes_up / up_bytes_per_second, phase.bytes_down / phase.links / down_bytes_per_second)
-    waiting = phase.rounds * rtt_seconds
-    return max(carrying, waiting) if phase.overlapped else carrying + waiting

@@ -1,298 +1,241 @@
-"""What ``teegpu tune`` measures: the prices of a model's work here, at a server and on the link between them.
+"""What ``teegpu tune`` measures: what each way to run the model takes here, over each transport and wire dtype that may
+be taken, at several lengths.
 
-The first layers of the model run over a real connection, plan by plan and wire dtype by wire dtype, in lock step; then
-a short prompt with its chunks in flight, for what both sides cost each other while they work at once; then real
-activations go through zstd. ``metrics.profile`` keeps what comes of it.
+It asks the same ``tee.choose.Probe`` as the plan ``auto``, for longer, and ``stats.profile`` keeps the answers.
+``followed`` runs what was predicted for real, and puts both side by side.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import numpy as np
 import torch
 
-from teegpu import __version__, machine
+from teegpu import __version__, facts
 from teegpu.bench import document as doc
 from teegpu.bench.measure import Notify, Progress
 from teegpu.config import Config
 from teegpu.errors import UsageError
-from teegpu.metrics.cost_model import CostModel, Phase, Settings
-from teegpu.metrics.profile import Profile, Server, fingerprint
-from teegpu.metrics.rates import Compression, Rates
-from teegpu.metrics.traffic import Shape
 from teegpu.model import texts
 from teegpu.model.folder import ModelFolder
-from teegpu.tee import auto
-from teegpu.tee.calibrate import Calibration, Step, shape_of
-from teegpu.tee.runner import Runner
-from teegpu.wire import dtypes
-from transports.framecodec import FrameCodec
+from teegpu.record.events import DECODE, PREFILL
+from teegpu.remote.servers import split_threads
+from teegpu.runner import Runner
+from teegpu.stats.profile import Measured, Profile, Server, Way, fingerprint
+from teegpu.tee.choose import TUNE_CHUNKS, Probe, local_fits, prefill_ways
+from teegpu.tee.sequence import Generation
+from transports.addresses import is_local
 
-WIRES: Final = ("fp32", "bf16", "fp16", "int8")
+SECONDS: Final = 4.0
+"""For each transport and wire dtype, over all lengths; single passes over a slow link may take longer."""
 
-MATRICES_BYTES: Final = 96 * 2**20
-"""The matrices of the layers that are measured: more than a cache holds, as in a run of all layers."""
-MOST_MATRICES_BYTES: Final = 1536 * 2**20
-LAYERS: Final = (3, 8)
-"""At least and at most. Fewer than three have no layer that is neither the first nor the last."""
+LENGTHS: Final = (16, 64, 256)
+"""Tokens of prompts that are measured beside the one that was asked for, so that the profile tells of others too."""
 
-SECONDS: Final = 30.0
-"""After so long only what was not measured at all goes on, and after half of it nothing with many tokens begins."""
+LOSSY: Final = ("bf16", "int8")
+"""Wire dtypes that are never proposed without ``--allow-lossy``, but where the servers round to bf16 anyway."""
 
-FAR_SECONDS: Final = 0.002
-"""From this round trip on passes are slow, and what a cache holds matters little beside it: few layers are enough."""
-
-MANY_TOKENS: Final = 128
-PROMPT_TOKENS: Final = 512
-OVERLAPPED: Final = (512, 64)
-"""Tokens of a prompt and of its chunks that are measured in flight together."""
-TURNS: Final = (1024, 256)
-"""The same where both sides take turns with all cores: smaller chunks change hands more often than those chosen do."""
-SLOWDOWNS: Final = (0.5, 3.0)
-"""Within which a slowdown is looked for."""
-SAMPLED_TOKENS: Final = 256
-"""Of a real text, whose activations are compressed."""
+FOLLOWED_TOKENS: Final = 24
+"""Tokens after the first of a run that follows a prediction: enough for a median."""
 
 
-def layers_of(shape: Shape) -> int:
-    """How many layers are measured."""
-    each = 4 * shape.layer_values
-    wanted = min(-(-MATRICES_BYTES // each), max(1, MOST_MATRICES_BYTES // each))
-    return max(1, min(shape.layers, max(LAYERS[0], min(LAYERS[1], wanted))))
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be predicted: a prompt and the tokens after it."""
+
+    prompt_tokens: int
+    decode_tokens: int
+    allow_lossy: bool = False
+
+    @property
+    def position(self) -> int:
+        """Where decode is judged."""
+        return self.prompt_tokens + self.decode_tokens // 2
 
 
 class Tuning:
     """Measures ``folder``'s model with the servers of ``base``, or an embedded one where it names none.
 
-    ``run`` gives the profile; ``facts`` says what was measured, and how long it took. Raises what a run raises, and
-    ``UsageError`` for settings that can't be measured.
+    What is sent is random and may be seen: privacy and verification are left out, and a run with them asks its own
+    probe. ``run`` gives the profile; ``facts`` says what was measured, and how long it took. Raises what a run raises,
+    and ``UsageError`` for settings that can't be measured.
     """
 
-    def __init__(self, folder: ModelFolder, base: Config) -> None:
-        if base.run.transport == "inprocess":
+    def __init__(self, folder: ModelFolder, base: Config, wanted: Wanted) -> None:
+        if not facts.transport(base.run.transport).sockets:
             raise UsageError("the transport inprocess has no server to measure: use zmq or pipelined")
+        run = replace(base.run, prefix_cache_mib=0, max_tokens=1, privacy="none", verify="off")
+        self._base = replace(base, run=run)
         self._folder = folder
-        # What is sent here is random, or a text that comes with the package: it may be seen, and prices of plain
-        # products are what private ones are reckoned from.
-        run = replace(
-            base.run,
-            prefill_plan="fused",
-            decode_plan="fused",
-            transport="pipelined",
-            prefix_cache_mib=0,
-            max_tokens=1,
-            privacy="none",
-            verify="off",
-        )
-        self._config = replace(base, run=run)
+        self._wanted = wanted
         self._notes: list[str] = []
         self.facts: dict[str, Any] = {}
 
     def run(self, notify: Notify = lambda _: None) -> Profile:
         began = time.perf_counter()
         threads_before = torch.get_num_threads()
-        notify(Progress(0, 4, "tune", "loading"))
         try:
-            with Runner(self._config, self._folder, notify=self._notes.append) as runner:
-                profile = self._measure(runner, notify)
+            profile = self._measure(notify)
         finally:
             torch.set_num_threads(threads_before)
-        self.facts["seconds"] = time.perf_counter() - began
-        self.facts["notes"] = self._notes
+        self.facts |= {"seconds": time.perf_counter() - began, "notes": list(dict.fromkeys(self._notes))}
         return profile
 
-    def _measure(self, runner: Runner, notify: Notify) -> Profile:
-        began = time.perf_counter()
-        until = began + SECONDS
-        wire = runner.settings_of("fused").wire_dtype
-        look = runner.calibration(2)
-        look.run([Step("fused", wire, 1, repeats=2)])
-        far = look.observed.link().rtt_seconds > FAR_SECONDS
-        calibration = runner.calibration(LAYERS[0] if far else layers_of(shape_of(runner.spec)))
-        most, weighs_local = runner.spec.max_positions, auto.local_fits(runner.spec)
-        passes = 0
-        single, chunks, long, own = _steps(wire, most, weighs_local)
-        # Between the others, so that a machine that is slow for some seconds is so for all of them.
-        alone = runner.calibration(layers_of(shape_of(runner.spec)))
-        passes += calibration.run(single, until=began + SECONDS / 3)
-        passes += alone.run(own)
-        passes += calibration.run(chunks, until=until)
-        passes += alone.run(own)
-        if time.perf_counter() < began + SECONDS / 2:
-            passes += calibration.run(long, until=until)
-            passes += alone.run(own)
-        calibration.observed.merge(alone.observed)
-        seconds = _usual(calibration, f"runner/decode.{wire}")
-        notify(Progress(1, 4, "tune", "passes", f"{passes} passes in {time.perf_counter() - began:.1f} s"))
-        chooser = runner.chooser()
-        rates = chooser.rates(calibration.observed)
-        if rates.cores:
-            spent = _cpu_seconds_per_byte(calibration, Step("fused", wire, min(PROMPT_TOKENS, most), repeats=2))
-            rates = replace(rates, moving_seconds=spent)
-        notify(Progress(2, 4, "tune", "processor time", f"{rates.moving_seconds * 1e9:.2f} ns a byte"))
-        rates = self._overlapped(runner, calibration, rates, wire)
-        notify(Progress(3, 4, "tune", "chunks in flight", f"slower by {rates.slowdown:.2f} while both compute"))
-        rates = replace(rates, compression=_compression(runner, calibration, self._config.compression.level))
-        notify(Progress(4, 4, "tune", "compression", ", ".join(
-            f"{name} to {known.up:.0%} up, {known.down:.0%} down" for name, known in rates.compression.items()
-        )))  # fmt: skip
-        welcome = runner.welcome
-        self.facts |= {"layers": calibration.spec.layers, "passes": passes, "request_seconds": seconds}
+    def _measure(self, notify: Notify) -> Profile:
+        measured: list[Measured] = []
+        profile: Profile | None = None
+        ways = list(self._ways())
+        for number, (transport, wire) in enumerate(ways):
+            what = f"{transport} {wire}".replace(" auto", "")
+            notify(Progress(number, len(ways), "tune", what))
+            with self._runner(transport, wire, "fused") as runner:
+                tokens = sorted({min(length, runner.spec.max_positions - 1) for length in self._lengths()})
+                found = self._measured(runner, transport, tokens, alone=not number)
+                measured += found
+                profile = profile or self._profile(runner)
+            best = min((way for row in found for way in row.ways if row.tokens == tokens[-1]), key=_seconds)
+            notify(Progress(number + 1, len(ways), "tune", what, f"{best.seconds * 1e3:,.0f} ms with {best.plan}"))
+        if profile is None:
+            raise RuntimeError("no transport was measured")
+        local = [row for row in measured if row.transport == ""]
+        return replace(profile, measured=tuple(_joined(measured, local)))
+
+    def _ways(self) -> Iterator[tuple[str, str]]:
+        """(transport, setting of the wire dtype) to measure; compression only where there is a link that it could
+        relieve."""
+        run = self._base.run
+        given = facts.transport(run.transport)
+        names = [given.overlapping.name, *([] if given.overlaps else [given.name])]
+        far = run.link or not all(is_local(endpoint.partition("#")[0]) for endpoint in run.endpoints)
+        if far and not given.compresses:
+            names.append(given.overlapping.compressing.name)
+        wires = [run.wire_dtype, *(wire for wire in LOSSY if self._wanted.allow_lossy and wire != run.wire_dtype)]
+        for name in names:
+            for wire in wires:
+                yield name, wire
+
+    def _lengths(self) -> list[int]:
+        prompt = self._wanted.prompt_tokens
+        return [*(length for length in LENGTHS if length < prompt), prompt]
+
+    def _runner(self, transport: str, wire: str, plan: str, chunk_tokens: int = 0, decode_plan: str = "") -> Runner:
+        run = replace(
+            self._base.run,
+            transport=transport,
+            wire_dtype=wire,
+            prefill_plan=plan,
+            decode_plan=decode_plan or plan,
+            chunk_tokens=chunk_tokens or self._base.run.chunk_tokens,
+        )
+        return Runner(replace(self._base, run=run), self._folder, notify=self._notes.append)
+
+    def _measured(self, runner: Runner, transport: str, lengths: Sequence[int], *, alone: bool) -> list[Measured]:
+        """What the ways take over this runner's connections; ``alone``: all in the TEE too, of which transport and wire
+        dtype are empty."""
+        offered = [name for name, plan in facts.PLANS.items() if plan.offered and plan.remote]
+        given, overlaps = self._base.run.chunk_tokens, facts.transport(transport).overlaps
+        each = SECONDS / len(lengths)
+        probe = runner.probe()
+        found: list[Measured] = []
+        for tokens in lengths:
+            position = min(tokens + self._wanted.decode_tokens // 2, runner.spec.max_positions - 1)
+            ways = prefill_ways(offered, tokens, TUNE_CHUNKS, given=given, overlaps=overlaps)
+            rows = [(PREFILL, tokens, ways), (DECODE, position, [Way(plan, 0) for plan in offered])]
+            for phase, length, wanted in rows:
+                taken = self._asked(probe, phase, wanted, length, each * (0.7 if phase == PREFILL else 0.3))
+                found.append(Measured(phase, transport, runner.wire_dtype, length, tuple(taken)))
+            if alone and local_fits(runner.spec):
+                local = Way(facts.LOCAL.name, 0)
+                threads = torch.get_num_threads()
+                torch.set_num_threads(split_threads(self._base, lambda _: None).runner)
+                (own,) = prefill_ways([local.plan], tokens, (), given=given, overlaps=False)
+                for phase, length, way in ((PREFILL, tokens, own), (DECODE, position, local)):
+                    found.append(
+                        Measured(phase, "", "", length, tuple(self._asked(probe, phase, [way], length, each / 4)))
+                    )
+                torch.set_num_threads(threads)
+        return found
+
+    def _asked(self, probe: Probe, phase: str, ways: Sequence[Way], tokens: int, seconds: float) -> list[Way]:
+        if phase == PREFILL:
+            return probe.prefills(ways, tokens, seconds=seconds)
+        return probe.decodes(ways, tokens, rows=1 + self._base.run.speculate, seconds=seconds)
+
+    def _profile(self, runner: Runner) -> Profile:
         return Profile(
-            self._config.run.endpoints,
+            self._base.run.endpoints,
             str(runner.link or ""),
             runner.spec.name,
             runner.digest,
-            shape_of(runner.spec, runner.chooser().borders),
             fingerprint(),
             __version__,
             runner.threads.runner,
-            Server("", "", 0) if welcome is None else Server(welcome.device, welcome.dtype, welcome.threads),
+            runner.profiled_server or Server("", "", 0),
             doc.now(),
-            rates,
+            (),
         )
 
-    def _overlapped(self, runner: Runner, calibration: Calibration, rates: Rates, wire: str) -> Rates:
-        """``rates`` with what only a prompt whose chunks are in flight together shows. With several groups of servers
-        it is left as it is: the first layers alone can't be run through them."""
-        tokens, chunk = TURNS if rates.takes_turns else OVERLAPPED
-        tokens = min(tokens, runner.spec.max_positions)
-        if tokens <= chunk or runner.settings_of("fused").servers > 1:
-            return rates
-        prompt = texts.prompt_of(runner.tokenizer, tokens)
-        model = CostModel(calibration.shape, replace(rates, slowdown=1.0))
-        settings = Settings("fused", wire, "pipelined", chunk)
-        expected = model.prefill(settings, tokens)
-        alone = expected.work
-        slow, added = [], []
-        for repeat in range(3):
-            total = calibration.overlapped(prompt, wire, chunk)
-            if not repeat:
-                continue
-            if rates.takes_turns:  # what an operation took has in it what it waited for the other side
-                slow.append(slowdown_of(calibration.shape, rates, settings, tokens, total.seconds))
-                continue
-            computed = total.tee_seconds + total.busy.gpu_seconds
-            factor = max(1.0, computed / (alone.tee + alone.gpu)) if rates.cores else 1.0
-            ours = total.serialization_seconds + total.other_seconds
-            slow.append(factor)
-            added.append(max(0.0, ours - factor * alone.serialization) / max(1, total.rpc_calls))
-        return replace(
-            rates, slowdown=statistics.median(slow), overlap_seconds=statistics.median(added) if added else 0.0
+    # Following the predictions
+
+    def followed(self, document: dict[str, Any], notify: Notify = lambda _: None) -> list[dict[str, Any]]:
+        """The best prediction of each plan in ``document`` beside a run that follows it: three prompts one after the
+        other in a process that is warm, of whose figures the usual one counts."""
+        best: dict[tuple[str, str], dict[str, Any]] = {}
+        for phase in (PREFILL, DECODE):
+            for row in document[phase]:
+                best.setdefault((row["plan"], phase), row)
+        plans = sorted({plan for plan, _ in best})
+        found = []
+        for number, plan in enumerate(plans):
+            notify(Progress(number, len(plans), "check", plan))
+            first, step = best[plan, PREFILL], best[plan, DECODE]
+            seconds = self._run_for_real(plan, first, step)
+            for phase, row in ((PREFILL, first), (DECODE, step)):
+                told, took = row["seconds"], seconds[phase]
+                found.append({
+                    "phase": phase, "plan": plan, "chunk_tokens": row["chunk_tokens"], "transport": row["transport"],
+                    "predicted_seconds": told, "measured_seconds": took, "error_share": told / took - 1.0,
+                })  # fmt: skip
+            notify(Progress(number + 1, len(plans), "check", plan, f"{seconds[PREFILL] * 1e3:,.0f} ms"))
+        return found
+
+    def _run_for_real(self, plan: str, first: dict[str, Any], step: dict[str, Any]) -> dict[str, float]:
+        transport = first["transport"] or step["transport"] or self._base.run.transport
+        wire = first["wire_dtype"] or self._base.run.wire_dtype
+        base = self._base
+        tokens = min(FOLLOWED_TOKENS, max(1, self._wanted.decode_tokens)) + 1
+        self._base = replace(
+            base, run=replace(base.run, max_tokens=tokens, link="" if plan == "local" else base.run.link)
         )
-
-
-def slowdown_of(shape: Shape, rates: Rates, settings: Settings, tokens: int, measured_seconds: float) -> float:
-    """The slowdown with which the cost model gives ``measured_seconds`` for the prefill of ``tokens``. Over a slow link
-    it may be below 1: there the pauses of lock step had made both sides slower than they are without. 1 where it is not
-    the cores that bind the prefill, or where it is quicker than any slowdown explains: then it says nothing of them."""
-
-    def phase(slowdown: float) -> Phase:
-        return CostModel(shape, replace(rates, slowdown=slowdown)).prefill(settings, tokens)
-
-    least, most = SLOWDOWNS
-    if rates.link.rtt_seconds <= FAR_SECONDS:
-        least = 1.0
-    if phase(1.0).bound_by != "cores" or phase(least).seconds > measured_seconds:
-        return 1.0
-    for _ in range(20):
-        middle = (least + most) / 2
-        least, most = (middle, most) if phase(middle).seconds < measured_seconds else (least, middle)
-    return most
-
-
-def _steps(wire: str, most: int, local: bool) -> tuple[list[Step], list[Step], list[Step], list[Step]]:
-    """What to measure over the link, in the order of its weight: single tokens, then many, then many more where time is
-    left; and what does without the link, and is measured between these."""
-    one, late = min(PROMPT_TOKENS, most - 1), min(1024, most - 1)
-    many = min(MANY_TOKENS, most)
-    single = [Step("fused", each, 1, one, 8) for each in WIRES]
-    single += [Step("attention", wire, 1, one, 8), Step("batched", "fp32", 1, one, 8)]
-    chunks = [Step("fused", each, many, 0, 3) for each in WIRES]
-    chunks += [Step("attention", wire, many, 0, 3), Step("batched", "fp32", many, 0, 3)]
-    if late > one:
-        single += [Step("batched", "fp32", 1, late, 4), Step("fused", wire, 1, late, 4)]
-    if most > 2 * many:
-        after = min(1024, most) - many
-        chunks += [Step("fused", wire, many, after, 2), Step("batched", "fp32", many, after, 2)]
-    long: list[Step] = []
-    own = [Step("local", wire, 1, one, 4), Step("local", wire, many, 0, 2)] if local else []
-    if most >= PROMPT_TOKENS:
-        # What most predictions are about: over a slow link both sides wake up anew for each request, which the price of
-        # a value would have in it if it were known from smaller chunks alone.
-        chunks += [Step("fused", each, PROMPT_TOKENS, 0, 2) for each in dict.fromkeys((wire, "int8"))]
-        long += [Step("fused", "fp32", PROMPT_TOKENS, 0, 2), Step("batched", "fp32", PROMPT_TOKENS, 0, 1)]
-        own += [Step("local", wire, PROMPT_TOKENS, 0, 1)] if local else []
-    return single, chunks, long, own
-
-
-def _usual(calibration: Calibration, place: str) -> float:
-    times = [seconds for each in calibration.observed.places.get(place, {}).values() for seconds in each]
-    return statistics.median(times) if times else 0.0
-
-
-# What moving bytes costs the processor
-
-
-def _cpu_seconds_per_byte(calibration: Calibration, step: Step) -> float:
-    """Processor time of both sides and of an emulated link between them, beyond what runner and server computed, for
-    each byte that crossed."""
-    observed = calibration.observed
-    crossed = len(observed.network)
-    worked = _worked(observed.places)
-    before = machine.cpu_seconds()
-    calibration.run([step])
-    spent = machine.cpu_seconds() - before
-    # The pass that only warms up was observed by nobody: it is taken for one like the others.
-    share = (step.repeats + 1) / step.repeats
-    moved = sum(up + down for up, down, _ in observed.network[crossed:]) * share
-    computing = (_worked(observed.places) - worked) * share
-    return max(0.0, spent - computing * torch.get_num_threads()) / moved if moved else 0.0
-
-
-def _worked(places: Mapping[str, Mapping[Any, Sequence[float]]]) -> float:
-    return sum(seconds for rows in places.values() for times in rows.values() for seconds in times)
-
-
-# Compression of real activations
-
-
-def _compression(runner: Runner, calibration: Calibration, level: int) -> dict[str, Compression]:
-    """What zstd makes of the tensors that a real text sends through the middle of the layers measured."""
-    tokens = min(SAMPLED_TOKENS, runner.spec.max_positions)
-    up, down = calibration.tensors(texts.prompt_of(runner.tokenizer, tokens))
-    codec = FrameCodec(level)
-    found = {}
-    for wire in WIRES:
-        ratios, compress, decompress, total = [], 0.0, 0.0, 0
-        for tensors in (up, down):
-            before = after = 0
-            for tensor in tensors:
-                data = np.frombuffer(dtypes.encode(tensor, wire), np.uint8)
-                size = dtypes.itemsize(wire)
-                compressed, kind = codec.encode(data, size)
-                compress += _timed(lambda data=data, size=size: codec.encode(data, size))  # type: ignore[misc]
-                frame = memoryview(compressed)
-                decompress += _timed(
-                    lambda frame=frame, kind=kind, size=size, data=data: codec.decode(  # type: ignore[misc]
-                        frame, kind, size if kind == 2 else 1, data.size, 0
+        try:
+            with self._runner(transport, wire, plan, first["chunk_tokens"] or 0) as runner:
+                prompt = texts.prompt_of(runner.tokenizer, self._wanted.prompt_tokens)
+                taken: dict[str, list[float]] = {PREFILL: [], DECODE: []}
+                for _ in range(4):
+                    runner.restart_summary()
+                    runner.generate(
+                        prompt, sampler=runner.sampler(), on_token=lambda _: False, result=Generation(), ignore_end=True
                     )
-                )
-                before, after, total = before + data.size, after + len(compressed), total + data.size
-            ratios.append(min(1.0, after / max(1, before)))
-        found[wire] = Compression(ratios[0], ratios[1], compress / max(1, total), decompress / max(1, total))
-    return found
+                    for phase, times in taken.items():
+                        total = runner.summary.phases[phase]
+                        times.append(total.seconds / max(1, total.passes))
+        finally:
+            self._base = base
+        return {phase: statistics.median(times[1:]) for phase, times in taken.items()}
 
 
-def _timed(work: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - began)
-    return best
+def _seconds(way: Way) -> float:
+    return way.seconds
+
+
+def _joined(measured: Sequence[Measured], local: Sequence[Measured]) -> Iterator[Measured]:
+    """``measured`` with what all in the TEE takes in each row, whatever its transport and wire dtype are."""
+    own = {(row.phase, row.tokens): row.ways for row in local}
+    for row in measured:
+        if row.transport:
+            ways = (*row.ways, *own.get((row.phase, row.tokens), ()))
+            yield replace(row, ways=tuple(sorted(ways, key=_seconds)))

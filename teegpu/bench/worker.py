@@ -13,28 +13,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teegpu import machine
-from teegpu.bench import serving
+from teegpu import facts, machine
+from teegpu.bench import child
 from teegpu.bench.cases import NO_KV_CACHE, NO_POSITION_CACHE, PACKED, from_values
 from teegpu.bench.samples import PhaseSample, Sample
 from teegpu.config import Config
 from teegpu.errors import UsageError
-from teegpu.metrics.document import limit
-from teegpu.metrics.events import DECODE, PREFILL
-from teegpu.metrics.linkestimate import LinkFigures
-from teegpu.metrics.summary import PhaseTotal, Summary
-from teegpu.metrics.traffic import chunk_count
 from teegpu.model.folder import ModelFolder
-from teegpu.tee.plans import Plan
-from teegpu.tee.shield import modes
+from teegpu.record.events import DECODE, PREFILL
+from teegpu.stats.document import limit
+from teegpu.stats.linkestimate import LinkFigures
+from teegpu.stats.summary import Summary
+from teegpu.stats.totals import PhaseTotal
+from teegpu.stats.traffic import chunk_count
 
 if TYPE_CHECKING:
     import torch
 
-    from teegpu.tee.runner import Parts, Runner
-
-PRODUCTS = frozenset({"LINEAR", "LM_HEAD"})
-"""The products with weights, by their names in reports."""
+    from teegpu.runner import Parts, Runner
 
 
 @dataclass(frozen=True)
@@ -104,25 +100,25 @@ def _prompt(folder: ModelFolder, tokens: int) -> list[int]:
 
 
 def _parts(ways: Sequence[str]) -> Parts:
-    from teegpu.bench import uncached
-    from teegpu.tee.runner import PARTS
+    from teegpu.bench import before
+    from teegpu.runner import PARTS
 
     parts = PARTS
     if NO_KV_CACHE in ways:
-        parts = replace(parts, session=uncached.WholeContextSession)
+        parts = replace(parts, engine=before.WholeContextEngine)
     if NO_POSITION_CACHE in ways:
-        parts = replace(parts, rotary=uncached.AnglesAnew)
+        parts = replace(parts, rotary=before.AnglesAnew)
     return parts
 
 
 def _load_runner(
     folder: ModelFolder, settings: Config, prompt_tokens: int, ways: Sequence[str]
 ) -> tuple[dict[str, Any], Subject]:
+    from teegpu.bench.before import PackedClient
     from teegpu.bench.logits import Listening
-    from teegpu.bench.packed import PackedClient
     from teegpu.model import texts
-    from teegpu.tee.generate import Generation
-    from teegpu.tee.runner import Runner
+    from teegpu.runner import Runner
+    from teegpu.tee.sequence import Generation
 
     notes: list[str] = []
     # It is never closed: the process ends without ceremony, and with it the connection and the emulated link.
@@ -159,21 +155,13 @@ def _load_runner(
 
 def _sample(runner: Runner, token_ids: list[int], chunks: int) -> Sample:
     summary: Summary = runner.summary
-    layers = runner.spec.layers
     prefill = summary.phases.get(PREFILL, PhaseTotal())
     decode = summary.phases.get(DECODE, PhaseTotal())
-    overlaps = runner.config.run.transport.startswith("pipelined")
-    links = 2 if runner.config.run.privacy == modes.TWO_SERVER else 1
+    overlaps = facts.transport(runner.config.run.transport).overlaps and runner.prefill_plan.remote and chunks > 1
     limits = phase_limits(summary, runner)
     return Sample(
-        prefill=replace(
-            phase_sample(prefill, runner.prefill_plan, layers, overlaps=overlaps, chunks=chunks, links=links),
-            limit_seconds=limits.get(PREFILL),
-        ),
-        decode=replace(
-            phase_sample(decode, runner.decode_plan, layers, overlaps=overlaps, chunks=1, links=links),
-            limit_seconds=limits.get(DECODE),
-        ),
+        prefill=phase_sample(prefill, limits.get(PREFILL), overlapped=overlaps),
+        decode=phase_sample(decode, limits.get(DECODE)),
         ttft_seconds=summary.ttft_seconds or 0.0,
         tpot_median_seconds=summary.tpot_percentile(0.5),
         token_ids=list(token_ids),
@@ -195,22 +183,13 @@ def phase_limits(summary: Summary, runner: Runner) -> dict[str, float | None]:
     return found
 
 
-def phase_sample(
-    total: PhaseTotal, plan: Plan, layers: int, *, overlaps: bool, chunks: int, links: int = 1
-) -> PhaseSample:
-    """A phase's totals. In lock step each RPC is a round, of which ``links`` are under way at once. A transport that
-    ``overlaps`` has requests that do not need each other in flight at once: the projections of one input, which then
-    take the rounds of one that merges them, and the chunks of a prompt, which then take the rounds of one chunk."""
-    rounds = total.rpc_calls // links
-    if overlaps and plan.remote:
-        rounds = total.passes * replace(plan, merged=True).rpc_calls(layers)
+def phase_sample(total: PhaseTotal, limit_seconds: float | None, *, overlapped: bool = False) -> PhaseSample:
     return PhaseSample(
         tokens=total.tokens,
         passes=total.passes,
         seconds=total.seconds,
         rpc_calls=total.rpc_calls,
-        rounds=rounds,
-        overlapped=overlaps and plan.remote and chunks > 1,
+        overlapped=overlapped,
         bytes_up=total.bytes_up,
         bytes_down=total.bytes_down,
         tee_seconds=total.tee_seconds,
@@ -220,10 +199,9 @@ def phase_sample(
         gpu_seconds=total.gpu_seconds,
         other_seconds=total.other_seconds,
         raw_bytes=total.raw_bytes_up + total.raw_bytes_down,
-        links=links,
-        products_seconds=sum(op.seconds for name, op in total.ops.items() if name.partition("@")[0] in PRODUCTS),
+        limit_seconds=limit_seconds,
     )
 
 
 if __name__ == "__main__":
-    serving.serve(Worker().handle)
+    child.serve(Worker().handle)

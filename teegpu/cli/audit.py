@@ -9,30 +9,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from teegpu import facts
+from teegpu.cli import interrupts
 from teegpu.cli.common import ConfigFile, message_console, sigterm_as_interrupt
 from teegpu.cli.destination import Destination
+from teegpu.cli.flags import Flags, takes_settings
 from teegpu.cli.prompts import Prompts
 from teegpu.errors import ThresholdError, UsageError
-from teegpu.settings import AUTO, PRIVACY
+from teegpu.facts import AUTO
+from teegpu.settings import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     from teegpu.audit.examine import Report
     from teegpu.config import Config
     from teegpu.model.tokenizer import Tokenizer
 
-MODEL = "Model and server"
-PLACE = "How the work is split"
-INPUT = "Prompt"
-OUTPUT = "Output"
-
-PLAN, SHIELDED_PLAN = "fused", "attention"
-"""What is audited where the settings leave the plan to the runner: in the clear, and masked."""
+PLAN, SHIELDED_PLAN = facts.FUSED.name, facts.ATTENTION.name
+"""What is audited where the settings leave the plan to the runner: in the clear, and in whole numbers."""
 
 PROMPT_TOKENS = 64
 """Of the built-in text, where no prompt is given."""
 
 
+@takes_settings("audit")
 def audit(
+    *,
     prompt: Annotated[
         str | None,
         typer.Argument(help="The prompt; '-' reads standard input. Without one, a built-in text.", show_default=False),
@@ -57,47 +58,7 @@ def audit(
             help="Tokens of another text that the attacker knows, and learns from.", min=1, rich_help_panel=INPUT
         ),
     ] = 512,
-    model: Annotated[
-        str | None, typer.Option(help="Catalogue name, Hugging Face id, folder or .gguf file.", rich_help_panel=MODEL)
-    ] = None,
-    endpoint: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="GPU server; may be given several times. Without one an embedded server is started.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    server_key: Annotated[
-        str | None,
-        typer.Option(help="The public key that the server must prove to have: name or file.", rich_help_panel=MODEL),
-    ] = None,
-    client_key: Annotated[
-        str | None, typer.Option(help="The key pair of this side: name or file.", rich_help_panel=MODEL)
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Device of the embedded server.", rich_help_panel=MODEL)] = None,
-    offline: Annotated[
-        bool | None, typer.Option("--offline", help="Never use the network to find the model.", rich_help_panel=MODEL)
-    ] = None,
-    privacy: Annotated[
-        str | None,
-        typer.Option(help=f"Hide values from servers: {', '.join(PRIVACY)}.", rich_help_panel=PLACE),
-    ] = None,
-    verify: Annotated[
-        bool | None,
-        typer.Option("--verify/--no-verify", help="Check the servers' products.", rich_help_panel=PLACE),
-    ] = None,
-    plan: Annotated[
-        str | None,
-        typer.Option(
-            help="The plan of both phases: local, per-op, batched, attention or fused.", rich_help_panel=PLACE
-        ),
-    ] = None,
-    transport: Annotated[
-        str | None, typer.Option(help="zmq, zmq+zstd, pipelined or pipelined+zstd.", rich_help_panel=PLACE)
-    ] = None,
-    wire_dtype: Annotated[
-        str | None, typer.Option(help="auto, fp32, bf16, fp16 or int8.", rich_help_panel=PLACE)
-    ] = None,
+    flags: Flags,
     lies: Annotated[
         bool, typer.Option("--lies/--no-lies", help="Also try servers that lie, once for each way.")
     ] = True,
@@ -132,20 +93,9 @@ def audit(
     unless --show-text asks for it. Exits with 0 whatever is found, unless it is told what to expect.
     """
     from teegpu import config, machine
+    from teegpu.options import whole_numbers
 
-    flags: dict[str, object] = {
-        "model.name": model,
-        "model.offline": offline,
-        "run.endpoints": tuple(endpoint) if endpoint else None,
-        "link.server_key": server_key,
-        "link.client_key": client_key,
-        "server.device": device,
-        "run.privacy": privacy,
-        "run.verify": None if verify is None else "on" if verify else "off",
-        "run.prefill_plan": plan,
-        "run.decode_plan": plan,
-        "run.transport": transport,
-        "run.wire_dtype": wire_dtype,
+    flags |= {
         "run.max_tokens": max_tokens,
         # Each scene is computed whole and alike, or there would be nothing to compare.
         "run.prefix_cache_mib": 0,
@@ -157,7 +107,7 @@ def audit(
     for key in ("run.prefill_plan", "run.decode_plan"):
         if settings.values()[key] == AUTO:
             # What is quickest may be to send nothing, and there would be nothing to look at.
-            flags[key] = PLAN if settings.run.privacy == "none" else SHIELDED_PLAN
+            flags[key] = SHIELDED_PLAN if whole_numbers(settings) else PLAN
     settings = config.load(flags, config_file)
     if expect_verified and not lies:
         raise UsageError("--expect-verified needs lies to be told: leave out --no-lies")
@@ -202,7 +152,8 @@ def _examine(
     from teegpu.cli.models import find_model
 
     folder = find_model(settings, quiet=quiet)
-    from teegpu.audit.examine import Audit
+    with interrupts.kept():
+        from teegpu.audit.examine import Audit
 
     audit = Audit(
         folder, settings, prompt, training_tokens=training_tokens, most_bytes=most_bytes, lies=lies, notify=say

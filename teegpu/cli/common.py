@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from typer.core import TyperCommand, TyperOption
+from typer.models import CommandFunctionType as CommandFunction
 
 from teegpu import errors
 
@@ -25,15 +28,64 @@ ConfigFile = Annotated[
 """The type of a command's ``config_file`` parameter; None where it is not given."""
 
 
+OF_SETTING: Final = "flag_"
+"""Begins the names of parameters that give a setting. What others are given may be text that is for nobody's log."""
+
+
+class Command(TyperCommand):
+    """A command that says so where an option of one value is given another one: the last one counts, as everywhere, and
+    who gave two may have wanted both."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        rest = super().parse_args(ctx, list(args))
+        if not (ctx.resilient_parsing or ctx.params.get("quiet")):
+            for option in dict.fromkeys(given):
+                if isinstance(option, TyperOption) and not (option.multiple or option.is_flag or option.count):
+                    *before, last = _values(option.opts, args)
+                    if set(before) - {last}:
+                        said = f"{ctx.command_path}: {option.opts[0]} is given {len(before) + 1} times: "
+                        values = (
+                            (last, ", ".join(before)) if option.name.startswith(OF_SETTING) else ("the last", "others")
+                        )
+                        typer.echo(f"{said}{values[0]} counts, and not {values[1]}", err=True)
+        return rest
+
+
+def _values(names: Sequence[str], args: Sequence[str]) -> list[str]:
+    """What ``args`` give to an option of these ``names``, in their order."""
+    found = []
+    for place, arg in enumerate(args):
+        name, joined, value = arg.partition("=")
+        if name in names and (joined or place + 1 < len(args)):
+            found.append(value if joined else args[place + 1])
+    return found
+
+
+class Commands(typer.Typer):
+    """A group whose commands are such."""
+
+    def command(self, name: str | None = None, **attributes: Any) -> Callable[[CommandFunction], CommandFunction]:
+        return super().command(name, cls=Command, **attributes)
+
+
 ARGUMENTS = "teegpu.arguments"
 """Where a command finds its own arguments, as they were given: in the ``meta`` of its context."""
 
 
+WIDE = 10_000
+"""Columns where nothing is to be broken."""
+
+
 def result_console() -> Console:
-    """A console for results, on stdout. Words that look like markup stay as they are."""
+    """A console for results, on stdout. Words that look like markup stay as they are; where there is no terminal, and
+    nobody says how wide it would be, lines stay whole."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal and not os.environ.get("COLUMNS"):
+        console.width = WIDE
+    return console
 
 
 def message_console() -> Console:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from teegpu import config as settings
-from teegpu.cli.common import ConfigFile, message_console, result_console
+from teegpu.cli.common import Commands, ConfigFile, message_console, result_console
 from teegpu.errors import ConfigError
 
-app = typer.Typer(
-    help="Show the settings in force, or write a settings file.", no_args_is_help=True, add_completion=False
-)
+app = Commands(help="Show the settings in force, or write a settings file.", no_args_is_help=True, add_completion=False)
 
 
 @app.command()
@@ -61,25 +57,10 @@ def init(
     if target.exists() and not force:
         raise ConfigError(f"{target} exists: give --force to replace it")
     try:
-        _write(target, settings.render(active=active))
+        settings.write(target, settings.render(active=active))
     except OSError as error:
         raise ConfigError(f"{target}: can't be written: {error.strerror}") from None
     typer.echo(str(target))
-
-
-def _write(target: Path, text: str) -> None:
-    """Write it whole or not at all: beside the target first, then renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from teegpu.cli.common import message_console
 from teegpu.errors import UsageError
+from teegpu.files import replacing
 
 STDOUT = Path("-")
 
@@ -39,35 +39,20 @@ class Destination:
     def _taken(self) -> UsageError:
         return UsageError(f"--out {self.path}: it is there already; --force replaces it")
 
-    def write(self, pieces: str | Iterable[str]) -> None:
-        """Writes the text. A reader of the file never sees half of it, and what was there before stays until then."""
+    def write(self, pieces: str | Iterable[str], *, private: bool = False) -> None:
+        """Writes the text. A reader of the file never sees half of it, and what was there before stays until then.
+        ``private``: it is for the user alone."""
         parts = [pieces] if isinstance(pieces, str) else pieces
         if self.path is None:
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                # a terminal's encoding may lack a character
-                sys.stdout.reconfigure(errors="replace")
             for part in parts:
                 sys.stdout.write(part)
             sys.stdout.flush()
             return
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(parts)
-            if self._force:
-                partial.replace(self.path)
-            else:
-                self._link(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
-        if not self._quiet:
-            message_console().print(f"written to {self.path}", soft_wrap=True)
-
-    def _link(self, partial: Path, path: Path) -> None:
-        """Unlike a rename, a link does not replace what somebody else has put there meanwhile."""
-        try:
-            os.link(partial, path)
+            with replacing(self.path, mode=0o600 if private else None, overwrite=self._force) as file:
+                for part in parts:
+                    file.write(part.encode())
         except FileExistsError:
             raise self._taken() from None
-        except OSError:  # a file system without links
-            partial.replace(path)
+        if not self._quiet:
+            message_console().print(f"written to {self.path}", soft_wrap=True)

@@ -15,11 +15,13 @@ import typer
 import teegpu
 from teegpu import machine
 from teegpu.cli.common import ConfigFile, from_transport, result_console
+from teegpu.cli.flags import Flags, takes_settings
 from teegpu.config import SETTINGS, Config, RunSettings, load
-from teegpu.errors import ConfigError, ModelError, TeegpuError
+from teegpu.errors import ConfigError, EvidenceError, ModelError, TeegpuError
 
 if TYPE_CHECKING:
-    from teegpu.tee.health import Probe
+    from teegpu.endpoints import Endpoint
+    from teegpu.remote.health import Probe
     from teegpu.wire.messages import HealthReport
 
 PACKAGES = (
@@ -52,13 +54,9 @@ class Check:
     facts: dict[str, Any] | None = None
 
 
+@takes_settings("doctor")
 def doctor(
-    endpoint: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="The server to ask, in place of run.endpoints; may be given several times.", metavar="ADDRESS"
-        ),
-    ] = None,
+    flags: Flags,
     config_file: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a table.")] = False,
 ) -> None:
@@ -69,7 +67,7 @@ def doctor(
     """
     machine.share_cores()
     checks = []
-    for check in examine(tuple(endpoint or ()), config_file):
+    for check in examine(flags, config_file):
         checks.append(check)
         if not as_json:
             _print(check)
@@ -83,19 +81,20 @@ def doctor(
     raise typer.Exit(next((check.exit_code for check in checks if check.status == "fail"), 0))
 
 
-def examine(endpoints: tuple[str, ...] = (), config_file: Path | None = None) -> Iterator[Check]:
+def examine(flags: Flags | None = None, config_file: Path | None = None) -> Iterator[Check]:
     """Every finding, as it is made. With settings that can't be read the rest is examined for the defaults."""
     try:
-        config = load({"run.endpoints": endpoints or None}, config_file)
+        config = load(flags, config_file)
         changed = [key for key, value in config.values().items() if value != SETTINGS[key].default]
         settings = Check("settings", "ok", f"changed from the default: {', '.join(changed) or 'none'}")
     except ConfigError as error:
-        config = Config(run=RunSettings(endpoints=endpoints))
+        config = Config(run=RunSettings(endpoints=(flags or {}).get("run.endpoints") or ()))
         settings = Check("settings", "fail", str(error), error.exit_code)
     yield from versions()
     yield settings
     yield from hardware(config)
     yield trusted_execution()
+    yield attestation()
     yield model(config)
     yield from servers(config)
 
@@ -168,6 +167,23 @@ def trusted_execution() -> Check:
     return Check("TEE", "ok", f"{tee.kind} ({', '.join(tee.evidence)}): {tee.note}")
 
 
+def attestation() -> Check:
+    """Whether evidence can be had here, by asking for some."""
+    import secrets
+
+    from teegpu.attest import sources
+
+    source = sources.find()
+    if source is None:
+        return Check("evidence", "warn", "none: nothing here can be attested to anybody")
+    try:
+        quoted = source.quote(secrets.token_bytes(64))
+    except EvidenceError as error:
+        return Check("evidence", "warn", str(error))
+    detail = f"{quoted.kind} by {source.describe}, {len(quoted.quote):,} bytes; 'teegpu api' gives it to who asks"
+    return Check("evidence", "ok", detail)
+
+
 def model(config: Config) -> Check:
     from teegpu.model import catalog, reader
 
@@ -199,16 +215,23 @@ def servers(config: Config) -> Iterator[Check]:
     """Two findings for each endpoint: who answers there, and how it is."""
     if not config.run.endpoints:
         yield Check("server", "ok", "none configured (run.endpoints): each run starts its own")
-    for text in config.run.endpoints:
-        yield from server(text, config)
-
-
-def server(text: str, config: Config) -> Iterator[Check]:
     from teegpu import endpoints
-    from teegpu.tee import health
 
+    for text in config.run.endpoints:
+        try:
+            listed = endpoints.parse_all([text])
+        except TeegpuError as error:
+            yield Check("server", "fail", str(error), error.exit_code, {"endpoint": text})
+            continue
+        for endpoint in listed:
+            yield from server(endpoint, config)
+
+
+def server(endpoint: Endpoint, config: Config) -> Iterator[Check]:
+    from teegpu.remote import health
+
+    text = str(endpoint)
     try:
-        endpoint = endpoints.parse(text)
         found = health.probe(endpoint, config)
     except Exception as error:
         told = error if isinstance(error, TeegpuError) else from_transport(error)

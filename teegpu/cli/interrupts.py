@@ -1,12 +1,55 @@
-"""What becomes of a ``KeyboardInterrupt``: it should leave the exit code to us, and not hide in another exception."""
+"""What becomes of a signal and its ``KeyboardInterrupt``: it is heard at once, leaves the exit code to us, and does not
+hide in another exception."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+
+_KICKS_SECONDS = (0.05, 0.5)
+"""After a signal. Twice: the first may come just as early as the signal did."""
+
+
+@contextlib.contextmanager
+def heard(on_signal: Callable[[int], None] = lambda _: None) -> Iterator[None]:
+    """Within it no signal waits until what the main thread waits for has come.
+
+    Python runs handlers in the main thread between two of its instructions. A signal that comes after the last of them
+    and just before the system call that waits, or in another thread, interrupts no wait: it was heard when a reply's
+    time-out was over. So a thread that is told of each signal kicks the main thread, with a signal that says nothing.
+    ``on_signal`` is called there with the number first.
+    """
+    read, written = os.pipe()
+    os.set_blocking(written, False)
+    main, over = threading.main_thread().ident, threading.Event()
+
+    def listen() -> None:
+        while not over.is_set():
+            numbers = [number for number in os.read(read, 64) if number not in (0, signal.SIGURG)]
+            for number in numbers:
+                on_signal(number)
+            for seconds in _KICKS_SECONDS if numbers else ():
+                if main is not None and not over.wait(seconds):
+                    signal.pthread_kill(main, signal.SIGURG)
+
+    kick_before = signal.signal(signal.SIGURG, lambda *_: None)
+    wakeup_before = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, daemon=True, name="signals")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(wakeup_before)
+        os.write(written, b"\0")
+        thread.join()
+        signal.signal(signal.SIGURG, signal.SIG_DFL if kick_before is None else kick_before)
+        os.close(read)
+        os.close(written)
 
 
 def handled() -> None:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from teegpu.cli.common import message_console, result_console
+from teegpu.cli.common import Commands, message_console, result_console
 from teegpu.errors import ConfigError
 
-app = typer.Typer(
+app = Commands(
     help="Make and look at the keys that runners and servers know each other by. They are kept in "
     "$XDG_CONFIG_HOME/teegpu/keys.",
     no_args_is_help=True,

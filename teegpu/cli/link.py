@@ -36,8 +36,8 @@ def link(
     Relays every connection to --listen on to --target until Ctrl-C or SIGTERM, which end it with exit code 0.
     """
     from transports.errors import BadAddressError, TransportError
-    from transports.link import EmulatedLink, LinkSpec, LinkSpecError
-    from transports.link import measure as measure_link
+    from transports.netem.link import EmulatedLink, LinkSpec, LinkSpecError
+    from transports.netem.link import measure as measure_link
 
     if not target and not measure:
         raise UsageError("--target is missing: say where to relay to, for example --target tcp://127.0.0.1:5555")

@@ -6,8 +6,11 @@ imported when it is invoked, when its own help is asked for, or when the shell c
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +22,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import teegpu
-from teegpu import errors
-from teegpu.cli import interrupts
-from teegpu.cli.common import ARGUMENTS, from_transport
+from teegpu import errors, machine
+from teegpu.cli import gone, interrupts
+from teegpu.cli.common import ARGUMENTS, Commands, from_transport
+from teegpu.text import for_terminal
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,14 @@ class Entry:
 
 COMMANDS: dict[str, Entry] = {
     "run": Entry("Answer a prompt with the help of a GPU server.", "run"),
+    "api": Entry("Answer OpenAI's HTTP interface, for many at once.", "api"),
     "serve": Entry("Be the GPU server: hold the weights, compute for runners.", "serve"),
     "model": Entry("List, fetch, inspect and make models.", "app"),
     "report": Entry("Show where the time of a run went; compare runs.", "app"),
     "config": Entry("Show the settings in force, or write a settings file.", "app"),
+    "attest": Entry("Show and verify what a TEE proves; write policies.", "app"),
+    "connect": Entry("Be a local door to an endpoint that proves what it is.", "connect"),
     "keys": Entry("Make and show the keys that runners and servers know each other by.", "app"),
-    "pads": Entry("Make and show the one-time pads of private runs.", "app"),
-    "hint": Entry("Make and show the hints of private runs by lwe (experimental).", "app"),
-    "checks": Entry("Make ahead what servers' products are checked with.", "app"),
     "doctor": Entry("Check this machine, the model and the server.", "doctor"),
     "link": Entry("Emulate a link of given delay and bandwidth.", "link"),
     "watch": Entry("Watch a run as it goes on, or replay one that has ended.", "watch"),
@@ -56,12 +60,17 @@ COMMANDS: dict[str, Entry] = {
 EPILOG = (
     "Exit codes: 0 done, 2 usage or settings, 3 model or prompt, 4 no connection to the server, 5 server of another "
     "model or version, 6 refused by the server, 7 invalid message, 8 record of a run, 9 above a threshold, 10 privacy "
-    "that can't be kept, 11 a server's answer is wrong, 70 a bug, 130 interrupted, 141 reader of the output gone."
+    "that can't be kept, 11 a server's answer is wrong, 12 evidence that is refused, 70 a bug, 130 interrupted, "
+    "141 reader of the output gone."
 )
 
 
 MACHINE_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE})
 """Faults of the machine rather than of the program: a full or read-only disk, no file descriptors left."""
+
+
+_GARBAGE_OBJECTS = 50_000
+"""So many new ones are looked through at once, in place of 700."""
 
 
 class LazyGroup(TyperGroup):
@@ -87,7 +96,7 @@ def load_command(name: str) -> TyperCommand | TyperGroup:
         group = typer.main.get_group(exported)
         group.name = name
         return group
-    single = typer.Typer(add_completion=False)
+    single = Commands(add_completion=False)
     single.command(name)(exported)
     command = typer.main.get_command(single)
     if not isinstance(command, TyperCommand):
@@ -124,12 +133,24 @@ def _teegpu(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and end the process with its exit code (always raises ``SystemExit``)."""
-    sys.exit(run(args))
+    """Run the command line and end the process with its exit code, at once: a Python that has loaded torch takes half a
+    second to take itself apart. The process may hold prompts or keys, whichever command it is: nobody else is to read
+    its memory."""
+    machine.keep_to_itself()
+    # Imports make a million objects that stay: to look through them again and again for garbage is a tenth of a start.
+    gc.set_threshold(_GARBAGE_OBJECTS)
+    with interrupts.heard():
+        code = run(args)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # none, full, closed: nobody is left to be told
+            stream.flush()
+    os._exit(code)
 
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. What went wrong is printed to stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # its encoding may lack a character of an answer, or of ours
     try:
         # in this mode usage errors are raised to us, and an exit code, if any, is returned
         result = typer.main.get_command(app).main(args=args, prog_name="teegpu", standalone_mode=False)
@@ -148,7 +169,7 @@ def run(args: Sequence[str] | None = None) -> int:
         interrupts.handled()
         return errors.EXIT_INTERRUPTED
     except typer.TyperException as error:
-        return _usage_error(error)
+        return _usage_error(error, sys.argv[1:] if args is None else args)
     except Exception as error:  # noqa: BLE001 (whatever is left over is told as what it is: a bug)
         told = error if isinstance(error, errors.TeegpuError) else from_transport(error)
         if told is not None:
@@ -159,10 +180,12 @@ def run(args: Sequence[str] | None = None) -> int:
         return _bug()
 
 
-def _usage_error(error: typer.TyperException) -> int:
+def _usage_error(error: typer.TyperException, args: Sequence[str]) -> int:
     context = vars(error).get("ctx")
     message = error.format_message().strip()
-    if message:  # empty where a group was called without a command: its help has been printed instead
+    if told := gone.told(args):
+        _tell(f"teegpu: {told}")
+    elif message:  # empty where a group was called without a command: its help has been printed instead
         where = context.command_path if context is not None else "teegpu"
         _tell(f"{where}: {message.rstrip('.')} (see '{where} --help')")
     return error.exit_code
@@ -192,7 +215,8 @@ def _tell(line: str) -> None:
     if sys.stderr is None:
         return
     try:
-        sys.stderr.write(line + "\n")
+        # It may quote a name on a disk, or a library that quotes one.
+        sys.stderr.write((for_terminal(line) if sys.stderr.isatty() else line) + "\n")
         sys.stderr.flush()
     except BrokenPipeError:
         _discard(sys.stderr)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from teegpu.cli.common import ConfigFile, result_console, sigterm_as_interrupt
-from teegpu.cli.progress import shown
+from teegpu.cli.common import Commands, ConfigFile, result_console, sigterm_as_interrupt
+from teegpu.cli.models import shown
 from teegpu.config import load
 from teegpu.errors import ModelError
 
 if TYPE_CHECKING:
     from teegpu.model.folder import ModelFolder
     from teegpu.model.spec import ModelSpec
+    from teegpu.model.weights import WeightStore
 
-app = typer.Typer(help="List, fetch, inspect and make models.", no_args_is_help=True, add_completion=False)
+app = Commands(help="List, fetch, inspect and make models.", no_args_is_help=True, add_completion=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ModelName = Annotated[
@@ -33,13 +35,18 @@ def list_models(config_file: ConfigFile = None, as_json: AsJson = False) -> None
     cache = load({}, config_file).model.cache_path
     rows: list[dict[str, Any]] = []
     for entry in catalog.ENTRIES.values():
-        found = catalog.find_local(entry.name, cache_dir=cache)
+        try:
+            found = catalog.find_local(entry.name, cache_dir=cache)
+        except ModelError:  # it is there, and can't be used
+            found = None
         rows.append(
             {
                 "name": entry.name,
                 "about": entry.about,
                 "source": str(entry.source),
-                "download_bytes": entry.size_bytes,
+                "architecture": entry.spec.architecture,
+                "parameters": entry.spec.parameters,
+                "download_bytes": entry.download_bytes,
                 "licence": entry.licence,
                 "path": None if found is None else str(found.path),
             }
@@ -56,6 +63,20 @@ def list_models(config_file: ConfigFile = None, as_json: AsJson = False) -> None
         here = "yes" if row["path"] else "no"
         table.add_row(row["name"], row["source"], _size(row["download_bytes"]), row["licence"], here)
     result_console().print(table)
+
+
+@app.command()
+def families(as_json: AsJson = False) -> None:
+    """Show what models can be computed, with which plans and private modes, and which are refused; as Markdown."""
+    from teegpu.model import families
+
+    if not as_json:
+        typer.echo(families.page(), nl=False)
+        return
+    found = {}
+    for key, (headings, *rows) in (("families", families.table()), ("refused", families.refused())):
+        found[key] = [dict(zip(headings, row, strict=True)) for row in rows]
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -91,24 +112,31 @@ def info(name: ModelName, config_file: ConfigFile = None, as_json: AsJson = Fals
         if folder is None:
             what = "converted" if catalog.kind_of(name) == "gguf" else "on this machine"
             raise ModelError(f"model '{name}' is not {what} yet: run 'teegpu model pull {name}' first")
+        folder = folder.pinned()
         spec = reader.read_spec(folder)
-        with WeightStore(folder, spec) as weights:
+        with WeightStore(folder, spec, checked=True) as weights:
             notify("reading the weights for their digest", None)
-            facts = _facts(folder, spec, weights.size_bytes, weights.digest())
+            facts = _facts(folder, spec, weights) | {"memory_bytes": _memory(spec, weights)}
             facts["dtype"] = str(weights.stored_dtype("layers.0.q_proj")).removeprefix("torch.")
+            if weights.quantisation is not None:
+                facts |= {"dtype": "quantised", "quantisation": weights.quantisation.about}
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     readable = facts | {
         "parameters": f"{facts['parameters']:,}",
         "weight_bytes": f"{facts['weight_bytes']:,} ({_size(facts['weight_bytes'])})",
+        "quantisation": facts["quantisation"] or "none",
         "sliding_window": facts["sliding_window"] or "none",
         "rope": ", ".join(f"{key}={value}" for key, value in facts["rope"].items()),
         "tied_embeddings": "yes" if facts["tied_embeddings"] else "no",
         "eos_token_ids": ", ".join(map(str, facts["eos_token_ids"])) or "none",
     }
+    del readable["manifest"], readable["memory_bytes"]
     for key, value in readable.items():  # lines rather than a table, which would fold a digest or a path
         typer.echo(f"{key.replace('_', ' '):<18}  {value}")
+    for what, size_bytes in facts["memory_bytes"].items():
+        typer.echo(f"memory: {what:<34}  {_size(size_bytes)}")
 
 
 @app.command("random")
@@ -128,27 +156,45 @@ def make_random(
     typer.echo(str(folder.path))
 
 
-def _facts(folder: ModelFolder, spec: ModelSpec, weight_bytes: int, digest: str) -> dict[str, Any]:
+def _facts(folder: ModelFolder, spec: ModelSpec, weights: WeightStore) -> dict[str, Any]:
+    from teegpu.model.manifest import digest_of, manifest
+
+    parts = manifest(folder, spec, weights.digest())
     windows = sorted({window for window in spec.layer_windows if window is not None})
     return {
         "name": spec.name,
         "path": str(folder.path),
         "architecture": spec.architecture,
         "parameters": spec.parameters,
-        "weight_bytes": weight_bytes,
-        "digest": digest,
-        "layers": spec.layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "heads": spec.heads,
-        "kv_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
+        "weight_bytes": weights.size_bytes,
+        "quantisation": None,
+        "digest": digest_of(parts),
+        "weights_digest": weights.digest(),
+        "manifest": parts,
+        **spec.dimensions,
         "context_tokens": spec.max_positions,
         "sliding_window": windows[0] if windows else None,
         "rope": spec.rope,
-        "tied_embeddings": spec.tied_embeddings,
+        "tied_embeddings": weights.tied,
         "eos_token_ids": list(spec.eos_token_ids),
+    }
+
+
+def _memory(spec: ModelSpec, weights: WeightStore) -> dict[str, int]:
+    """What each side takes for the model, in bytes, by what it is for; code, buffers and activations come on top."""
+    vectors = sum(shape[0] for shape in spec.weights.values() if len(shape) == 1)
+    table = spec.vocab_size * spec.hidden_size
+    matrices = sum(math.prod(shape) for shape in spec.weights.values() if len(shape) == 2) - table
+    tee = 4 * vectors + table * weights.stored_dtype("embed_tokens").itemsize
+    server = vectors + matrices + table
+    return {
+        "TEE, beside a server": tee,
+        "TEE, all in it (fp32)": tee + 4 * matrices,
+        "TEE, all in it (bf16)": tee + 2 * matrices,
+        "TEE, for 1,000 tokens of context": 1000 * spec.layers * 2 * spec.kv_heads * spec.head_dim * 4,
+        "server (fp32)": 4 * server,
+        "server (bf16)": 2 * server,
+        "server, more for private runs": matrices,
     }
 
 

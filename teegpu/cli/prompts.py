@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from teegpu.errors import PromptError, UsageError
 
@@ -20,6 +20,10 @@ Notify = Callable[[str], None]
 
 PATIENCE_SECONDS = 2.0
 """A pipe that gives nothing for so long may be one that nobody will ever write to: the user is told of the wait."""
+
+
+MOST_BYTES = 64 << 20
+"""Of a file or of standard input: more than any context holds."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class Prompts:
         ``UsageError`` for a file that can't be read.
         """
         if self.prompts_file is not None:
-            lines = [line for line in _file(self.prompts_file, "--prompts-file").splitlines() if line.strip()]
+            # Not splitlines: that cuts at U+2028 and others too, which a prompt may hold.
+            lines = [line.removesuffix("\r") for line in _file(self.prompts_file, "--prompts-file").split("\n")]
+            lines = [line for line in lines if line.strip()]
             if not lines:
                 raise PromptError(f"--prompts-file {self.prompts_file} has no prompt: write one a line")
             return lines
@@ -84,6 +90,8 @@ class Prompts:
         if not self.raw:
             # `echo Hi | teegpu run` is to ask what `teegpu run Hi` asks; raw text is taken as it is.
             piped = piped.rstrip("\r\n")
+        if argument.strip() and piped.strip():
+            notify(f"{len(piped):,} characters of standard input are part of the prompt (leave out with '< /dev/null')")
         return "\n\n".join(part for part in (argument, piped) if part.strip())
 
     def encode(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -99,11 +107,21 @@ class Prompts:
 
 def _file(path: Path, option: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            return _decoded(file, f"{option} {path}")
     except UnicodeDecodeError:
         raise UsageError(f"{option} {path} can't be read: it is not UTF-8 text") from None
     except OSError as error:
         raise UsageError(f"{option} {path} can't be read: {(error.strerror or str(error)).lower()}") from None
+
+
+def _decoded(file: IO[bytes], what: str) -> str:
+    """All of ``file``, without a byte order mark. Raises ``PromptError`` for what no context holds, before it is all in
+    memory."""
+    content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise PromptError(f"{what} has more than {MOST_BYTES >> 20} MiB, which is too long for a prompt: cut it")
+    return content.decode("utf-8-sig")
 
 
 def _standard_input(notify: Notify) -> str:
@@ -114,7 +132,7 @@ def _standard_input(notify: Notify) -> str:
     elif _is_piped(regular=False) and not select.select([sys.stdin.fileno()], [], [], PATIENCE_SECONDS)[0]:
         notify("waiting for standard input, a pipe, to end: it is part of the prompt (leave it out with '< /dev/null')")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return _decoded(sys.stdin.buffer, "standard input")
     except UnicodeDecodeError:
         raise PromptError("standard input is not UTF-8 text") from None
     except OSError as error:

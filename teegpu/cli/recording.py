@@ -1,4 +1,5 @@
-"""The record that ``teegpu run`` keeps of itself, where it is to keep one and can. Nothing of it fails the run."""
+"""The record that ``teegpu run`` and ``teegpu api`` keep of themselves, where they should and can. Nothing of it fails
+the run."""
 
 from __future__ import annotations
 
@@ -8,65 +9,67 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from teegpu.errors import RecordError
-from teegpu.metrics import environment
-from teegpu.metrics.events import Event, Noted, TextMade
+from teegpu.record.events import Event, Noted, TextMade
+from teegpu.stats import environment
 
 if TYPE_CHECKING:
     from teegpu.config import Config
-    from teegpu.metrics.eventlog import EventWriter
-    from teegpu.metrics.recorder import Recorder
-    from teegpu.metrics.runfolder import RunFolder
-    from teegpu.metrics.start import Start
-    from teegpu.metrics.store import RunStore, RunWriter
-    from teegpu.tee.runner import Runner
+    from teegpu.record.recorder import Recorder
+    from teegpu.record.run import RunFolder
+    from teegpu.record.store import RunStore
+    from teegpu.record.writer import RunWriter
+    from teegpu.runner import Runner
+    from teegpu.stats.environment import Start
 
 Say = Callable[[str], None]
 
 MIB = 1 << 20
 
 _KNOWN = ("model", "settings", "tee", "server", "note", "environment")
-"""What ``meta.json`` has of the document, as far as it is known."""
+"""What a record has of the document from its beginning on, as far as it is known."""
 
 
 class Recording:
     """From before the model is loaded to after the last word. Use it with ``with``.
 
     ``start`` is the run's; ``document`` what is known of it at once. ``prompt`` is kept where ``record.save_text`` says
-    so. ``say`` is told in one line why a run has no record, or none that is whole.
+    so; None: this serves others, so it goes on for long, and no text is ever kept. ``say`` is told in one line why a
+    run has no record, or none that is whole.
     """
 
     def __init__(
-        self, settings: Config, start: Start, document: dict[str, Any], *, prompt: dict[str, Any], say: Say
+        self, settings: Config, start: Start, document: dict[str, Any], *, prompt: dict[str, Any] | None, say: Say
     ) -> None:
         self._settings = settings
         self._say = say
         self.store: RunStore | None = None
         self._writer: RunWriter | None = None
         self._server_pid: int | None = None
-        self.save_text = settings.record.keep and settings.record.save_text
+        self.save_text = settings.record.keep and settings.record.save_text and prompt is not None
         if settings.record.keep:
-            self._open(start, {key: document[key] for key in _KNOWN} | ({"prompt": prompt} if self.save_text else {}))
+            known = {key: document[key] for key in _KNOWN} | ({"prompt": prompt} if self.save_text else {})
+            self._open(start, known, rolls=prompt is None)
 
-    def _open(self, start: Start, known: dict[str, Any]) -> None:
-        from teegpu.metrics.store import open_store
+    def _open(self, start: Start, known: dict[str, Any], *, rolls: bool) -> None:
+        from teegpu.record.store import open_store
 
         self.store = open_store(self._settings)
         known = {"pid": os.getpid(), "started_at": start.at, "clock": _clocks()} | known
         record = self._settings.record
         try:
             self._writer = self.store.create(
-                start.id, known, events_bytes=record.events_mib * MIB, save_text=self.save_text
+                start.id, known, events_bytes=record.events_mib * MIB, save_text=self.save_text, rolls=rolls
             )
         except RecordError as error:
             self._say(f"this run is not recorded: {error} (record.dir, or --no-record)")
         else:
-            self._writer.sink.sample = self._sample
+            self._writer.sample = self._sample
 
     def __enter__(self) -> Recording:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Compresses the record, and removes old ones beyond what is to be kept."""
+        """Closes the record, and removes old ones beyond those that are kept."""
         if self._writer is None or self.store is None:
             return
         self._writer.close()
@@ -82,14 +85,14 @@ class Recording:
         return self._writer.folder if self._writer is not None else None
 
     @property
-    def log(self) -> EventWriter | None:
-        """What the runner's recorder is to write to."""
-        return self._writer.sink if self._writer is not None else None
+    def log(self) -> RunWriter | None:
+        """What the runner's recorder must write to."""
+        return self._writer
 
     def note(self, line: str) -> None:
         """Keeps a line that the user was told. It must hold nothing of the prompt."""
         if self._writer is not None:
-            self._writer.sink([Noted(time.perf_counter_ns(), line)])
+            self._writer([Noted(time.perf_counter_ns(), line)])
 
     def describe(self, runner: Runner) -> None:
         """Adds what is known once there is a runner with a connection."""
@@ -129,6 +132,31 @@ class Recording:
 
     def _sample(self) -> Event:
         return environment.sampled(self._server_pid)
+
+
+def without_runner(settings: Config, start: Start, status: str, error: str | None = None) -> dict[str, Any]:
+    """The document of a run that has no runner: the same keys, and what is known."""
+    from teegpu import machine
+    from teegpu.stats.document import document
+    from teegpu.stats.summary import Summary
+
+    run = settings.run
+    names = ("prefill_plan", "decode_plan", "privacy", "transport", "wire_dtype", "chunk_tokens", "link")
+    known = {name: vars(run)[name] for name in (*names, "max_tokens", "speculate")}
+    return document(
+        run_id=start.id,
+        status=status,
+        started_at=start.at,
+        model={"name": settings.model.name},
+        settings=known | {"endpoints": list(run.endpoints)},
+        tee={"kind": machine.tee_kind(), "attested": False},
+        server={},
+        summary=Summary(),
+        output=None,
+        error=error,
+        note=run.note,
+        environment=environment.describe(),
+    )
 
 
 def _clocks() -> dict[str, int]:

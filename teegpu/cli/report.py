@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,18 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from teegpu.cli.advising import advised
-from teegpu.cli.common import ConfigFile, message_console, result_console
+from teegpu.cli.common import Commands, ConfigFile, message_console, result_console
 from teegpu.cli.destination import STDOUT, Destination
 from teegpu.errors import RecordError, ThresholdError, UsageError
+from teegpu.units import plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from teegpu.metrics.events import Event
-    from teegpu.metrics.store import RunFolder, RunStore
+    from teegpu.record.events import Event
+    from teegpu.record.run import RunFolder
+    from teegpu.record.store import RunStore
     from teegpu.report.listing import Line
 
-app = typer.Typer(
+app = Commands(
     help="Show where the time of a run went, compare runs, and write what was recorded for other programs.",
     no_args_is_help=True,
     add_completion=False,
@@ -39,6 +42,7 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="FILE", help="Write it there; '-' is standard output.", show_default=False),
 ]
+Brief = Annotated[bool, typer.Option("--brief", help="Only how it went, what took most, and what to do.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out if it is there.")]
 Run = Annotated[
     str, typer.Argument(metavar="ID", help="A run of 'teegpu report list', a unique beginning of it, 'last', or a file "
@@ -49,18 +53,11 @@ SVG_WIDTH = 88
 
 
 @app.command()
-def last(
-    form: Format = "", as_json: AsJson = False, out: Out = None, force: Force = False, config_file: ConfigFile = None
-) -> None:
-    """Show the newest run."""
-    _show("last", form, as_json, out, force, config_file)
-
-
-@app.command()
 def show(
     run: Run,
     form: Format = "",
     as_json: AsJson = False,
+    brief: Brief = False,
     out: Out = None,
     force: Force = False,
     config_file: ConfigFile = None,
@@ -71,13 +68,25 @@ def show(
     phase, metric, value); md, for an issue; html, one page with charts; trace, for ui.perfetto.dev; svg, the tables as
     an image.
     """
-    _show(run, form, as_json, out, force, config_file)
+    _show(run, form, as_json, brief, out, force, config_file)
+
+
+def last(**given: Any) -> None:
+    """Show the newest run."""
+    show("last", **given)
+
+
+_options = [each for each in inspect.signature(show, eval_str=True).parameters.values() if each.name != "run"]
+vars(last)["__signature__"] = inspect.Signature(_options)
+last.__annotations__ = {each.name: each.annotation for each in _options}
+app.command()(last)
 
 
 @app.command("list")
 def list_runs(
     limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="The newest N; 0: all.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="table or json.")] = "",
+    as_json: AsJson = False,
     config_file: ConfigFile = None,
 ) -> None:
     """List the recorded runs, newest first."""
@@ -86,6 +95,7 @@ def list_runs(
 
     from teegpu.report.listing import entry, listing
 
+    as_json = _form(form, as_json, None, ("table", "json")) == "json"
     runs = _store(config_file).all()
     chosen = [_line(run) for run in (runs[:limit] if limit else runs)]
     if as_json:
@@ -134,8 +144,7 @@ def compare(
         raise UsageError("compare needs two runs at least: 'teegpu report list' has them")
     store = _store(config_file)
     documents = [_document(_find(store, run), store) for run in runs]
-    conditions = [comparison.parse(text, documents) for text in fail_if or ()]
-    compared = comparison.comparison(documents, comparison.judge(conditions, documents))
+    compared = comparison.comparison(documents, fail_if or ())
     if form == "table":
         _print(lambda width: sidebyside.compared(compared, width), destination)
     elif form == "json":
@@ -144,7 +153,7 @@ def compare(
         destination.write(json_text(compared))
     else:
         destination.write((sidebyside.compared_csv if form == "csv" else sidebyside.compared_markdown)(compared))
-    failures = sidebyside.failures(compared)
+    failures = comparison.failures(compared)
     if failures:
         raise ThresholdError("; ".join(failures))
 
@@ -182,7 +191,7 @@ def rm(
             store.remove(run)
         except RecordError as error:
             raise RecordError(f"{error} ({number} of {len(chosen)} are deleted)") from None
-    message_console().print(f"deleted {len(chosen)} record{'s' * (len(chosen) != 1)}")
+    message_console().print(f"deleted {plural(len(chosen), 'record')}")
 
 
 _NO_RUNS = "no runs are recorded yet: 'teegpu run \"Hello\"' makes one (record.keep must be true)"
@@ -190,7 +199,7 @@ _NO_RUNS = "no runs are recorded yet: 'teegpu run \"Hello\"' makes one (record.k
 
 def _store(config_file: Path | None) -> RunStore:
     from teegpu import config
-    from teegpu.metrics.store import open_store
+    from teegpu.record.store import open_store
 
     return open_store(config.load({}, config_file))
 
@@ -206,10 +215,11 @@ def _find(store: RunStore, name: str) -> RunFolder | Path:
 def _document(found: RunFolder | Path, store: RunStore) -> dict[str, Any]:
     """The document of a run. One that did not end by itself has not been advised yet."""
     from teegpu.report import look
+    from teegpu.stats.document import recorded
 
     if isinstance(found, Path):
         return look.read(found)
-    document = look.check(found.document(), f"the record of run {found.id}")
+    document = look.check(recorded(found), f"the record of run {found.id}")
     if not document.get("advice") and document.get("status") in ("interrupted", "running"):
         return advised(document, store)
     return document
@@ -237,11 +247,15 @@ def _form(form: str, as_json: bool, out: Path | None, known: Sequence[str]) -> s
     return "json" if as_json else choose(form, out.name if out is not None else "", known)
 
 
-def _show(name: str, form: str, as_json: bool, out: Path | None, force: bool, config_file: Path | None) -> None:
-    from teegpu.report import exports
-    from teegpu.report.tables import tables
+def _show(
+    name: str, form: str, as_json: bool, brief: bool, out: Path | None, force: bool, config_file: Path | None
+) -> None:
+    from teegpu.report import exports, facts
+    from teegpu.report.tables import header, tables
 
     form = _form(form, as_json, out, exports.FORMATS)
+    if brief and form != "table":
+        raise UsageError(f"--brief is for a terminal, and {form} has everything: leave one out")
     destination = Destination(out, force=force)
     if form in ("html", "trace", "svg") and out is None and sys.stdout.isatty():
         raise UsageError(f"--format {form} is not for a terminal: give --out FILE, or '--out {STDOUT}' if it is meant")
@@ -249,12 +263,14 @@ def _show(name: str, form: str, as_json: bool, out: Path | None, force: bool, co
     found = _find(store, name)
     document = _document(found, store)
     if form == "table":
-        _print(lambda _: tables(document), destination)
+        _print(lambda _: [header(document)] if brief else tables(document), destination)
     elif form == "trace":
         destination.write(_trace(found, document))
     else:
         title = f"teegpu report {'last' if name == 'last' else f'show {name}'}"
-        destination.write(_export(form, found, document, title))
+        # JSON is the only format with the text, of a run that was to save it
+        private = form == "json" and any(answer.get("text") for answer in facts.answers(document))
+        destination.write(_export(form, found, document, title), private=private)
 
 
 def _export(form: str, found: RunFolder | Path, document: dict[str, Any], title: str) -> str:
@@ -305,10 +321,11 @@ def _line(run: RunFolder) -> Line:
     """A run for the list. One that can't be read has a line that says so."""
     from teegpu.report import look
     from teegpu.report.listing import Line
+    from teegpu.stats.document import recorded
     from teegpu.units import printable
 
     try:
-        return Line(run.id, run.status, look.check(run.document(), f"the record of run {run.id}"))
+        return Line(run.id, run.status, look.check(recorded(run), f"the record of run {run.id}"))
     except RecordError as error:
         return Line(run.id, "unreadable", {}, printable(str(error)))
 

@@ -19,6 +19,7 @@ import typer
 from teegpu import errors
 from teegpu.cli import interrupts, logs
 from teegpu.cli.common import ConfigFile, message_console
+from teegpu.cli.flags import Flags, takes_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,40 +36,15 @@ _AT_ONCE_SECONDS = 1.0
 """How long a second signal waits for Python to take notice of it: it does not in the middle of a long product."""
 
 
+@takes_settings("serve", panels=False)
 def serve(
-    model: Annotated[str | None, typer.Option(help="Catalogue name, Hugging Face id, folder or .gguf file.")] = None,
-    bind: Annotated[str | None, typer.Option(help="tcp://host:port (port 0: any free one) or ipc:///path.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:n.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: all cores.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(metavar="A-B", help="Hold these layers only; others are on other servers.")
-    ] = None,
-    shield: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHEN", help="When int8 weights for masked products are made: auto (when asked), on, off."
-        ),
-    ] = None,
-    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network to find the model.")] = None,
-    key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="This server's key pair, of 'teegpu keys new' (or its file).")
-    ] = None,
-    auth: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder with the public keys of the clients that may connect.")
-    ] = None,
+    flags: Flags,
     insecure: Annotated[
         bool,
         typer.Option(
             "--insecure", help="Allow an address that others can reach without --key, and --key without --auth."
         ),
     ] = False,
-    log_format: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="How the log is written to stderr: rich or json.")
-    ] = None,
-    log_level: Annotated[
-        str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error: the least that is logged.")
-    ] = None,
     config_file: ConfigFile = None,
     embedded: Annotated[bool, typer.Option("--embedded", hidden=True)] = False,
 ) -> None:
@@ -80,24 +56,10 @@ def serve(
     from teegpu import config, machine
 
     machine.share_cores()
-    settings = config.load(
-        {
-            "model.name": model,
-            "server.bind": bind,
-            "server.device": device,
-            "server.dtype": dtype,
-            "server.threads": threads,
-            "server.layers": layers,
-            "server.shield": shield,
-            # the embedded server's folder is its protection, whatever the user's other servers have
-            "server.key": "" if embedded else key,
-            "server.auth_dir": "" if embedded else auth,
-            "server.log_format": log_format,
-            "server.log_level": log_level,
-            "model.offline": offline,
-        },
-        config_file,
-    )
+    if embedded:
+        # the embedded server's folder is its protection, whatever the user's other servers have
+        flags |= {"server.key": "", "server.auth_dir": ""}
+    settings = config.load(flags, config_file)
     risk = check_access(settings, insecure)
     console = message_console()
     # Lines in a log stay whole: there is no terminal whose width they should fit.
@@ -135,28 +97,30 @@ def _serve_until_told(settings: Config, console: Console, *, embedded: bool) -> 
 
 
 def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) -> None:
-    import torch
-
     import transports
     from teegpu import machine
-    from teegpu.cli.models import find_model
-    from teegpu.cli.progress import shown
-    from teegpu.gpu import server as gpu
+    from teegpu.cli.models import find_model, shown
     from teegpu.model.reader import read_spec
-    from teegpu.model.weights import WeightStore
     from teegpu.options import held_layers, server_options, wire_limits
 
     machine.keep_freed_memory()
-    torch.set_num_threads(settings.server.threads or machine.available_cores())
     quiet = embedded or settings.server.log_format == "json"
     folder = find_model(settings, quiet=quiet)
-    spec = read_spec(folder)
     if settings.server.log_format == "json":
-        log.info("loading %s", spec.name, extra={"event": "start", "model": spec.name, "bind": settings.server.bind})
+        log.info(
+            "loading %s", folder.name, extra={"event": "start", "model": folder.name, "bind": settings.server.bind}
+        )
     limits = wire_limits(settings)
-    layers = held_layers(settings, spec.layers)
-    # Bind first: a port that is taken should not cost the time of loading.
+    # Bind first: a port that is taken should cost neither the time of loading nor that of torch.
     with transports.listen(settings.server.bind, server_options(settings)) as transport:
+        spec = read_spec(folder)
+        layers = held_layers(settings, spec.layers)
+        import torch
+
+        from teegpu.gpu import server as gpu
+        from teegpu.model.weights import WeightStore
+
+        torch.set_num_threads(settings.server.threads or machine.available_cores())
         with WeightStore(folder, spec) as store, shown(quiet=quiet) as progress:
             executor, identity = gpu.load(
                 store,
@@ -166,6 +130,7 @@ def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) ->
                 limits=limits,
                 layers=layers,
                 shield=settings.server.shield,
+                weights=settings.server.weights,
                 progress=lambda share: progress(f"loading {spec.name}", share),
             )
         # The runner of an embedded server has no use for answers any more.
@@ -195,16 +160,14 @@ class Stop:
         self._server: GpuServer | None = None
         self._asked = False
         self._previous: dict[int, object] = {}
+        self._seen = 0
         self._over = threading.Event()
+        self._heard = interrupts.heard(self._count)
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
-        self._read, self._written = os.pipe()
-        os.set_blocking(self._written, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
-        self._watcher = threading.Thread(target=self._watch, daemon=True, name="signals")
-        self._watcher.start()
+        self._heard.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -212,20 +175,13 @@ class Stop:
             # None stands for a handler that was not installed from Python and can't be put back from here
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._over.set()
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.write(self._written, b"\0")
-        self._watcher.join()
-        os.close(self._read)
-        os.close(self._written)
+        self._heard.__exit__(None, None, None)
 
-    def _watch(self) -> None:
+    def _count(self, number: int) -> None:
         """Signals as the system tells them: Python's own handlers wait for the main thread to come back."""
-        seen = 0
-        while not self._over.is_set():
-            numbers = os.read(self._read, 64)
-            seen += sum(number in self._previous for number in numbers)
-            if seen > 1 and not self._over.wait(_AT_ONCE_SECONDS):
-                os._exit(errors.EXIT_INTERRUPTED)
+        self._seen += number in self._previous
+        if self._seen > 1 and not self._over.wait(_AT_ONCE_SECONDS):
+            os._exit(errors.EXIT_INTERRUPTED)
 
     def _on_signal(self, *_: object) -> None:
         again, self._asked = self._asked, True
@@ -272,8 +228,6 @@ def check_access(settings: Config, insecure: bool) -> str:
 
 def check_address(bind: str, insecure: bool) -> None:
     """Raises ``ConfigError`` for an address that can't be served, or one that others can reach unless ``insecure``."""
-    import ipaddress
-
     from teegpu.errors import ConfigError
     from transports import addresses
     from transports.errors import BadAddressError
@@ -286,13 +240,7 @@ def check_address(bind: str, insecure: bool) -> None:
         raise ConfigError(
             f"server.bind: {bind} reaches nobody outside of this process: use tcp://127.0.0.1:PORT or ipc://"
         )
-    if address.scheme == "ipc" or address.host == "localhost" or insecure:
-        return
-    try:
-        local = ipaddress.ip_address(address.host.strip("[]")).is_loopback
-    except ValueError:
-        local = False  # a wildcard or a network interface
-    if not local:
+    if not insecure and not address.local:
         raise ConfigError(
             f"server.bind: {bind} can be reached from other machines: give the server a key and its clients' keys "
             "(serve --key NAME --auth DIR; 'teegpu keys new NAME' makes one), or accept the risk with --insecure"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,43 +9,24 @@ import typer
 
 from teegpu.cli.common import ConfigFile, message_console, sigterm_as_interrupt
 from teegpu.cli.destination import Destination
+from teegpu.cli.flags import Flags, takes_settings
 from teegpu.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from teegpu.bench.predictions import Wanted
+    from teegpu.bench.tuning import Wanted
     from teegpu.config import Config
-    from teegpu.metrics.profile import Profile
+    from teegpu.stats.profile import Profile
+    from teegpu.stats.traffic import Shape
 
-WHERE = "Model and server"
 WHAT = "What to predict"
 OTHER = "Without measuring"
 
 MOST_TOKENS = 10_000_000
 
 
+@takes_settings("tune")
 def tune(
-    model: Annotated[
-        str | None, typer.Option(help="Catalogue name, Hugging Face id, folder or .gguf file.", rich_help_panel=WHERE)
-    ] = None,
-    endpoint: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="GPU server; may be given several times. Without one an embedded server is measured.",
-            rich_help_panel=WHERE,
-        ),
-    ] = None,
-    server_key: Annotated[
-        str | None, typer.Option(help="The public key that the server must prove to have.", rich_help_panel=WHERE)
-    ] = None,
-    client_key: Annotated[str | None, typer.Option(help="The key pair of this side.", rich_help_panel=WHERE)] = None,
-    link: Annotated[
-        str | None, typer.Option(help="Emulate a link: rtt=5ms,bandwidth=1gbit.", rich_help_panel=WHERE)
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Device of the embedded server.", rich_help_panel=WHERE)] = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the embedded server.", rich_help_panel=WHERE)] = None,
-    offline: Annotated[
-        bool | None, typer.Option("--offline", help="Never use the network to find the model.", rich_help_panel=WHERE)
-    ] = None,
+    flags: Flags,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", rich_help_panel=WHAT)] = 1024,
     decode_tokens: Annotated[int, typer.Option(help="Tokens after the first.", rich_help_panel=WHAT)] = 128,
     allow_lossy: Annotated[
@@ -58,7 +37,11 @@ def tune(
     ] = False,
     apply: Annotated[
         bool,
-        typer.Option("--apply", help="Write the choice to your settings file, or to --config.", rich_help_panel=WHAT),
+        typer.Option(
+            "--apply",
+            help="Have your settings file, or --config, go by it: plans auto, and the transport.",
+            rich_help_panel=WHAT,
+        ),
     ] = False,
     saved: Annotated[
         bool, typer.Option("--saved", help="Predict from the profile that is stored.", rich_help_panel=OTHER)
@@ -68,19 +51,17 @@ def tune(
         typer.Option(
             metavar="SPEC",
             help="Predict for another world: rtt=20ms,bandwidth=10gbit,model=llama-3-8b,gpu=h200,tee=32-core-amx,"
-            "servers=2; given several times, worlds side by side.",
+            "servers=2,privacy=pads; a model may be a folder or a Hugging Face id, too. Given several times, worlds "
+            "side by side.",
             rich_help_panel=OTHER,
         ),
     ] = None,
-    against: Annotated[
-        list[Path] | None,
+    check: Annotated[
+        bool,
         typer.Option(
-            metavar="FILE",
-            help="Compare stored profiles' predictions with what 'teegpu bench ladder' or 'bench plans' measured; may "
-            "be given several times.",
-            rich_help_panel=OTHER,
+            "--check", help="Then follow the prediction of each plan, and show what it took.", rich_help_panel=WHAT
         ),
-    ] = None,
+    ] = False,
     form: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="table, json, csv or md; else as the file's name says.")
     ] = "",
@@ -95,36 +76,35 @@ def tune(
     It takes under a minute. What was measured is kept as a profile, which the plan auto then goes by.
     """
     from teegpu import config, machine
-    from teegpu.bench import tunetables
 
-    flags: dict[str, object] = {
-        "model.name": model,
-        "model.offline": offline,
-        "run.endpoints": tuple(endpoint) if endpoint else None,
-        "link.server_key": server_key,
-        "link.client_key": client_key,
-        "run.link": link,
-        "server.device": device,
-        "server.dtype": dtype,
-    }
     _check(
         prompt_tokens,
         decode_tokens,
-        {"--what-if": bool(what_if), "--against": bool(against), "--saved": saved},
-        {"--endpoint": bool(endpoint), "--link": link is not None, "--device": device is not None, "--apply": apply},
+        {"--what-if": bool(what_if), "--saved": saved},
+        {
+            "--endpoint": flags["run.endpoints"] is not None,
+            "--link": flags["run.link"] is not None,
+            "--device": flags["server.device"] is not None,
+            "--apply": apply,
+            "--check": check,
+            "--allow-lossy": allow_lossy,
+        },
     )
     machine.share_cores()
+    # From here on torch is loaded, which reads how its threads wait.
+    from teegpu.bench import tuned
+    from teegpu.bench.tuning import Wanted
+
     settings = config.load(flags, config_file)
-    form = tunetables.choose(form, out.name if out is not None else "")
+    form = tuned.choose_format(form, out.name if out is not None else "")
     destination = Destination(out, force=True, quiet=quiet)
     with sigterm_as_interrupt():
         if what_if:
-            document = _what_if(what_if, settings, prompt_tokens, decode_tokens, allow_lossy)
-        elif against:
-            document = _against(against)
+            document = _what_if(what_if, settings, prompt_tokens, decode_tokens)
         else:
-            document = _tuned(settings, prompt_tokens, decode_tokens, allow_lossy, saved, quiet)
-        destination.write(tunetables.render(document, form))
+            wanted = Wanted(prompt_tokens, decode_tokens, allow_lossy)
+            document = _tuned(settings, wanted, saved=saved, check=check, quiet=quiet)
+        destination.write(tuned.render(document, form))
         if apply:
             _apply(document["choice"]["settings"], config_file)
 
@@ -137,77 +117,51 @@ def _check(prompt_tokens: int, decode_tokens: int, modes: dict[str, bool], flags
     given = [name for name, on in modes.items() if on]
     if len(given) > 1:
         raise UsageError(f"{given[0]} and {given[1]} are different questions: give one of them")
-    if given in (["--what-if"], ["--against"]):
+    if given == ["--what-if"]:
         idle = next((name for name, on in flags.items() if on), None)
         if idle is not None:
             raise UsageError(f"{idle} does nothing beside {given[0]}, which measures nothing: leave it out")
 
 
-def _tuned(
-    settings: Config, prompt_tokens: int, decode_tokens: int, allow_lossy: bool, saved: bool, quiet: bool
-) -> dict[str, Any]:
+def _tuned(settings: Config, wanted: Wanted, *, saved: bool, check: bool, quiet: bool) -> dict[str, Any]:
     """Measured now, or ``saved``."""
     from teegpu.bench import tuned
-    from teegpu.cli.benchprogress import shown
+    from teegpu.bench.tuning import Tuning
+    from teegpu.cli.benchcommon import progress
     from teegpu.cli.models import find_model
-    from teegpu.metrics import profile as profiles
+    from teegpu.model.reader import read_spec
+    from teegpu.options import wire_dtype
+    from teegpu.stats import profile as profiles
+    from teegpu.tee.choose import local_fits
 
     folder = find_model(settings, quiet=quiet)
-    facts: dict[str, Any] = {}
+    tuning = Tuning(folder, settings, wanted)
     if saved:
         profile = _stored(settings, folder)
     else:
-        from teegpu.bench.tuning import Tuning
-
-        tuning = Tuning(folder, settings)
-        with shown(quiet=quiet) as notify:
+        with progress(quiet=quiet) as notify:
             profile = tuning.run(notify)
-        place = profiles.write(profile)
-        facts = tuning.facts
+        try:
+            kept = f"profile kept in {profiles.write(profile)}"
+        except ConfigError as error:
+            kept = f"{error}: what was measured is shown, and the plan auto will not know of it"
         if not quiet:
-            message_console().print(f"profile kept in {place}", soft_wrap=True)
-    return tuned.of_profile(
-        profile, _wanted(profile, settings, folder, prompt_tokens, decode_tokens, allow_lossy), facts
-    )
-
-
-def _wanted(
-    profile: Profile, settings: Config, folder: Any, prompt_tokens: int, decode_tokens: int, allow_lossy: bool
-) -> Wanted:
-    from teegpu.bench.predictions import Wanted
-    from teegpu.metrics.chooser import AUTO_PLANS, OFFLOADING_PLANS
-    from teegpu.metrics.cost_model import Settings
-    from teegpu.model.reader import read_spec
-    from teegpu.options import wire_dtype
-    from teegpu.tee.auto import local_fits
-
-    run = settings.run
+            message_console().print(kept, soft_wrap=True)
     wire = wire_dtype(settings, [profile.server.dtype])
-    servers = 1 + len(profile.shape.cuts)
-    if run.spread == "round-robin" and len(run.endpoints) > servers:
-        servers = len(run.endpoints)
-    base = Settings(
-        "fused", wire, run.transport, run.chunk_tokens, servers=servers, rows=1 + run.speculate,
-        compressed_bytes=settings.compression.min_bytes,
-    )  # fmt: skip
-    return Wanted(
-        prompt_tokens,
-        decode_tokens,
-        base,
-        wire,
-        allow_lossy=allow_lossy,
-        chunk_tokens=run.chunk_tokens,
-        plans=AUTO_PLANS if run.endpoints else OFFLOADING_PLANS,
-        local_fits=local_fits(read_spec(folder)),
-    )
+    fits = local_fits(read_spec(folder))
+    document = tuned.of_profile(profile, wanted, wire, local_fits=fits, facts_of_it=tuning.facts)
+    if check:
+        with progress(quiet=quiet) as notify:
+            document["checked"] = tuning.followed(document, notify)
+    return document
 
 
 def _stored(settings: Config, folder: Any) -> Profile:
     """The stored profile of these settings. Raises ``ConfigError`` where there is none, or one that does not fit."""
-    from teegpu.metrics import profile as profiles
     from teegpu.model.reader import read_spec
     from teegpu.model.weights import WeightStore
-    from transports.linkspec import LinkSpec
+    from teegpu.stats import profile as profiles
+    from transports.netem.spec import LinkSpec
 
     run = settings.run
     link = str(LinkSpec.parse(run.link)) if run.link else ""
@@ -223,40 +177,46 @@ def _stored(settings: Config, folder: Any) -> Profile:
     return found
 
 
-def _what_if(
-    specs: list[str], settings: Config, prompt_tokens: int, decode_tokens: int, allow_lossy: bool
-) -> dict[str, Any]:
-    from teegpu.bench import assumptions, tuned
-    from teegpu.bench.predictions import Wanted
-    from teegpu.metrics.cost_model import Settings
+def _what_if(specs: list[str], settings: Config, prompt_tokens: int, decode_tokens: int) -> dict[str, Any]:
+    from teegpu.bench import whatif
+    from teegpu.facts import AUTO, BF16
+
+    def shape_of(model: str) -> Shape:
+        known = model in whatif.MODELS or not (set(model) & set("/.~") or Path(model).exists())
+        return whatif.known(model) if known else _shape_of(model, settings)
 
     name = settings.model.name
-    defaults = {"model": name if name in assumptions.MODELS else "llama-3-8b", "gpu": "h100", "tee": "32-core-avx512"}
+    defaults = {"model": name if name in whatif.MODELS else "llama-3-8b", "gpu": "h100", "tee": "32-core-avx512"}
     # A GPU computes in bf16, so that bf16 on the link loses nothing more: what the wire dtype auto comes to there.
-    wire = "bf16" if settings.run.wire_dtype == "auto" else settings.run.wire_dtype
-    worlds = []
-    for spec in specs:
-        world = assumptions.parse(spec, defaults)
-        base = Settings("fused", wire, "pipelined", 0, servers=world.servers, rows=1 + settings.run.speculate)
-        worlds.append((world, Wanted(prompt_tokens, decode_tokens, base, wire, allow_lossy=allow_lossy)))
-    return tuned.of_world(*worlds[0]) if len(worlds) == 1 else tuned.of_worlds(worlds)
+    wire = BF16.name if settings.run.wire_dtype == AUTO else settings.run.wire_dtype
+    worlds = [whatif.parse(spec, defaults, wire, shape_of) for spec in specs]
+    return whatif.document(worlds, prompt_tokens, decode_tokens)
 
 
-def _against(paths: list[Path]) -> dict[str, Any]:
-    from teegpu.bench.against import against, packed_costs
+def _shape_of(model: str, settings: Config) -> Shape:
+    """The dimensions of a folder, a .gguf file or a Hugging Face id. Of one that is not here its configuration is
+    fetched, and no weights. Raises ``ModelError``."""
+    from teegpu.model import catalog
+    from teegpu.model.reader import read_spec
+    from teegpu.stats.traffic import Shape
 
-    return against(paths, packed_costs())
+    where = settings.model
+    spec = read_spec(catalog.described(model, cache_dir=where.cache_path, offline=where.offline))
+    windows = spec.layer_windows if any(spec.layer_windows) else ()
+    return Shape(
+        spec.layers, spec.hidden_size, spec.intermediate_size, spec.heads, spec.kv_heads, spec.head_dim,
+        spec.vocab_size, windows,
+    )  # fmt: skip
 
 
 def _apply(changes: dict[str, Any], config_file: Path | None) -> None:
     """Writes ``changes`` to the file of ``--config``, or else the user's own, and says so."""
     from teegpu import config
-    from teegpu.configfile import updated
 
     target = config_file if config_file is not None else config.user_file()
     try:
         text = target.read_text(encoding="utf-8") if target.exists() else ""
-        _replace(target, updated(text, changes, str(target)))
+        config.write(target, config.updated(text, changes, str(target)))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"{target}: can't be changed: {reason}") from None
@@ -267,19 +227,3 @@ def _apply(changes: dict[str, Any], config_file: Path | None) -> None:
     for key, value in changes.items():
         if now.values()[key] != value:
             console.print(f"but {key} is set by {now.source(key)}, which goes before that file", soft_wrap=True)
-
-
-def _replace(target: Path, text: str) -> None:
-    """Whole or not at all, with the permissions that it had."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mode = target.stat().st_mode & 0o777 if target.exists() else 0o644
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(mode)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
