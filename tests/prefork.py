@@ -18,7 +18,7 @@ import torch
 from teegpu.cli import main as cli
 from teegpu.cli import serve
 from teegpu.gpu import server
-from teegpu.tee import embedded_server
+from teegpu.remote import embedded as embedded_server
 
 IMPORTED = (serve, server, embedded_server)
 

@@ -18,7 +18,10 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,10 @@ import torch
 
 from teegpu.cli import main as cli
 from teegpu.model.folder import ModelFolder
-from teegpu.tee.gpu_client import GpuClient
+from teegpu.remote.client import GpuClient
 from tests.conftest import TinyModel
-from transports.link import EmulatedLink, LinkSpec
+from tests.teegpu.api.conftest import Endpoint
+from transports.netem.link import EmulatedLink, LinkSpec
 
 STOP_SECONDS = float(os.environ.get("CHAOS_STOP_SECONDS", "0.4"))
 BUDGET_SECONDS = 20.0
@@ -209,6 +213,45 @@ FAULTS = ("kill", "stop", "cut", "restart", "stall", "drop", "failover", "spread
 RUNS = int(os.environ.get("CHAOS_RUNS", len(FAULTS)))
 
 
+def strikes(
+    servers: Servers, first: str, link: EmulatedLink | None, pause: Callable[[], object]
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """What happens to the server at ``first``, or to the ``link`` before it, and how often. ``pause``: how long that
+    lasts."""
+
+    def kill() -> None:
+        servers.end(first)
+        pause()
+        servers.start(first)
+
+    def stop() -> None:
+        servers.send(first, signal.SIGSTOP)
+        time.sleep(STOP_SECONDS)
+        servers.send(first, signal.SIGCONT)
+
+    def restart() -> None:
+        servers.end(first, signal.SIGTERM)
+        servers.start(first)
+
+    found: dict[str, tuple[Callable[[], object], int]] = {
+        "kill": (kill, 1),
+        "stop": (stop, 1),
+        "restart": (restart, 1),
+        "failover": (lambda: servers.end(first), 1),
+        "spread": (kill, 1),
+        "dead": (lambda: servers.end(first), 1),
+    }
+    if link is None:
+        return found
+
+    def cut() -> None:
+        link.cut()
+        pause()
+        link.restore()
+
+    return found | {"cut": (cut, 1), "stall": (lambda: link.stall(STOP_SECONDS), 1), "drop": (link.drop, 3)}
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("number", range(RUNS))
 def test_a_run_in_chaos(
@@ -227,7 +270,7 @@ def test_a_run_in_chaos(
     budget = 0.7 if fault == "dead" else BUDGET_SECONDS
     monkeypatch.setenv("TEEGPU_LINK_RETRY_BUDGET_SECONDS", str(budget))
     with contextlib.ExitStack() as stack:
-        endpoints = [first]
+        endpoints, link = [first], None
         if fault in ("cut", "stall", "drop"):
             link = stack.enter_context(EmulatedLink(LinkSpec.parse("rtt=2ms"), first))
             endpoints = [link.endpoint]
@@ -236,38 +279,7 @@ def test_a_run_in_chaos(
             servers.wait(second)
             endpoints.append(second)
             monkeypatch.setenv("TEEGPU_RUN_SPREAD", "round-robin" if fault == "spread" else "failover")
-
-        def kill() -> None:
-            servers.end(first)
-            chaos.pause(1.0)
-            servers.start(first)
-
-        def stop() -> None:
-            servers.send(first, signal.SIGSTOP)
-            time.sleep(STOP_SECONDS)
-            servers.send(first, signal.SIGCONT)
-
-        def cut() -> None:
-            link.cut()
-            chaos.pause(1.0)
-            link.restore()
-
-        def restart() -> None:
-            servers.end(first, signal.SIGTERM)
-            servers.start(first)
-
-        actions: dict[str, tuple[Callable[[], object], int]] = {
-            "kill": (kill, 1),
-            "stop": (stop, 1),
-            "cut": (cut, 1),
-            "restart": (restart, 1),
-            "stall": (lambda: link.stall(STOP_SECONDS), 1),
-            "drop": (lambda: link.drop(), 3),
-            "failover": (lambda: servers.end(first), 1),
-            "spread": (kill, 1),
-            "dead": (lambda: servers.end(first), 1),
-        }
-        what, times = actions[fault]
+        what, times = strikes(servers, first, link, lambda: chaos.pause(1.0))[fault]
         chaos.strike(lambda: what() and None, times)  # type: ignore[func-returns-value]
         arguments = [part for endpoint in endpoints for part in ("--endpoint", endpoint)]
         code, document, errors = run("--plan", chaos.plan, "--transport", chaos.transport, *arguments)
@@ -293,3 +305,109 @@ def test_a_run_in_chaos(
     for phase in document["phases"].values():
         parts = sum(phase[f"{part}_seconds"] for part in ("tee", "serialization", "wait", "other"))
         assert phase["seconds"] == pytest.approx(parts, rel=0.01)
+
+
+# Many clients of one endpoint
+
+PROMPTS = ["The", "b" * 40, "a key", "c" * 9, "dd", "e" * 70, "f", "g" * 21]
+SERVING_FAULTS = ("kill", "cut", "dead", "stop", "drop", "failover")
+SERVING_RUNS = int(os.environ.get("CHAOS_RUNS", 3))
+
+
+def _asked(url: str, prompt: str, *, stream: bool) -> str:
+    """The text of an answer. Raises ``RuntimeError`` with what an error object or event says."""
+    body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "stream": stream}
+    request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            raw = reply.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            raise RuntimeError(json.loads(error.read())["error"]["message"]) from None
+    if not stream:
+        return str(json.loads(raw)["choices"][0]["text"])
+    events = [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: ")]
+    found = [json.loads(event) for event in events if event != "[DONE]"]
+    for event in found:
+        if "error" in event:
+            raise RuntimeError(event["error"]["message"])
+    assert events[-1] == "[DONE]"
+    return "".join(choice["text"] for event in found for choice in event["choices"])
+
+
+@pytest.fixture(scope="module")
+def texts(model: ModelFolder) -> list[str]:
+    """What each prompt is answered, where all is in the runner and nothing else runs."""
+    endpoint = Endpoint(model, {}).start()
+    try:
+        return [_asked(endpoint.url, prompt, stream=False) for prompt in PROMPTS]
+    finally:
+        endpoint.end()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("number", range(SERVING_RUNS))
+def test_clients_in_chaos(
+    number: int, model: ModelFolder, servers: Servers, addresses: list[str], texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Eight at once while servers are killed and links cut: each gets its right answer, or where no server comes back
+    is told so; nothing hangs, and what comes later is answered."""
+    fault = SERVING_FAULTS[number % len(SERVING_FAULTS)]
+    chaos = Chaos(number, monkeypatch)
+    first, second = addresses
+    servers.start(first)
+    servers.wait(first)
+    with contextlib.ExitStack() as stack:
+        endpoints, link = [first], None
+        if fault in ("cut", "drop"):
+            link = stack.enter_context(EmulatedLink(LinkSpec.parse("rtt=1ms"), first))
+            endpoints = [link.endpoint]
+        if fault == "failover":
+            servers.start(second)
+            servers.wait(second)
+            endpoints.append(second)
+        settings: dict[str, object] = {
+            "run.prefill_plan": chaos.plan,
+            "run.decode_plan": chaos.plan,
+            "run.transport": chaos.transport,
+            "run.wire_dtype": "fp32",
+            "run.endpoints": tuple(endpoints),
+            "api.step_tokens": 16,
+            "api.sequences": 4,
+            "link.retry_backoff_seconds": 0.02,
+            "link.retry_budget_seconds": 0.5 if fault == "dead" else BUDGET_SECONDS,
+        }
+        endpoint = Endpoint(model, settings).start()
+        stack.callback(endpoint.end)
+        what, times = strikes(servers, first, link, lambda: chaos.pause(0.6))[fault]
+        chaos.strike(lambda: what() and None, times)  # type: ignore[func-returns-value]
+        orders = [chaos.random.sample(range(len(PROMPTS)), len(PROMPTS))[:3] for _ in range(8)]
+
+        def client(order: list[int]) -> list[tuple[int, str]]:
+            made = []
+            for place in order:
+                try:
+                    made.append((place, _asked(endpoint.url, PROMPTS[place], stream=bool(place % 2))))
+                except RuntimeError as error:
+                    made.append((place, f"told: {error}"))
+            return made
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = [one for made in pool.map(client, orders) for one in made]
+        chaos.over()
+        told = "told: the GPU server did not answer as it should: try again later"
+        assert [text for place, text in answers if text not in (texts[place], told)] == []
+        assert len(answers) == 24
+        assert any(text == told for _, text in answers) == (fault == "dead")
+        if fault == "dead":
+            servers.start(first)
+            servers.wait(first)
+            deadline = time.monotonic() + 20.0
+            while True:
+                with contextlib.suppress(RuntimeError):
+                    assert _asked(endpoint.url, PROMPTS[0], stream=True) == texts[0]
+                    break
+                assert time.monotonic() < deadline, "the endpoint has not recovered"
+        assert endpoint.engine.running == endpoint.engine.waiting == 0
+    assert endpoint.error is None

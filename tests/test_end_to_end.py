@@ -21,10 +21,10 @@ from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_config
 from teegpu.model.texts import evaluation_texts
 from teegpu.model.tokenizer import Tokenizer
-from teegpu.tee import generate
-from teegpu.tee.embedded_server import EmbeddedServer
-from teegpu.tee.generate import Generation
-from teegpu.tee.runner import Runner
+from teegpu.remote.embedded import EmbeddedServer
+from teegpu.runner import Runner
+from teegpu.tee import engine
+from teegpu.tee.sequence import Generation
 
 TOKENS = 64
 SINGLY = 4
@@ -130,7 +130,7 @@ def right_guesses(monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], ans
             self._steps += 1
             return [] if self._steps <= SINGLY else self._whole[self._at : self._at + count]
 
-    monkeypatch.setattr(generate, "PromptLookup", Told)
+    monkeypatch.setattr(engine, "PromptLookup", Told)
 
 
 def test_every_token_by_itself_as_most_users_have_it(
@@ -185,4 +185,4 @@ def test_a_question_is_answered_with_nothing_but_defaults(smollm2: ModelFolder) 
     assert "Paris" in document["output"]["text"]
     assert document["server"]["embedded"] is True
     assert done.stderr.startswith("no endpoint given: ")
-    assert len(done.stderr.splitlines()) == 1
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["no endpoint given", "privacy none"]

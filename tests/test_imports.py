@@ -12,25 +12,47 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import TinyModel
+
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"monitor"},
+    {"connect"},
+    {"monitor", "api"},
     {"audit", "bench", "report"},
+    {"runner"},
+    {"shield"},
     {"tee", "gpu"},
+    {"remote"},
     {"options"},
     {"keys"},
-    {"wire", "model", "metrics", "transports"},
+    {"stats"},
+    {"wire", "model", "record", "attest", "transports"},
     {
-        *("config", "configfile", "settings", "endpoints", "errors", "formats"),
-        *("kernels", "machine", "ring", "ringkernels", "units"),
+        *("children", "config", "endpoints", "errors", "facts", "fields", "files", "formats"),
+        *("kernels", "machine", "operators", "ring", "ringkernels", "settings", "text", "units"),
     },
 )
 """From the top of the house down. A part imports from below itself, never from beside or above."""
 
-HEAVY = {"torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "gguf", "zmq", "numpy", "textual"}
+OUTSIDE = {"benchmarks", "tests"}
+"""What lies beside the packages and is not installed with them: they import nothing of it."""
+
+HEAVY = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "safetensors",
+    "gguf",
+    "zmq",
+    "numpy",
+    "textual",
+    "starlette",
+    "uvicorn",
+}
 
 
 def level(part: str) -> int:
@@ -73,7 +95,9 @@ def breaches(source: str, module: str, *, package: bool = False) -> list[str]:
     found = []
     for target in imported(source, module, package=package):
         other = part_of(target)
-        if own == "transports":
+        if target.partition(".")[0] in OUTSIDE:
+            allowed = False
+        elif own == "transports":
             allowed = not target.startswith("teegpu")
         elif own is None or other is None or other == "__version__" or own == other:
             allowed = True
@@ -100,6 +124,7 @@ def sources() -> list[Path]:
         ("teegpu.wire.codec", "from teegpu import tee"),
         ("teegpu.model.spec", "from teegpu.cli.main import app"),
         ("teegpu.report.tables", "import teegpu.bench.ladder"),
+        ("teegpu.cli.bench", "from benchmarks import rpc"),
         ("teegpu.config", "from teegpu.wire.limits import Limits"),
         ("transports.zeromq", "from teegpu.errors import TeegpuError"),
         ("transports.zeromq", "import teegpu"),
@@ -113,7 +138,7 @@ def test_a_breach_is_seen(module: str, line: str) -> None:
     ("module", "line"),
     [
         ("teegpu.cli.run", "from teegpu.gpu.server import Server\nfrom teegpu.tee import generate"),
-        ("teegpu.tee.gpu_client", "import transports\nfrom teegpu.wire.codec import encode\nfrom . import plans"),
+        ("teegpu.remote.client", "import transports\nfrom teegpu.wire.codec import encode\nfrom . import pool"),
         ("teegpu.config", "from teegpu.errors import ConfigError\nfrom teegpu import settings"),
         ("teegpu.gpu.server", "from teegpu import __version__\nimport torch"),
         ("transports.zeromq", "import zmq\nfrom .base import Client"),
@@ -144,7 +169,7 @@ def loaded_after(code: str) -> set[str]:
     )
     done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stderr))
+    return set(json.loads(done.stderr.splitlines()[-1]))
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -156,6 +181,37 @@ def test_the_help_of_commands_loads_nothing_heavy() -> None:
         "from teegpu.cli.main import COMMANDS, run\nfor name in COMMANDS:\n    assert run([name, '--help']) == 0, name"
     )
     assert not HEAVY & loaded_after(code)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--link", "rtt=5parsecs"],
+        ["--endpoint", "tcp://a:5555#layres=0-9"],
+        ["--endpoint", "tcp://a:5555", "--server-key", "nobody", "--client-key", "me"],
+        ["--privacy", "two-server", "--plan", "fused"],
+        ["--privacy", "two-server", "--endpoint", "tcp://a:5555"],
+        ["--require-privacy", "pads"],
+    ],
+)
+def test_a_run_that_can_not_be_is_refused_before_anything_heavy_is_loaded(args: list[str]) -> None:
+    code = f"from teegpu.cli.main import run\nassert run(['run', *{args!r}, 'Hi']) in (2, 10)"
+    assert not (HEAVY - {"zmq"}) & loaded_after(code)
+
+
+def test_a_server_of_the_run_is_begun_before_the_runner_loads_torch() -> None:
+    """So that both load it at once."""
+    assert not (HEAVY - {"zmq"}) & loaded_after("from teegpu.remote.servers import Servers\nimport teegpu.shield.modes")
+
+
+def test_a_server_whose_port_is_taken_says_so_before_it_loads_torch(tiny_model: TinyModel) -> None:
+    code = (
+        "import socket\nfrom teegpu.cli.main import run\n"
+        "with socket.create_server(('127.0.0.1', 0)) as taken:\n"
+        "    bind = f'tcp://127.0.0.1:{taken.getsockname()[1]}'\n"
+        f"    assert run(['serve', '--model', {str(tiny_model('llama').path)!r}, '--bind', bind]) == 2"
+    )
+    assert not (HEAVY - {"zmq"}) & loaded_after(code)
 
 
 def test_importing_transports_loads_no_zmq() -> None:

@@ -8,12 +8,12 @@ import pytest
 
 from teegpu import config
 from teegpu.errors import ConnectionFailedError
-from teegpu.tee.embedded_server import EmbeddedServer
-from teegpu.tee.generate import Generation
-from teegpu.tee.runner import Runner
+from teegpu.remote.embedded import EmbeddedServer
+from teegpu.runner import Runner
 from teegpu.tee.sampling import Sampler, SamplingOptions
+from teegpu.tee.sequence import Generation
 from tests.conftest import TinyModel
-from transports.link import EmulatedLink, LinkSpec
+from transports.netem.link import EmulatedLink, LinkSpec
 
 STALL_SECONDS = 10.0
 PROMPT = list(range(1, 41))
@@ -86,7 +86,7 @@ def test_a_link_that_is_cut_in_prefill_and_stays_so_ends_the_run(transport: str,
 
 def test_the_record_says_what_compression_saved_on_a_slow_link(tiny_model: TinyModel) -> None:
     folder = tiny_model("llama", max_position_embeddings=2048)
-    shared = SETTINGS | {"compression.min_bytes": 4096, "run.max_tokens": 1, "run.chunk_tokens": 0}
+    shared = SETTINGS | {"run.max_tokens": 1, "run.chunk_tokens": 0}
     with (
         EmbeddedServer(folder, config.load(shared), threads=1) as server,
         EmulatedLink(LinkSpec.parse("rtt=1ms,bandwidth=20mbit"), server.wait()["address"]) as link,

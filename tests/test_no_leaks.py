@@ -6,11 +6,13 @@ Each search is made once where the secret is meant to be, to see that it would b
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -25,8 +27,8 @@ import pytest
 import torch
 import zstandard
 
+from teegpu.cli import answering
 from teegpu.cli import main as cli
-from teegpu.cli import run as run_module
 from teegpu.model.folder import ModelFolder
 from teegpu.model.tokenizer import Tokenizer
 from teegpu.wire import codec
@@ -101,8 +103,10 @@ def everything_in(folder: Path) -> dict[str, bytes]:
     for path in folder.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
-            if path.suffix == ".zst":
-                content = zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True).read()
+            if path.suffix == ".sqlite":
+                with contextlib.closing(sqlite3.connect(path)) as database:
+                    for (block,) in database.execute("SELECT block FROM events"):
+                        content += zstandard.ZstdDecompressor().decompress(block)
             found[str(path.relative_to(folder))] = path.name.encode() + b"\n" + content
     return found
 
@@ -215,7 +219,7 @@ def leaks(
     def look(*, recorded: bool = True, **texts: str) -> dict[str, set[str]]:
         records = everything_in(isolated_user_files)
         if recorded:
-            assert any("events.msgpack" in name for name in records), "no record to look at"
+            assert any("run.sqlite" in name for name in records), "no record to look at"
         places = records | everything_in(scratch) | {"server's log": served.log}
         places |= {name: text.encode() for name, text in texts.items()}
         return {name: found for name, content in places.items() if (found := secrets.in_(content))}
@@ -303,7 +307,7 @@ def after_some_text(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], N
     """``after_some_text(act)``: ``act`` is called when a run has written some of its answer."""
 
     def prepare(act: Callable[[], None]) -> None:
-        write, pieces_left = run_module._write, [4]
+        write, pieces_left = answering._write, [4]
 
         def writing(text: str) -> None:
             write(text)
@@ -311,7 +315,7 @@ def after_some_text(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], N
             if pieces_left[0] == 0:
                 act()
 
-        monkeypatch.setattr(run_module, "_write", writing)
+        monkeypatch.setattr(answering, "_write", writing)
 
     return prepare
 

@@ -26,7 +26,7 @@ ROOT = Path(".fuzz")
 GROWTH_BYTES = 64 * 2**20
 ATHERIS_GROWTH_MIB = 1024
 """What libFuzzer's corpus and coverage may take beside us."""
-WATCHED = ["teegpu.wire", "teegpu.gpu", "teegpu.tee", "teegpu.metrics", "transports"]
+WATCHED = ["teegpu.wire", "teegpu.gpu", "teegpu.remote", "teegpu.model", "teegpu.api", "transports"]
 
 
 def main() -> int:

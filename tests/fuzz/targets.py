@@ -10,19 +10,24 @@ from itertools import count
 from typing import Any
 
 import msgpack
+import numpy as np
 import torch
 
+from teegpu.endpoints import Endpoint
 from teegpu.errors import MismatchError, TeegpuError, WireError
-from teegpu.metrics.events import PREFILL
-from teegpu.metrics.recorder import Recorder
-from teegpu.metrics.summary import Summary
-from teegpu.tee.gpu_client import GpuClient
-from teegpu.tee.products import Call, drive
+from teegpu.record.events import PREFILL
+from teegpu.record.recorder import Recorder
+from teegpu.remote.calls import Call, drive
+from teegpu.remote.client import GpuClient
+from teegpu.remote.handshake import ModelHandshake
+from teegpu.stats.summary import Summary
 from teegpu.wire import codec, dtypes
-from teegpu.wire.layout import SHARED
+from teegpu.wire.limits import MAX_STEP_WEIGHTS
 from teegpu.wire.messages import PROTOCOL_VERSION, Health, HealthReport, Hello, Refusal, Result, Welcome
 from teegpu.wire.program import OPS, RING
+from tests.fuzz import attested, files
 from tests.fuzz.world import (
+    DIGEST,
     LIMITS,
     WIRE_DTYPES,
     Direct,
@@ -35,6 +40,7 @@ from tests.fuzz.world import (
 )
 from tests.teegpu.gpu.conftest import SPEC
 from transports import envelope
+from transports.base import Compression, Reply
 from transports.compression import Compressor
 from transports.errors import FrameError, TransportError
 from transports.framecodec import FrameCodec
@@ -64,6 +70,25 @@ def any_message(data: bytes) -> str:
         value = getattr(message, item.name)
         assert not isinstance(value, str) or value.isprintable()
     return type(message).__name__
+
+
+# Who answers a runner's hello
+
+
+@cache
+def _handshake() -> ModelHandshake:
+    return ModelHandshake(codec.Decoder(LIMITS), SPEC, DIGEST)
+
+
+def welcome(data: bytes) -> str:
+    reply = Reply(views(split(data)), 0, 1, 0, len(data), Compression(), Compression(), 0)
+    try:
+        found = _handshake().check(reply, Endpoint("tcp://127.0.0.1:5555"))
+    except (TeegpuError, TransportError) as error:
+        return refused(error)
+    assert found.digest == DIGEST
+    assert found.model.isprintable()
+    return "taken"
 
 
 # A reply, as the runner reads it: to a call that was made, in each wire dtype
@@ -159,7 +184,7 @@ def _answered(frames: list[bytes]) -> str:
 
 OPERATIONS = (*OPS, "relu")
 REGISTERS = ("x", "n", "a", "h", "z", "q", "k", "ids", "out")
-WEIGHTS = (*SPEC.weights, "layers.2.q_proj", "norm.bias", "")
+WEIGHTS = (*SPEC.weights, "layers.2.q_proj", "norm.bias")
 DIMENSIONS = (1, 2, 3, 8, 16, SPEC.hidden_size, SPEC.intermediate_size, SPEC.vocab_size, 0, 4097)
 
 
@@ -184,12 +209,11 @@ def program(data: bytes) -> str:
         encoding = "int32" if name in ids else source.pick(("int32", "seed") if in_ring else WIRE_DTYPES)
         if source.seldom():
             encoding = source.pick(dtypes.NAMES)
-        shares = bool(rows) and rows[-1][2] == encoding and encoding in SHARED and not source.seldom()
         rows.append([name, shape, encoding])
         length = dtypes.nbytes(tuple(shape), encoding) if 0 not in shape else 0
         pattern = source.take(8) if encoding != "int32" else b"\1\0\0\0"
         data = (pattern * (min(length, 2**18) // len(pattern) + 1))[:length]
-        frames[len(frames) - shares :] = [frames[-1] + data] if shares else [data]
+        frames.append(data)
     replies = [source.pick(("int32",) if in_ring and not source.seldom() else WIRE_DTYPES) for _ in code[2]]
     header = [PROTOCOL_VERSION, "execute", source.below(2**16), msgpack.packb(code), replies, msgpack.packb(rows)]
     return _answered([msgpack.packb(header), *frames])
@@ -207,24 +231,33 @@ def _any_program(source: Source) -> list[list[object]]:
 
 def _any_step(source: Source) -> list[object]:
     inputs = [source.pick(REGISTERS) for _ in range(1 + source.below(2))]
-    return [source.pick(OPERATIONS), source.pick(REGISTERS), inputs, source.pick(WEIGHTS), bool(source.below(2))]
+    return [source.pick(OPERATIONS), source.pick(REGISTERS), inputs, _any_weights(source), bool(source.below(2))]
+
+
+def _any_weights(source: Source) -> list[str]:
+    """None, one, a few, or more than a step takes; now and then one twice."""
+    count = source.pick((0, 1, 1, 1, 2, 3, MAX_STEP_WEIGHTS, MAX_STEP_WEIGHTS + 1))
+    return [source.pick(WEIGHTS) for _ in range(count)]
 
 
 def _change(source: Source, code: list[list[object]], shapes: dict[str, list[int]]) -> None:
     """One change to a program of ours, or to the shape of an input."""
     steps = code[1]
-    match source.below(7):
+    match source.below(8):
         case 0:
             shapes[source.pick(list(shapes))] = _any_shape(source)
         case 1:
             source.pick(list(shapes.values()))[0] = 1 + source.below(2**12)
         case 2:
-            steps[source.below(len(steps))][3] = source.pick(WEIGHTS)  # type: ignore[index]
+            steps[source.below(len(steps))][3] = _any_weights(source)  # type: ignore[index]
         case 3:
             steps[source.below(len(steps))] = _any_step(source)
         case 4:
             steps.insert(source.below(len(steps) + 1), _any_step(source))
         case 5:
+            weights: Any = steps[source.below(len(steps))][3]  # type: ignore[index]
+            weights[source.below(len(weights) + 1) :] = _any_weights(source)
+        case 6:
             code[2].append(source.pick(REGISTERS))
         case _:
             code[source.pick([0, 1, 2])].reverse()
@@ -235,7 +268,7 @@ def _change(source: Source, code: list[list[object]], shapes: dict[str, list[int
 
 @cache
 def _compressor() -> Compressor:
-    return Compressor(level=1, min_bytes=0, policy="always")
+    return Compressor(1, lambda: None)
 
 
 def framing(data: bytes) -> str:
@@ -277,11 +310,14 @@ def compressed(data: bytes) -> str:
 
 TARGETS: dict[str, Target] = {
     "any-message": any_message,
+    "welcome": welcome,
     "reply": reply,
     "request": request,
     "program": program,
     "framing": framing,
     "compressed": compressed,
+    **files.TARGETS,
+    **attested.TARGETS,
 }
 
 
@@ -306,16 +342,25 @@ def seeds() -> dict[str, list[bytes]]:
     sealed.append(envelope.pack_refusal(5, envelope.REFUSED_LIMIT, "too much"))
     shrunk = []
     for frames in replies[:: len(runner.calls)]:
-        packed, codecs, itemsizes, _ = _compressor().compress(frames, ())
+        packed, codecs = zip(
+            *(FrameCodec(1).encode(np.frombuffer(frame, np.uint8), 1) for frame in frames), strict=True
+        )
         lengths = [len(frame) for frame in frames]
-        sealed.append([envelope.pack(5, lengths, codecs, itemsizes), *map(bytes, packed)])
+        sealed.append([envelope.pack(5, lengths, codecs), *packed])
         for length, how, frame in zip(lengths, codecs, packed, strict=True):
-            shrunk.append(bytes([how, 1]) + length.to_bytes(3, "big") + bytes(frame))
+            shrunk.append(bytes([how, 1]) + length.to_bytes(3, "big") + frame)
+    # Of a short frame, damage also finds the byte that says nothing here.
+    for length in range(4):
+        short, how = FrameCodec(1).encode(np.zeros(length, np.uint8), 1)
+        shrunk.append(bytes([how, 1]) + length.to_bytes(3, "big") + short)
     return {
         "any-message": [join(frames) for frames in requests + replies],
+        "welcome": [join(replies[-2])],
         "reply": labelled,
         "request": [join(frames) for frames in requests],
         "program": [bytes([0, index, 0]) for index in range(len(runner.calls))] + [bytes([255, *range(60)])],
         "framing": [join(frames) for frames in sealed],
         "compressed": shrunk,
+        **files.seeds(),
+        **attested.seeds(),
     }

@@ -6,7 +6,6 @@ import random
 import tracemalloc
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,17 +15,24 @@ from tests.fuzz.world import LIMITS, join, split
 
 GOOD = {
     "any-message": {"Hello", "Health", "Execute", "Result", "Welcome", "Refusal", "HealthReport"},
+    "welcome": {"taken"},
     "reply": {"taken"},
     "request": {"Welcome", "Result", "HealthReport"},
     "program": {"Result"},
     "framing": {"raw", "compressed", "refusal"},
     "compressed": {"taken"},
+    "safetensors": {"taken"},
+    "gguf": {"taken", "unfit"},
+    "body": {"taken refused", "refused taken"},
+    "config": {"taken"},
+    "record": {"taken"},
+    "block": {"taken"},
+    "key": {"taken"},
+    "endpoint": {"taken"},
+    "evidence": {"taken"},
+    "quote": {"taken"},
+    "policy": {"taken"},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -10,31 +10,33 @@ from typing import Any, TypeVar
 
 import torch
 
+from teegpu.facts import PLANS
 from teegpu.gpu.executor import Executor
 from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.server import GpuServer, Identity
 from teegpu.gpu.weights import DeviceWeights
+from teegpu.remote.calls import Call
 from teegpu.ring import SEED_BYTES, Seed
-from teegpu.tee.plans import CONTEXT, EMBED, LM_HEAD, PLANS, SCORES, programs
-from teegpu.tee.products import Call
+from teegpu.tee.plans import CONTEXT, EMBED, LM_HEAD, SCORES, programs
 from teegpu.wire.limits import Limits
-from teegpu.wire.program import Program, ring_linear, single
+from teegpu.wire.program import ring_linear, single
 from tests.teegpu.gpu.conftest import SPEC, MemoryStore
-from transports.base import Client, Incoming, Message, Reply, ServerLoad
+from transports.base import Answered, Client, Incoming, Message, Reply, ServerLoad
 
 T = TypeVar("T")
 
 LIMITS = Limits(message_bytes=2**20, tensors=8, dimension=4096, program_steps=16, working_bytes=8 * 2**20)
 WIRE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 TOKENS = 3
-RING_QKV = Program(
-    ("n",), tuple(ring_linear(name, f"layers.0.{name}_proj", "n") for name in ("q", "k", "v")), ("q", "k", "v")
-)
+RING_QKV = single(["n"], ring_linear("qkv", "n", "layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj"))
+
+
+DIGEST = "ab" * 32
 
 
 def make_server() -> GpuServer:
     weights = DeviceWeights(MemoryStore(SPEC), SPEC, device=torch.device("cpu"), dtype=torch.float32)
-    identity = Identity(SPEC, "ab" * 32, "cpu", "fp32", 1, weights.nbytes)
+    identity = Identity(SPEC, DIGEST, "cpu", "fp32", 1, weights.nbytes)
     transport: Any = SimpleNamespace(user_bytes=0, load=ServerLoad())  # it is asked directly
     ring = RingWeights(
         lambda: contextlib.nullcontext(MemoryStore(SPEC)), SPEC, device=weights.device, layers=weights.layers
@@ -62,7 +64,7 @@ def make_calls() -> list[Call]:
         Call(CONTEXT, {"p": torch.randn(SPEC.heads, TOKENS, TOKENS), "v": attention[1]}, 0),
         Call(RING_QKV, {"n": torch.arange(TOKENS * hidden, dtype=torch.int32).view(TOKENS, hidden) - 7}, 0),
         Call(RING_QKV, {"n": Seed(bytes(SEED_BYTES), (TOKENS, hidden))}, 0),
-        Call(single(["n"], ring_linear("logits", "lm_head", "n")), {"n": Seed(bytes(SEED_BYTES), (1, hidden))}),
+        Call(single(["n"], ring_linear("logits", "n", "lm_head")), {"n": Seed(bytes(SEED_BYTES), (1, hidden))}),
     ]
 
 
@@ -77,15 +79,13 @@ class Direct(Client):
         self.asked: list[bytes] = []
         self.answered: list[bytes] = []
 
-    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Answered:
         sent_ns = time.perf_counter_ns()
         self.asked = [bytes(frame) for frame in message.frames]
         self.answered = [bytes(frame) for frame in self.answer(self.asked)]
         frames = [memoryview(bytearray(frame)) for frame in self.answered]
-        return Reply(frames, sent_ns, time.perf_counter_ns(), message.nbytes, sum(map(len, self.answered)))
-
-    async def request_async(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
-        return self.request(message, timeout_seconds=timeout_seconds)
+        down = sum(map(len, self.answered))
+        return Answered(Reply(frames, sent_ns, time.perf_counter_ns(), message.nbytes, down))
 
     def close(self) -> None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import transports
-from teegpu import config
-from teegpu.config import SETTINGS, TRANSPORTS, Config, load, render, to_toml, variable_name
+from teegpu import config, settings
+from teegpu.config import SETTINGS, TRANSPORTS, Config, load, render, to_toml, updated, variable_name
 from teegpu.errors import ConfigError
-from teegpu.settings import Setting
+from teegpu.fields import Setting
 
 ROOT = Path(config.__file__).resolve().parent.parent
 
@@ -88,6 +89,68 @@ def test_the_folder_is_the_current_one(
     loaded = load(environ=environ)
     assert loaded.server.threads == 3
     assert loaded.source("server.threads") == "config.toml"
+
+
+GUARDED = [key for key, known in SETTINGS.items() if known.guarded]
+
+
+def other_value(key: str) -> object:
+    """One that is not the default."""
+    known = SETTINGS[key]
+    if known.choices:
+        return known.choices[1]
+    if isinstance(known.default, bool):
+        return not known.default
+    if key == "model.digest":
+        return "ab" * 32
+    return ["tcp://evil.example:1"] if isinstance(known.default, tuple) else 8 if known.default == 40 else "x"
+
+
+def test_what_decides_secrecy_and_belief_is_guarded() -> None:
+    assert {"run.endpoints", "run.privacy", "run.verify", "link.server_key", "link.insecure"} <= set(GUARDED)
+    assert {"server.key", "server.auth_dir", "record.save_text", "shield.checks"} <= set(GUARDED)
+
+
+@pytest.mark.parametrize("key", GUARDED)
+def test_a_guarded_setting_comes_from_flags_and_a_given_file_alone(
+    key: str, environ: dict[str, str], tmp_path: Path
+) -> None:
+    value = other_value(key)
+    if key == "run.operators":  # it is read at once
+        operator = '[[operator]]\nname = "A"\nservers = ["tcp://a:1"]\nkey = "a"\n'
+        value = str(write(tmp_path / "operators.toml", operator))
+    section, name = key.split(".")
+    text = f"[{section}]\n{name} = {to_toml(value)}\n"
+    refused = f"{key} decides what is secret or believed, so only flags and the file of --config may set it"
+    with pytest.raises(ConfigError, match=re.escape(f"{variable_name(key)}: {refused}")):
+        load(environ={variable_name(key): to_toml(value).strip('"')}, folder=tmp_path)
+    project = write(tmp_path / "config.toml", text)
+    with pytest.raises(ConfigError, match=re.escape(f"{project}: {refused}")):
+        load(environ=environ, folder=tmp_path)
+    own = write(config.user_file(environ), text)
+    with pytest.raises(ConfigError, match=re.escape(f"{own}: {refused}")):
+        load(environ=environ, folder=tmp_path / "elsewhere")
+    assert to_toml(load(config_file=own, environ=environ).values()[key]) == to_toml(value)
+    own.unlink()
+    assert to_toml(load({key: value}, environ={}, folder=tmp_path / "elsewhere").values()[key]) == to_toml(value)
+
+
+def test_a_default_from_outside_does_not_weaken_what_was_given(tmp_path: Path) -> None:
+    write(tmp_path / "config.toml", render(active=True))
+    given = write(tmp_path / "given.toml", "[run]\nprivacy = 'pads'\n")
+    environ = {"TEEGPU_RUN_PRIVACY": "none", "HOME": str(tmp_path)}
+    assert load(config_file=given, environ=environ).run.privacy == "pads"
+    assert load({"run.privacy": "pads"}, environ=environ, folder=tmp_path).run.privacy == "pads"
+
+
+def test_the_privacy_that_is_required_can_only_be_tightened(environ: dict[str, str], tmp_path: Path) -> None:
+    write(config.user_file(environ), "[run]\nrequire_privacy = 'two-server'\n")
+    for stronger in ("pads", "two-server", "none"):
+        loaded = load({"run.require_privacy": stronger}, environ=environ, folder=tmp_path)
+        assert loaded.run.require_privacy == ("pads" if stronger == "pads" else "two-server")
+    environ["TEEGPU_RUN_REQUIRE_PRIVACY"] = "pads"
+    loaded = load({"run.require_privacy": "none"}, environ=environ, folder=tmp_path)
+    assert (loaded.run.require_privacy, loaded.source("run.require_privacy")) == ("pads", "TEEGPU_RUN_REQUIRE_PRIVACY")
 
 
 def test_user_file_ignores_a_relative_xdg_folder(tmp_path: Path) -> None:
@@ -190,6 +253,50 @@ def test_bad_flags(tmp_path: Path) -> None:
         load({"run.plan": "fused"}, environ={}, folder=tmp_path)
 
 
+GONE = {"run.colour": "use run.theme", "old.key": "leave it out", "run.transport=tcp": "use zmq"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run]\ncolour = 1\n", "run.colour is gone: use run.theme"),
+        ("[old]\nkey = 1\n", "old.key is gone: leave it out"),
+        ("[run]\ntransport = 'tcp'\n", 'run.transport = "tcp" is gone: use zmq'),
+    ],
+)
+def test_what_is_gone_is_refused_with_what_to_do(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, told in GONE.items():
+        monkeypatch.setitem(settings.GONE, key, told)
+    assert refusal(text, tmp_path) == message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("TEEGPU_RUN_COLOUR", "1", "environment variable TEEGPU_RUN_COLOUR: run.colour is gone: use run.theme"),
+        ("TEEGPU_OLD_KEY", "1", "environment variable TEEGPU_OLD_KEY: old.key is gone: leave it out"),
+        ("TEEGPU_RUN_TRANSPORT", "tcp", "TEEGPU_RUN_TRANSPORT='tcp' is gone: use zmq"),
+    ],
+)
+def test_variables_that_are_gone(
+    variable: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, told in GONE.items():
+        monkeypatch.setitem(settings.GONE, key, told)
+    with pytest.raises(ConfigError) as caught:
+        load(environ={variable: value}, folder=tmp_path)
+    assert str(caught.value) == message
+
+
+def test_everything_in_the_table_of_what_is_gone_is_refused(tmp_path: Path) -> None:
+    for key, told in settings.GONE.items():
+        name, _, value = key.partition("=")
+        section, short = name.split(".")
+        assert refusal(f"[{section}]\n{short} = '{value}'\n", tmp_path).endswith(f" is gone: {told}")
+
+
 def test_source_of_an_unknown_key() -> None:
     with pytest.raises(KeyError):
         Config().source("run.transprot")
@@ -247,3 +354,51 @@ def test_transport_names_are_those_that_exist() -> None:
 def test_kinds_in_words() -> None:
     kinds = {Setting(default, "").kind for default in ("", True, 1, 1.0, ())}
     assert kinds == {"a string", "true or false", "a whole number", "a number", "a list of strings"}
+
+
+CHANGES = {"run.transport": "zmq", "run.chunk_tokens": 64}
+
+
+def test_an_empty_file_gets_a_section() -> None:
+    assert updated("", CHANGES, "f") == '[run]\ntransport = "zmq"\nchunk_tokens = 64\n'
+
+
+def test_values_change_where_they_stand_and_comments_stay() -> None:
+    text = '# mine\n[run]\n  transport = "pipelined" # quick\nthreads = 2\n\n# more\n[server]\nthreads = 3\n'
+    assert updated(text, CHANGES, "f") == (
+        '# mine\n[run]\n  transport = "zmq" # quick\nthreads = 2\nchunk_tokens = 64\n\n# more\n[server]\nthreads = 3\n'
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'run.transport = "pipelined"\n',
+        'run = { transport = "pipelined" }\n',
+        "[run]\ntransport = '''\nx'''\n",
+        "[run]\nstop = [\n 'a', # one\n]\n# the end\n",
+        "[server]\nthreads = 3",
+        "[run]\r\nthreads = 3\r\n",
+    ],
+)
+def test_a_file_may_be_written_in_any_way(text: str) -> None:
+    before, after = tomllib.loads(text), tomllib.loads(updated(text, CHANGES, "f"))
+    changed = before.get("run", {}) | {"transport": "zmq", "chunk_tokens": 64}
+    assert after == before | {"run": changed}
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_the_generated_file_takes_all_of_it(tmp_path: Path, active: bool) -> None:
+    text = render(active=active)
+    path = write(tmp_path / "config.toml", updated(text, CHANGES | {"run.prefill_plan": "local"}, "f"))
+    loaded = load(config_file=path, environ={"HOME": str(tmp_path)})
+    assert (loaded.run.transport, loaded.run.chunk_tokens, loaded.run.prefill_plan) == ("zmq", 64, "local")
+    assert path.read_text().count("#") == text.count("#")
+    lines = path.read_text().splitlines()
+    assert lines[lines.index("[sampling]") - 1].startswith("# How the next token"), "its comment stays above a section"
+
+
+@pytest.mark.parametrize(("text", "message"), [("[run\n", "not a valid TOML file"), ("run = 3\n", "outside of any")])
+def test_a_file_that_can_not_be_changed_is_left_alone(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        updated(text, CHANGES, "f")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from teegpu.errors import UsageError
@@ -37,3 +40,9 @@ def test_markdown_keeps_bars_apart() -> None:
 
 def test_json_with_numbers_on_one_line() -> None:
     assert as_json({"a": [1, 2.5, -3], "b": ["x"]}) == '{\n  "a": [1, 2.5, -3],\n  "b": [\n    "x"\n  ]\n}\n'
+
+
+def test_json_has_no_control_characters_and_says_the_same() -> None:
+    document = {"text": "\x1b]0;x\x07\x7f\x9b31m é模"}
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", as_json(document))
+    assert json.loads(as_json(document)) == document

@@ -232,6 +232,27 @@ def test_threads_sleep_while_they_wait_on_few_cores(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("no_torch")
+@pytest.mark.parametrize(("running", "spins"), [(1, 10_000), (0, 10_000), (2, 1_000)])
+def test_threads_wait_longer_where_nobody_else_wants_the_cores(
+    monkeypatch: pytest.MonkeyPatch, running: int, spins: int
+) -> None:
+    monkeypatch.setattr(machine, "available_cores", lambda: 2)
+    monkeypatch.setattr(machine, "running_processes", lambda: running)
+    environ = {"HOME": "/"}
+    machine.share_cores(environ, alone=True)
+    assert environ["GOMP_SPINCOUNT"] == str(spins)
+    assert machine.without_sharing(environ) == {"HOME": "/"}
+
+
+def test_running_processes_are_the_kernels(tmp_path: Path) -> None:
+    assert machine.running_processes() >= 1
+    (tmp_path / "proc").mkdir()
+    assert machine.running_processes(tmp_path) == 0
+    (tmp_path / "proc" / "stat").write_text("cpu  1 2\nprocs_running 5\nprocs_blocked 0\n")
+    assert machine.running_processes(tmp_path) == 5
+
+
+@pytest.mark.usefixtures("no_torch")
 def test_what_a_user_set_for_openmp_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cores", lambda: 2)
     for wish in ("active", "PASSIVE"):
@@ -255,3 +276,53 @@ def test_those_that_take_turns_have_all_cores_each(monkeypatch: pytest.MonkeyPat
     assert machine.thread_split(True, 1, servers=2) == (1, 1)
     assert not machine.oversubscribed(2, 2, 2, shared=True)
     assert machine.oversubscribed(3, 1, 2, shared=True)
+
+
+# Memory that more processes may take
+
+
+def write_memory(root: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_what_the_kernel_estimates(tmp_path: Path) -> None:
+    write_memory(tmp_path, proc__meminfo="MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable:   40 kB\n")
+    assert machine.available_bytes(tmp_path) == 40 * 1024
+
+
+def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
+    write_memory(
+        tmp_path,
+        proc__meminfo="MemAvailable: 1000 kB\n",
+        proc__self__cgroup="0::/a/b\n",
+        sys__fs__cgroup__a__b__memory_dot_max="max\n",
+        sys__fs__cgroup__a__b__memory_dot_current="5\n",
+        sys__fs__cgroup__a__memory_dot_max="5000\n",
+        sys__fs__cgroup__a__memory_dot_current="3000\n",
+        sys__fs__cgroup__a__memory_dot_stat="active_file 1\ninactive_file 700\n",
+    )
+    assert machine.available_bytes(tmp_path) == 5000 - 3000 + 700
+
+
+def test_where_the_kernel_says_nothing(tmp_path: Path) -> None:
+    assert machine.available_bytes(tmp_path) is None
+
+
+def test_this_machine_has_some() -> None:
+    found = machine.available_bytes()
+    assert found is None or found > 0
+
+
+def test_processor_seconds_of_the_machine(tmp_path: Path) -> None:
+    tick = os.sysconf("SC_CLK_TCK")
+    (tmp_path / "proc").mkdir()
+    # user nice system idle iowait irq softirq steal guest
+    row = [3 * tick, 0, 2 * tick, 90 * tick, 5 * tick, 0, tick, 4 * tick, 0]
+    stat = "cpu  " + " ".join(map(str, row)) + "\ncpu0 1\ncpu1 1\nprocs_running 1\n"
+    (tmp_path / "proc" / "stat").write_text(stat)
+    assert machine.machine_cpu_seconds(tmp_path) == (2, 6.0, 4.0)
+    assert machine.machine_cpu_seconds(tmp_path / "nothing") == (0, 0.0, 0.0)
+    assert machine.machine_cpu_seconds()[1] > machine.cpu_seconds() > 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket as sockets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import zmq
 
-from transports import Incoming, Message, Server, ServerOptions, listen
+from transports import Client, Incoming, Message, Reply, Server, ServerOptions, listen
 
 WAIT_SECONDS = 10.0
 
@@ -18,6 +19,19 @@ Script = Callable[["Peer"], None]
 
 def echo(server: Server, incoming: Incoming) -> None:
     server.reply(incoming, Message(incoming.frames))
+
+
+def ask_all(client: Client, messages: Sequence[Message], *, timeout_seconds: float | None = None) -> list[Reply]:
+    """The replies to ``messages``, which are in flight together, in their order."""
+    sent = [client.begin(message, timeout_seconds=timeout_seconds) for message in messages]
+    return [each.wait() for each in sent]
+
+
+def free_port() -> int:
+    with sockets.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class Peer:

@@ -52,3 +52,25 @@ def test_ipc_and_inprocess():
 def test_bad_addresses_say_what_a_good_one_looks_like(text: str, says: str):
     with pytest.raises(BadAddressError, match=says):
         addresses.parse(text, listening=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "local"),
+    [
+        ("tcp://127.0.0.1:5555", True),
+        ("tcp://127.1.2.3:0", True),
+        ("tcp://localhost:1", True),
+        ("tcp://[::1]:1", True),
+        ("tcp://[0:0:0:0:0:0:0:1]:1", True),
+        ("ipc:///run/teegpu.sock", True),
+        ("inprocess://one", True),
+        ("tcp://127.example.org:1", False),
+        ("tcp://10.0.0.1:1", False),
+        ("tcp://[::]:1", False),
+        ("tcp://[2001:db8::1]:1", False),
+        ("tcp://*:1", False),
+        ("no address", False),
+    ],
+)
+def test_what_only_this_machine_reaches(text: str, local: bool):
+    assert addresses.is_local(text) is local

@@ -16,9 +16,9 @@ import pytest
 import zmq
 
 import transports
-from transports import Client, ClientOptions, Message, Server, ServerOptions, mechanism, security
+from transports import Client, ClientOptions, Message, Server, ServerOptions, security
 from transports.admission import MAX_KINDS, REPEAT_SECONDS, AllowList, FailureLog
-from transports.connection import CUT_HANDSHAKES
+from transports.connection import CUT_HANDSHAKES, ask_mechanism
 from transports.dealer import DealerClient
 from transports.errors import AuthenticationError, BadKeyError, ConnectError
 from transports.security import CurveClient, CurveServer, KeyPair
@@ -44,7 +44,9 @@ class Keys:
         return ClientOptions(connect_timeout_seconds=TIMEOUT_SECONDS, curve=curve)
 
     def allow(self, name: str, pair: KeyPair) -> None:
-        (self.folder / f"{name}.pub").write_text(pair.public.text)
+        path = self.folder / f"{name}.pub"
+        path.write_text(pair.public.text)
+        path.chmod(0o644)  # whatever the umask is
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +158,7 @@ def test_a_server_without_keys(name: str, serve: Serve, keys: Keys) -> None:
 
 
 def test_what_went_wrong_before_the_first_request_is_told_with_it(name: str, serve: Serve, keys: Keys) -> None:
-    """zmq connects when a client is made. Where it has given up since, it takes nothing to send."""
+    """zmq connects when a client is made. Where that has failed since, there is nothing to send to."""
     plain, locked = serve(), serve(options=keys.options)
     for address, options, told in (
         (plain.address, keys.of(keys.alice), "has no key"),
@@ -166,7 +168,7 @@ def test_what_went_wrong_before_the_first_request_is_told_with_it(name: str, ser
             assert isinstance(client, DealerClient)
             connection = client._connection
             assert connection is not None
-            until(lambda connection=connection: connection.check_monitor() or bool(connection.denied))
+            until(lambda connection=connection: connection.check_monitor() or connection.retry_at_ns > 0)
             with pytest.raises(AuthenticationError, match=told):
                 client.request(Message([b"x"]))
 
@@ -188,7 +190,7 @@ def test_a_listener_that_cuts_every_connection_is_not_taken_for_a_wrong_key(name
         address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
         options = ClientOptions(connect_timeout_seconds=0.4, curve=CurveClient(keys.alice, keys.server.public))
         with transports.connect(name, address, options) as client:
-            poll = client.post(Message([b"x"]))
+            poll = client.begin(Message([b"x"])).poll
             cut = 0
 
             def ended() -> bool:
@@ -342,7 +344,7 @@ def test_what_does_not_belong_into_the_folder(keys: Keys, caplog: pytest.LogCapt
     assert names(allowed) == {"alice"}
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 3  # once, however often the folder is looked at
-    for part in ("damaged.pub: the key is damaged", "secret.pub: this is a secret key", "open.pub: everybody on this"):
+    for part in ("damaged.pub: the key is damaged", "secret.pub: this is a secret key", "open.pub: others could have"):
         assert any(part in line for line in told)
 
 
@@ -354,17 +356,52 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         AllowList(tmp_path / "file")
 
 
-def test_a_folder_that_everybody_can_write_to(keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
-    allowed = AllowList(keys.folder)
-    keys.folder.chmod(0o777)
-    with pytest.raises(BadKeyError, match="everybody on this machine can admit clients there"):
-        AllowList(keys.folder)
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+@pytest.mark.parametrize("above", [False, True], ids=["the folder", "the folder above"])
+def test_a_folder_that_others_can_write_to(
+    keys: Keys, caplog: pytest.LogCaptureFixture, mode: int, above: bool
+) -> None:
+    """Who can write into the folder above can put another one in its place."""
+    folder = keys.folder / "clients"
+    folder.mkdir(mode=0o755)
+    (keys.folder / "alice.pub").rename(folder / "alice.pub")
+    allowed = AllowList(folder)
+    (keys.folder if above else folder).chmod(mode)
+    with pytest.raises(BadKeyError, match=r"others can admit clients there.*chmod go-w"):
+        AllowList(folder)
     allowed.refresh()
     assert allowed.names == {}
-    keys.folder.chmod(0o755)
+    (keys.folder if above else folder).chmod(0o755)
     allowed.refresh()
     assert names(allowed) == {"alice"}
     assert caplog.text.count("nobody is admitted") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
+@pytest.mark.parametrize("what", ["file", "target of a link", "folder"])
+def test_what_belongs_to_another_user(keys: Keys, what: str) -> None:
+    allowed, theirs = AllowList(keys.folder), keys.folder / "alice.pub"
+    if what == "target of a link":
+        theirs = theirs.rename(keys.folder / "elsewhere")
+        (keys.folder / "alice.pub").symlink_to(theirs)
+    os.chown(keys.folder if what == "folder" else theirs, 4242, -1)
+    allowed.refresh()
+    assert allowed.names == {}
+    if what == "folder":
+        with pytest.raises(BadKeyError, match="belongs to another user"):
+            AllowList(keys.folder)
+
+
+def test_a_link_to_a_file_in_a_folder_of_others(keys: Keys) -> None:
+    """The file itself is as it should be, and can be replaced by others."""
+    open_to_all = keys.folder / "open"
+    open_to_all.mkdir()
+    theirs = (keys.folder / "alice.pub").rename(open_to_all / "alice.pub")
+    open_to_all.chmod(0o777)
+    (keys.folder / "alice.pub").symlink_to(theirs)
+    assert AllowList(keys.folder).names == {}
+    open_to_all.chmod(0o1777)  # as /tmp: nobody can replace what is another's
+    assert names(AllowList(keys.folder)) == {"alice"}
 
 
 def test_a_folder_that_goes_lets_nobody_in_until_it_is_back(
@@ -446,10 +483,10 @@ def test_many_kinds_of_failures_neither_fill_the_log_nor_the_memory() -> None:
 
 
 def test_the_mechanism_of_a_peer(serve: Serve, keys: Keys, tmp_path: Path) -> None:
-    assert mechanism.ask(serve(options=keys.options).address, 5) == "CURVE"
-    assert mechanism.ask(serve().address, 5) == "NULL"
-    assert mechanism.ask(serve(f"ipc://{tmp_path}/s").address, 5) == "NULL"
-    assert mechanism.ask(f"ipc://{tmp_path}/nothing", 5) == ""
+    assert ask_mechanism(serve(options=keys.options).address, 5) == "CURVE"
+    assert ask_mechanism(serve().address, 5) == "NULL"
+    assert ask_mechanism(serve(f"ipc://{tmp_path}/s").address, 5) == "NULL"
+    assert ask_mechanism(f"ipc://{tmp_path}/nothing", 5) == ""
 
 
 def test_the_mechanism_of_what_is_no_peer() -> None:
@@ -457,5 +494,5 @@ def test_the_mechanism_of_what_is_no_peer() -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         started = time.monotonic()
-        assert mechanism.ask(f"tcp://127.0.0.1:{listener.getsockname()[1]}", 0.1) == ""
+        assert ask_mechanism(f"tcp://127.0.0.1:{listener.getsockname()[1]}", 0.1) == ""
         assert time.monotonic() - started < 5

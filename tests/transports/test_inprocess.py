@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 import transports
+from tests.transports.conftest import ask_all
 from transports import Message, Server, ServerOptions
 from transports.errors import ConnectError, ConnectionLostError, LimitError
 
@@ -96,7 +97,7 @@ def test_the_bound_on_clients():
 def test_clients_take_turns():
     with transports.listen("inprocess://turns") as server:
         clients = [transports.connect("inprocess", "inprocess://turns") for _ in range(3)]
-        threads = [threading.Thread(target=client.request_all, args=[[Message([b"x"])] * 5]) for client in clients]
+        threads = [threading.Thread(target=ask_all, args=[client, [Message([b"x"])] * 5]) for client in clients]
         for thread in threads:
             thread.start()
         served: list[bytes] = []

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import transports
+from tests.transports.conftest import ask_all, free_port
 from transports import ClientOptions, Message, Reply, Server, envelope
 from transports.errors import ConnectError, ConnectionLostError, FrameError, LimitError, ReplyTimeoutError
 from transports.pipelined import PipelinedClient
@@ -76,6 +77,29 @@ def test_replies_in_any_order_find_their_requests(scripted: Scripted):
     assert client.dropped_replies == 0
 
 
+def test_a_server_that_is_started_while_a_loop_waits(serve: Serve):
+    """Attempts that failed are made again, and all that was asked meanwhile is sent then, in its order."""
+    seen: list[bytes] = []
+
+    def answer(server: Server, incoming: transports.Incoming) -> None:
+        seen.append(bytes(incoming.frames[0]))
+        server.reply(incoming, Message(incoming.frames))
+
+    async def main(client: PipelinedClient) -> list[Reply]:
+        tasks = [asyncio.create_task(client.request_async(message(str(index)))) for index in range(3)]
+        await asyncio.sleep(0.12)  # some attempts are over, and the next is not due
+        tasks += [asyncio.create_task(client.request_async(message(str(index)))) for index in range(3, 6)]
+        return await asyncio.gather(*tasks)
+
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    timer = threading.Timer(0.3, serve, [endpoint, answer])
+    timer.start()
+    with client_of(endpoint) as client:
+        assert [text(reply) for reply in asyncio.run(main(client))] == [str(index) for index in range(6)]
+    timer.join()
+    assert seen == [b"%d" % index for index in range(6)]
+
+
 def test_one_missing_reply_fails_only_its_own_request(scripted: Scripted):
     def script(peer) -> None:
         peer.send(*peer.receive())
@@ -104,7 +128,7 @@ def test_one_missing_reply_without_a_loop(scripted: Scripted):
 
     with client_of(scripted(script)) as client:
         with pytest.raises(ReplyTimeoutError):
-            client.request_all([message(str(index)) for index in range(3)], timeout_seconds=0.2)
+            ask_all(client, [message(str(index)) for index in range(3)], timeout_seconds=0.2)
         assert text(client.request(message("after"))) == "after"
 
 
@@ -130,7 +154,7 @@ def test_the_window_in_requests_holds_the_others_back(serve: Serve):
     with client_of(server.address, window_requests=4) as client:
         assert [text(reply) for reply in asyncio.run(main())] == [str(index) for index in range(20)]
         assert most == 4
-        assert len(client.request_all([message(str(index)) for index in range(12)])) == 12
+        assert len(ask_all(client, [message(str(index)) for index in range(12)])) == 12
         assert most == 4
 
 
@@ -157,7 +181,7 @@ def test_a_message_larger_than_the_window_goes_alone(serve: Serve):
     server = serve()
     with client_of(server.address, window_bytes=100_000) as client:
         assert [len(reply.frames[1]) for reply in asyncio.run(main())] == [10, 500_000, 20, 500_000, 30]
-        assert len(client.request_all([message("x", 500_000)] * 3)) == 3
+        assert len(ask_all(client, [message("x", 500_000)] * 3)) == 3
 
 
 def test_cancelled_with_30_in_flight(serve: Serve):
@@ -270,7 +294,7 @@ def test_loops_and_blocking_calls_alternate(serve: Serve):
             assert [text(reply) for reply in asyncio.run(burst(turn))] == [f"{turn}-{i}" for i in range(8)]
             for _ in range(turn % 4):
                 assert text(client.request(message("alone"))) == "alone"
-            replies = client.request_all([message(str(i)) for i in range(turn % 5)])
+            replies = ask_all(client, [message(str(i)) for i in range(turn % 5)])
             assert [text(reply) for reply in replies] == [str(i) for i in range(turn % 5)]
             asyncio.run(blocking_inside(turn))
         assert client.dropped_replies == 0
@@ -382,7 +406,7 @@ def test_a_server_that_accepts_and_never_answers(scripted: Scripted):
 
         assert [type(result) for result in asyncio.run(main())] == [ConnectError] * 3
         with pytest.raises(ConnectError):
-            client.request_all([message("x")] * 3)
+            ask_all(client, [message("x")] * 3)
 
 
 def test_a_line_that_a_closed_loop_left_behind(serve: Serve):

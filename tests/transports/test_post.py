@@ -35,7 +35,7 @@ def outcome(poll: Callable[[], Reply | None]) -> Reply:
 def test_the_reply_is_there_in_the_end(name: str, serve: Callable[..., Server]) -> None:
     server = serve()
     with transports.connect(name, server.address) as client:
-        poll = client.post(Message([b"hello"]))
+        poll = client.begin(Message([b"hello"])).poll
         assert client.pending_bytes == 5
         assert bytes(outcome(poll).frames[0]) == b"hello"
         assert client.pending_bytes == 0
@@ -49,7 +49,7 @@ def test_an_event_loop_takes_over_the_connection(serve: Callable[..., Server]) -
     with transports.connect("pipelined", server.address) as client:
 
         async def both() -> list[bytes]:
-            poll = client.post(Message([b"hello"]))
+            poll = client.begin(Message([b"hello"])).poll
             while (reply := poll()) is None:
                 await asyncio.sleep(0.001)
             more = await asyncio.gather(*(client.request_async(Message([b"%d" % number])) for number in range(20)))
@@ -65,7 +65,7 @@ def test_nobody_answers(name: str) -> None:
         endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         options = ClientOptions(connect_timeout_seconds=0.1)
         with transports.connect(name, endpoint, options) as client:
-            poll = client.post(Message([b"x"]), timeout_seconds=60)
+            poll = client.begin(Message([b"x"]), timeout_seconds=60).poll
             assert poll() is None
             with pytest.raises(ConnectError):
                 outcome(poll)
@@ -76,7 +76,7 @@ def test_nobody_answers(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_connection_is_lost(name: str) -> None:
     with transports.listen("tcp://127.0.0.1:0") as server, transports.connect(name, server.address) as client:
-        poll = client.post(Message([b"x"]))
+        poll = client.begin(Message([b"x"])).poll
         assert server.next(10.0) is not None
         server.close()
         with pytest.raises(ConnectionLostError):
@@ -108,7 +108,7 @@ def test_what_stands_in_line_is_pending_too(serve: Callable[..., Server]) -> Non
 def test_a_client_that_can_not_go_on_has_the_reply_at_once(serve: Callable[..., Server]) -> None:
     server = serve("inprocess://post")
     with transports.connect("inprocess", server.address) as client:
-        reply = client.post(Message([b"hello"]))()
+        reply = client.begin(Message([b"hello"])).poll()
         assert reply is not None
         assert bytes(reply.frames[0]) == b"hello"
         assert client.pending_bytes == 0

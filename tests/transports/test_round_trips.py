@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import transports
+from tests.transports.conftest import ask_all
 from transports import Client, ClientOptions, FrameKind, Message, Server, ServerOptions
 from transports.errors import ConnectionLostError, LimitError, ReplyTimeoutError
 
@@ -100,7 +101,7 @@ def test_request_all_keeps_the_order(serve: Serve, place: tuple[str, str]):
     server = serve(address)
     messages = [Message([str(index).encode()]) for index in range(100)]
     with transports.connect(name, server.address, ClientOptions(window_requests=16)) as client:
-        replies = client.request_all(messages)
+        replies = ask_all(client, messages)
     assert [bytes(reply.frames[0]) for reply in replies] == [str(index).encode() for index in range(100)]
 
 

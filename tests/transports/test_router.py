@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 import transports
+from tests.transports.conftest import ask_all
 from transports import ClientOptions, Message, Server, ServerOptions, envelope
 from transports.errors import LimitError
 from transports.router import RouterServer
@@ -121,7 +122,7 @@ def test_the_excess_over_a_clients_bound_is_refused_and_the_rest_served(serve: S
 
         def use() -> None:
             try:
-                client.request_all([Message([b"x"])] * 6)
+                ask_all(client, [Message([b"x"])] * 6)
             except LimitError as error:
                 outcome.append(error)
 
@@ -335,7 +336,7 @@ def test_many_clients_overlap_without_losing_a_request(serve: Serve):
     def use() -> None:
         with transports.connect("pipelined", server.address, ClientOptions(window_requests=8)) as client:
             messages = [Message([bytes(100 * index)]) for index in range(200)]
-            replies.append(sum(len(reply.frames[0]) for reply in client.request_all(messages)))
+            replies.append(sum(len(reply.frames[0]) for reply in ask_all(client, messages)))
 
     threads = [threading.Thread(target=use) for _ in range(4)]
     for thread in threads:

@@ -36,21 +36,27 @@ def second_server(audit_model: ModelFolder) -> Iterator[LocalServer]:
 
 @pytest.fixture
 def audited(audit_model: ModelFolder, server_for: ServerFor) -> Audited:
-    """``audited(plan="fused", lies=False, second="", most_bytes=…, **settings)`` → the report of an audit of
+    """``audited(plan="fused", lies=False, second="", most_bytes=…, model=…, **settings)`` → the report of an audit of
     ``PROMPT_IDS``. A setting ``run.x`` is written ``run__x``; ``second`` is the address of a second server."""
 
     def make(
-        *, plan: str = "fused", lies: bool = False, second: str = "", most_bytes: int = 2**30, **settings: Any
+        *,
+        plan: str = "fused",
+        lies: bool = False,
+        second: str = "",
+        most_bytes: int = 2**30,
+        model: ModelFolder = audit_model,
+        **settings: Any,
     ) -> Report:
         values: dict[str, Any] = {
-            "run.endpoints": tuple(filter(None, (server_for(audit_model).address, second))),
+            "run.endpoints": tuple(filter(None, (server_for(model).address, second))),
             "run.prefill_plan": plan,
             "run.decode_plan": plan,
             "run.max_tokens": 12,
             "run.prefix_cache_mib": 0,
         }
         chosen = config.load(values | {key.replace("__", "."): value for key, value in settings.items()}, None)
-        audit = Audit(audit_model, chosen, lambda _: PROMPT_IDS, training_tokens=120, most_bytes=most_bytes, lies=lies)
+        audit = Audit(model, chosen, lambda _: PROMPT_IDS, training_tokens=120, most_bytes=most_bytes, lies=lies)
         return audit.run()
 
     return make

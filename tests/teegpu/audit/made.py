@@ -38,5 +38,5 @@ class MadeView(View):
     def _read(self, scene: str) -> Iterator[Work]:
         numbers = torch.Generator().manual_seed([PROMPT, AGAIN, CHANGED, TRAINING].index(scene))
         for layer in range(LAYERS):
-            code = Program(("n",), (Step("linear", "q", ("n",), f"layers.{layer}.q_proj"),), ("q",))
+            code = Program(("n",), (Step("linear", "q", ("n",), (f"layers.{layer}.q_proj",)),), ("q",))
             yield Work(code, {"n": self._sent(plain(*self._size, numbers))}, {"n": "int32"}, {})

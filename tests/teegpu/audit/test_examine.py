@@ -10,6 +10,7 @@ from teegpu.audit.cheating import KINDS
 from teegpu.audit.examine import Report
 from teegpu.audit.findings import Finding
 from teegpu.errors import PromptError
+from tests.conftest import TinyModel
 from tests.teegpu.audit.conftest import PROMPT_IDS, Audited
 
 
@@ -28,6 +29,19 @@ def test_activations_in_the_clear_are_the_prompt(audited: Audited, plan: str) ->
     assert {finding.verdict for finding in found(report, "the same prompt again")} == {"leaks"}
     assert all("its place is seen" in finding.detail for finding in found(report, "one token changed"))
     assert found(report, "token ids")[0].verdict == "not possible"
+    assert not report.private
+
+
+@pytest.mark.parametrize("architecture", ["olmo2", pytest.param("gemma3_text", marks=pytest.mark.extra)])
+def test_two_products_in_the_place_of_one_tell_as_much(
+    audited: Audited, tiny_model: TinyModel, architecture: str
+) -> None:
+    """Where the TEE joins what the server computed apart, the server can do so as well."""
+    model = tiny_model(architecture, num_hidden_layers=4, hidden_size=64, num_attention_heads=8)
+    report = audited(plan="fused", model=model, run__transport="zmq", run__wire_dtype="fp32")
+    (nearest,), (likeliest,) = found(report, "nearest embedding"), found(report, "likeliest token")
+    assert nearest.guesses[: len(PROMPT_IDS)] == PROMPT_IDS
+    assert likeliest.guesses == report.truth.answer
     assert not report.private
 
 
@@ -76,7 +90,9 @@ def test_lies_are_not_noticed_without_verification(audited: Audited) -> None:
     report = audited(plan="attention", lies=True, run__wire_dtype="fp32", run__check_finite=False)
     assert [cheat.kind for cheat in report.cheats] == list(KINDS)
     assert all(cheat.told for cheat in report.cheats)
-    assert not any(cheat.noticed for cheat in report.cheats)
+    # The reply to the one can't be right, the other is a refusal: either ends the run.
+    assert [cheat.kind for cheat in report.cheats if cheat.noticed] == ["dtype", "escapes"]
+    assert not any(cheat.verified for cheat in report.cheats)
     assert any(cheat.answer_changed for cheat in report.cheats)
     assert report.verified is False
 

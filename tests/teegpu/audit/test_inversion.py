@@ -39,7 +39,7 @@ class LayerView(View):
 
     def _read(self, scene: str) -> Iterator[Work]:
         ids = TRUTH.computed if scene == PROMPT else TRUTH.training
-        code = Program(("n",), (Step("linear", "q", ("n",), "layers.1.q_proj"),), ("q",))
+        code = Program(("n",), (Step("linear", "q", ("n",), ("layers.1.q_proj",)),), ("q",))
         mixed = self._known.embedded(ids) @ torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(2))
         noise = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(len(ids)))
         yield Work(code, {"n": self._sent(mixed + noise)}, {"n": "fp32"}, {})

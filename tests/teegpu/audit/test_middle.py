@@ -66,23 +66,13 @@ def text(reply: Reply | None) -> bytes:
 def test_every_way_to_ask_goes_through_it(client: Client, switch: Switch) -> None:
     switch.middle = Turned()
     assert text(client.request(Message([b"one"]))) == b"GOT ONE!"
-    assert text(client.post(Message([b"two"]))()) == b"GOT TWO!"
-    assert text(client.begin(Message([b"so"]))()) == b"GOT SO!"
-    assert [text(reply) for reply in client.request_all([Message([b"a"]), Message([b"b"])])] == [b"GOT A!", b"GOT B!"]
+    assert text(client.begin(Message([b"two"])).poll()) == b"GOT TWO!"
+    assert text(client.begin(Message([b"so"])).wait()) == b"GOT SO!"
 
     async def ask() -> Reply:
         return await client.request_async(Message([b"three"]))
 
     assert text(asyncio.run(ask())) == b"GOT THREE!"
-
-
-def test_a_message_stays_what_it_is(client: Client, switch: Switch) -> None:
-    """A runner's messages carry what it wants to know of them when they are sent."""
-    marks: list[int] = []
-    client.on_sent = lambda message, _: marks.append(message.mark if isinstance(message, Marked) else -1)
-    for switch.middle in (Middle(), Turned()):
-        client.request(Marked([b"x"], mark=7))
-    assert marks == [7, 7]
 
 
 def test_what_a_client_is_stays_visible(client: Client) -> None:

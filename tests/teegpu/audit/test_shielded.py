@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from teegpu.audit.cheating import KINDS
 from teegpu.audit.examine import Report
 from tests.teegpu.audit.conftest import PROMPT_IDS, Audited
@@ -24,8 +22,9 @@ def check_private(report: Report) -> None:
 
 
 def check_verified(report: Report) -> None:
+    # What is of another dtype than was asked for is not even read, nor what is no answer.
     assert [(cheat.kind, cheat.told is not None, cheat.verified) for cheat in report.cheats] == [
-        (kind, True, True) for kind in KINDS
+        (kind, True, kind not in ("dtype", "escapes")) for kind in KINDS
     ]
     assert report.verified
 
@@ -42,18 +41,18 @@ def test_two_servers_see_nothing_each_and_everything_together(audited: Audited, 
     assert together["likeliest token"].guesses == report.truth.answer
 
 
-@pytest.mark.parametrize("mode", ["pads", "lwe"])
-def test_one_server_sees_nothing(audited: Audited, isolated_user_files: Path, mode: str) -> None:
-    report = audited(plan="attention", lies=True, run__privacy=mode)
+def test_one_server_sees_nothing(audited: Audited, isolated_user_files: Path) -> None:
+    report = audited(plan="attention", lies=True, run__privacy="pads")
     check_private(report)
     check_verified(report)
-    # What was made for it is gone, and the user has nothing that they did not have before.
-    kept = [path for path in isolated_user_files.rglob("*") if path.suffix in (".pads", ".ledger", ".hints", ".keys")]
-    assert kept == []
+    # Nothing secret was ever on a disk.
+    assert not (isolated_user_files / "data").exists()
 
 
-def test_gross_lies_are_noticed_in_the_clear(audited: Audited) -> None:
-    report = audited(plan="attention", lies=True, run__verify="on", run__wire_dtype="fp32")
+def test_every_lie_is_noticed_in_the_clear_and_nothing_is_hidden(audited: Audited) -> None:
+    report = audited(plan="attention", lies=True, run__verify="on")
+    check_verified(report)
     assert not report.private
-    noticed = {cheat.kind: cheat.verified for cheat in report.cheats}
-    assert all(noticed[kind] for kind in ("zero", "swap-rows", "replay", "other-layer"))
+    found = {finding.attack: finding for finding in report.findings}
+    assert found["nearest embedding"].guesses[: len(PROMPT_IDS)] == PROMPT_IDS
+    assert found["likeliest token"].guesses == report.truth.answer

@@ -62,13 +62,14 @@ def test_scores_of_texts_add_up_by_position() -> None:
 
 
 def test_variants() -> None:
-    assert [variant.wire_dtype for variant in variants(bf16=False, shielded=False)] == ["fp32", "bf16", "fp16", "int8"]
-    assert [variant.label for variant in variants(bf16=True, shielded=True)[4:]] == [
+    least = variants(bf16=False, shielded=False, int8=False)
+    assert [variant.wire_dtype for variant in least] == ["fp32", "bf16", "fp16", "int8"]
+    assert [variant.label for variant in variants(bf16=True, shielded=True, int8=True)[4:]] == [
         "fp16 wire, bf16 server",
         "bf16 wire, bf16 server",
         "transformers bf16",
-        "whole numbers (two-server, pads)",
-        "whole numbers with noise (lwe)",
+        "whole numbers (private, verified)",
+        "int8 weights, decoded in the TEE",
     ]
 
 
@@ -102,7 +103,8 @@ def test_a_tiny_model(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) ->
     assert outcomes[-1].startswith("fp32 KL ")
     document = bench.document("complete")
     found = {entry["label"]: entry for entry in document["results"]}
-    assert found.keys() == {variant.label for variant in variants(bf16=True, shielded=True)} | {REFERENCE.label}
+    every = variants(bf16=True, shielded=True, int8=True)
+    assert found.keys() == {variant.label for variant in every} | {REFERENCE.label}
     fp32, fp16 = found["fp32 wire, fp32 server"], found["fp16 wire, fp32 server"]
     int8 = found["int8 wire, fp32 server"]
     assert fp32["positions"] == 40 + len("Hi there.")
@@ -112,10 +114,10 @@ def test_a_tiny_model(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) ->
     assert 0 < fp16["kl_nats"] < int8["kl_nats"] < 0.1
     assert found["fp16 wire, bf16 server"]["kl_nats"] > fp16["kl_nats"]
     assert found["transformers bf16"]["kl_nats"] > fp16["kl_nats"]
-    exact, noisy = (found[f"whole numbers{which}"] for which in (" (two-server, pads)", " with noise (lwe)"))
+    exact = found["whole numbers (private, verified)"]
     assert fp16["kl_nats"] < exact["kl_nats"] < 0.1
-    assert exact["kl_nats"] != noisy["kl_nats"] < 0.1
-    assert (exact["privacy"], noisy["privacy"], fp16["privacy"]) == ("reference", "lwe", None)
+    assert (exact["whole_numbers"], fp16["whole_numbers"]) == (True, False)
+    assert fp16["kl_nats"] < found["int8 weights, decoded in the TEE"]["kl_nats"] < 0.1
     assert fp16["texts"].keys() == {"first", "short"}
     assert fp16["kl_nats_worst_text"] == max(text["kl_nats"] for text in fp16["texts"].values())
     assert document["settings"]["chunk_tokens"] == 16

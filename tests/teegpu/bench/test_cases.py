@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from teegpu import config
-from teegpu.bench.cases import DEFAULTS, Case, from_values, parse, parse_all
+from teegpu.bench.cases import DEFAULT_SET, DEFAULTS, Case, from_values, parse, parse_all
 from teegpu.config import Config
 from teegpu.errors import UsageError
 
@@ -61,10 +61,17 @@ def test_only_a_case_with_a_server_gets_the_link_and_the_endpoint() -> None:
 
 
 def test_settings_of_the_link_and_of_compression_go_by_their_own_names() -> None:
-    case = parse("fused,transport=zmq+zstd,link.spin_seconds=0,compression.min_bytes=1024", base())
+    case = parse("fused,transport=zmq+zstd,link.spin_seconds=0,compression.level=3", base())
     chosen = case.config(base(), 1)
-    assert (chosen.link.spin_seconds, chosen.compression.min_bytes) == (0.0, 1024)
-    assert case.label == "fused zmq+zstd auto, link.spin_seconds 0, compression.min_bytes 1024"
+    assert (chosen.link.spin_seconds, chosen.compression.level) == (0.0, 3)
+    assert case.label == "fused zmq+zstd auto, link.spin_seconds 0, compression.level 3"
+
+
+def test_weights_of_either_side() -> None:
+    case = parse("prefill=fused,decode=local,weights=int8,local-weights=int8,local-dtype=fp32", base())
+    chosen = case.config(base(), 1)
+    assert (chosen.server.weights, chosen.run.local_weights, chosen.run.local_dtype) == ("int8", "int8", "fp32")
+    assert parse("local,local-weights=int8", base()).label == "local, local-weights int8"
 
 
 @pytest.mark.parametrize(("text", "dtype"), [("transformers", "fp32"), ("plan=transformers,dtype=bf16", "bf16")])
@@ -81,7 +88,7 @@ def test_labels_are_given_or_made_and_never_the_same() -> None:
 
 
 def test_the_default_set() -> None:
-    cases = parse_all([], base())
+    cases = parse_all([DEFAULT_SET], base())
     assert [case.prefill_plan(base()) for case in cases] == [text.partition(",")[0] for text in DEFAULTS]
     assert len({case.label for case in cases}) == len(DEFAULTS)
     more = parse_all(["transformers,dtype=bf16", "default"], base())
@@ -90,7 +97,7 @@ def test_the_default_set() -> None:
 
 def test_the_default_set_asks_nothing_of_a_server_that_is_there() -> None:
     settings = base(run__endpoints=("tcp://127.0.0.1:1",))
-    assert all("server.dtype" not in case.given for case in parse_all([], settings))
+    assert all("server.dtype" not in case.given for case in parse_all([DEFAULT_SET], settings))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +120,9 @@ def test_the_default_set_asks_nothing_of_a_server_that_is_there() -> None:
         ("fused,link=rtt=5ms", "give it as --link"),
         ("fused,transport=inprocess", "use zmq"),
         ("local,wire=fp16", "'wire' does nothing in the plan local"),
+        ("local,weights=int8", "'weights' does nothing in the plan local"),
+        ("local,local-weights=int4", "local-weights=int4 is not one of full, int8"),
+        ("fused,local-weights=int8", "'local-weights' is for products of the plan local, and no phase has it"),
         ("transformers,wire=fp16", "'wire' does nothing for transformers"),
         ("transformers,dtype=int8", "dtype=int8 is not one of fp32, bf16"),
         ("transformers,threads=-1", "threads=-1 is below the least, 0"),
@@ -163,7 +173,9 @@ def test_the_reference_has_no_server() -> None:
         parse("attention,privacy=reference,transport=zmq", settings)
 
 
-@pytest.mark.parametrize("text", ["fused,privacy=pads", "privacy=two-server,prefill=batched,decode=local"])
+@pytest.mark.parametrize(
+    "text", ["fused,privacy=pads", "privacy=two-server,prefill=batched,decode=local", "fused,verify=on"]
+)
 def test_a_plan_that_can_not_be_hidden_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="privacy takes the plans attention and local alone"):
+    with pytest.raises(UsageError, match="privacy and verification take the plans local and attention alone"):
         parse(text, base())

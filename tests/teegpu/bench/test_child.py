@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from teegpu.bench.child import Child
+from teegpu.bench.child import Child, answered
 from teegpu.bench.pool import WORKER
-from teegpu.bench.serving import answered
 from teegpu.errors import ConnectionFailedError, PromptError, TeegpuError, UsageError
 from transports.errors import ConnectionLostError
 
@@ -55,7 +54,7 @@ def test_a_command_gets_its_answer_and_errors_are_raised_as_what_they_are() -> N
 
 def test_what_it_prints_does_not_mix_with_its_answers() -> None:
     script = (
-        "import os, sys\nfrom teegpu.bench.serving import serve\n"
+        "import os, sys\nfrom teegpu.bench.child import serve\n"
         "def handle(command):\n    print('noise', flush=True)\n    return {'echo': command['do']}\nserve(handle)\n"
     )
     with subprocess.Popen(
@@ -81,14 +80,14 @@ def test_what_it_prints_does_not_mix_with_its_answers() -> None:
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_child_ends_with_its_parent(busy: bool) -> None:
     """The parent is killed, in a way that it can't do anything about, while the child waits for a command or works."""
-    work = "import threading; from teegpu.bench.serving import serve; serve(lambda _: threading.Event().wait())"
+    work = "import threading; from teegpu.bench.child import serve; serve(lambda _: threading.Event().wait())"
     script = (
         "import os, signal, sys\nfrom teegpu.bench import child\n"
         f"made = child.Child({WORKER!r}, 'nothing')\n"
         "if BUSY:\n"
         "    made.close()\n"
-        "    import subprocess\n"
-        f"    made._process = subprocess.Popen([sys.executable, '-c', {work!r}], stdin=-1, stdout=-1, text=True)\n"
+        "    from teegpu import children\n"
+        f"    made._child = children.Child(['-c', {work!r}], text=True)\n"
         "    made.send({})\n"
         "print(made.pid, flush=True)\n"
         "sys.stdin.readline()\n"

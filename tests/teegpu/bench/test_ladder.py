@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from teegpu.bench import rungs as ladder
-from teegpu.bench.cases import Case, from_values
+from teegpu.bench.cases import Case, from_values, parse_all
+from teegpu.bench.figures import output_check
 from teegpu.bench.ladder import LadderBenchmark
 from teegpu.bench.pool import Workload
 from teegpu.bench.render import render
@@ -90,8 +91,10 @@ def make(tiny_model: TinyModel) -> Make:
     def made(names: str = "", house: House | None = None, **options: Any) -> LadderBenchmark:
         base = from_values(options.pop("flags", {}))
         folder_now: ModelFolder = options.pop("folder", folder)
+        texts = options.pop("cases", None)
         numbers = {"prompt_tokens": 16, "decode_tokens": 5, "repeats": 2} | options
-        found = ladder.chosen(names, endpoint=False, decode_tokens=numbers["decode_tokens"])
+        found = [] if texts and not names else ladder.chosen(names, endpoint=False, decode_tokens=5)
+        found += [ladder.Rung.of(case) for case in parse_all(texts or (), base)]
         return LadderBenchmark(folder_now, base, found, open_pool=house or House(), **numbers)
 
     return made
@@ -132,7 +135,7 @@ def test_what_a_rung_is_is_in_its_entry(make: Make) -> None:
     case = {name: entry["case"] for name, entry in entries(made).items()}
     assert case["per-op"] == {
         "kind": "teegpu", "prefill_plan": "per-op", "decode_plan": "per-op", "remote": True, "transport": "zmq",
-        "wire_dtype": "fp32", "codec": "packed", "chunk_tokens": 16, "speculate": 0, "dtype": "fp32",
+        "wire_dtype": "fp32", "codec": "packed", "privacy": "none", "chunk_tokens": 16, "speculate": 0, "dtype": "fp32",
         "kv_cache": True, "position_cache": True, "decode_tokens": 4,
     }  # fmt: skip
     assert (case["chunks"]["chunk_tokens"], case["chunks"]["codec"]) == (0, "frames")
@@ -170,6 +173,55 @@ def test_without_the_first_rung_speed_ups_are_over_the_first_that_is_there(make:
     made = make("fused,chunks", House({LABELS["fused"]: 3.0}))
     made.run()
     assert [entry["prefill"]["speed_up"] for entry in entries(made).values()] == [1, 3]
+
+
+def test_cases_are_measured_as_rungs_are_and_compared_with_the_first_of_them(make: Make) -> None:
+    house = House({"slow": 6.0})
+    made = make(house=house, cases=["batched,label=slow", "local", "transformers,dtype=bf16"])
+    made.run()
+    found = entries(made)
+    assert list(found) == ["slow", "local", "transformers bf16"]
+    assert {entry["track"] for entry in found.values()} == {"case"}
+    assert [entry["prefill"]["speed_up"] for entry in found.values()] == [1, 6, 6]
+    assert [entry["decode"]["speed_up"] for entry in found.values()] == [1, 6, 6]
+    assert [entry["output"]["tokens"] for entry in found.values()] == [6, 6, 6]
+    document = made.document("complete")
+    assert document["settings"]["cases"]["slow"] == {"run.prefill_plan": "batched", "run.decode_plan": "batched"}
+    assert document["settings"]["cases"]["transformers bf16"] == {"transformers": "bf16"}
+    text = render(document, "md")
+    assert text.count("| slow |") == 3  # prefill, decode, output
+    assert "rungs of the prefill" not in text
+
+
+def test_cases_beside_rungs_leave_the_ladder_as_it_is(make: Make) -> None:
+    made = make("per-op,batched", House({LABELS["per-op"]: 4.0, "mine": 2.0}), cases=["fused,label=mine"])
+    made.run()
+    ups = {name: (e["prefill"]["speed_up"], e["before"]) for name, e in entries(made).items()}
+    assert ups == {"per-op": (1, ""), "batched": (4, "per-op"), "mine": (1, "")}
+
+
+def test_a_prefill_alone_has_no_table_of_decode(make: Make) -> None:
+    made = make("fused,local", decode_tokens=0)
+    made.run()
+    assert "decode" not in entries(made)["local"]
+    assert "ms a token" not in render(made.document("complete"), "table")
+
+
+@pytest.mark.parametrize(
+    ("ids", "reference", "found"),
+    [
+        ([[7, 8, 9]], [7, 8, 9], (3, True)),
+        ([[7, 8, 9], [7, 1, 9]], [7, 8, 9], (1, False)),
+        ([[7, 8]], [7, 8, 9], (2, True)),
+        ([[7, 8, 9]], None, (None, None)),
+    ],
+)
+def test_the_output_check_takes_the_worst_repeat(
+    ids: list[list[int]], reference: list[int] | None, found: tuple[int | None, bool | None]
+) -> None:
+    runs = [Sample(PhaseSample(4, 1, 0.5), PhaseSample(2, 2, 0.25), 0.5, None, made, 10) for made in ids]
+    checked = output_check(runs, reference)
+    assert (checked["agreeing_tokens"], checked["identical"]) == found
 
 
 def test_expected_figures_are_of_one_shape_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

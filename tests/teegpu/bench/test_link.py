@@ -14,7 +14,7 @@ from teegpu.bench.render import FORMATS, render
 from teegpu.errors import UsageError
 from teegpu.model.folder import ModelFolder
 from tests.conftest import TinyModel
-from transports.linkspec import LinkSpec
+from transports.netem.spec import LinkSpec
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def measured(model: ModelFolder) -> LinkBenchmark:
 
 
 def test_the_link_is_found(measured: LinkBenchmark) -> None:
-    """Within bounds that hold on a busy machine: what is late only makes a link look worse."""
+    """Never better than it is; what is late only makes a link look worse."""
     document = json.loads(render(measured.document("complete"), "json"))
     trip, up, down = document["results"]
-    assert 0.0099 < trip["rtt_seconds"]["min"] < 0.05
-    assert 30e6 < up["bytes_per_second"]["max"] * 8 < 55e6
-    assert 60e6 < down["bytes_per_second"]["max"] * 8 < 110e6
+    assert trip["rtt_seconds"]["min"] > 0.0099
+    assert 0 < up["bytes_per_second"]["max"] * 8 < 55e6
+    assert 0 < down["bytes_per_second"]["max"] * 8 < 110e6
     assert len(trip["samples"]["network_seconds"]) == 10
     assert len(up["samples"]["network_seconds"]) == len(down["samples"]["server_seconds"]) == 2
     found, spec = document["measured_link"], LinkSpec.parse(document["measured_link"]["spec"])
@@ -49,6 +49,14 @@ def test_the_link_is_found(measured: LinkBenchmark) -> None:
     assert spec.down_bytes_per_second == pytest.approx(found["bandwidth_down_bytes_per_second"])
     assert document["server"]["digest"] == document["model"]["digest"]
     assert document["settings"]["encrypted"] is False
+
+
+@pytest.mark.alone
+def test_the_link_is_found_as_quick_as_it_is(measured: LinkBenchmark) -> None:
+    trip, up, down = measured.document("complete")["results"]
+    assert trip["rtt_seconds"]["min"] < 0.05
+    assert up["bytes_per_second"]["max"] * 8 > 30e6
+    assert down["bytes_per_second"]["max"] * 8 > 60e6
 
 
 @pytest.mark.parametrize("form", FORMATS)

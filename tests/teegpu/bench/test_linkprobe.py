@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -24,12 +23,12 @@ from teegpu.errors import BadReplyError, ServerRefusedError
 from teegpu.gpu import server as gpu
 from teegpu.model.reader import read_spec
 from teegpu.model.weights import WeightStore
-from teegpu.tee.greeting import hello
+from teegpu.remote.handshake import hello
 from teegpu.wire.codec import Decoder
 from teegpu.wire.limits import MAX_HEADER_BYTES, Limits
 from tests.conftest import TinyModel
-from transports.base import Client, Incoming, Message, Reply
-from transports.linkspec import LinkSpec
+from transports.base import Answered, Client, Incoming, Message, Reply
+from transports.netem.spec import LinkSpec
 
 SERVER_NS = 3_000_000
 
@@ -50,7 +49,7 @@ class CalculatedLink(Client):
     def seconds(self) -> float:
         return self.now_ns / 1e9
 
-    def request(self, message: Message, *, timeout_seconds: float | None = None) -> Reply:
+    def begin(self, message: Message, *, timeout_seconds: float | None = None) -> Answered:
         frames = [memoryview(bytearray(frame)) for frame in message.frames]
         incoming = Incoming(frames, b"", None, 0)
         answer = self.tamper([memoryview(bytearray(frame)) for frame in self.server.answer(incoming).frames])
@@ -60,10 +59,7 @@ class CalculatedLink(Client):
         spec, sent_ns = self.spec, self.now_ns
         transfer = up / spec.up_bytes_per_second + down / spec.down_bytes_per_second
         self.now_ns += round((spec.rtt_seconds + transfer) * 1e9) + SERVER_NS
-        return Reply(answer, sent_ns, self.now_ns, up, down, server_ns=SERVER_NS)
-
-    def request_async(self, message: Message, *, timeout_seconds: float | None = None) -> Any:
-        raise NotImplementedError
+        return Answered(Reply(answer, sent_ns, self.now_ns, up, down, server_ns=SERVER_NS))
 
     def close(self) -> None:
         pass

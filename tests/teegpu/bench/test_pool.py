@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from teegpu import machine
-from teegpu.bench import memory
 from teegpu.bench.cases import Case, from_values, parse_all
-from teegpu.bench.pool import Pool, Workload
+from teegpu.bench.pool import PROCESS_BYTES, Pool, Workload, case_bytes, server_bytes
 from teegpu.bench.samples import PhaseSample, Sample
 from teegpu.config import Config
 from teegpu.errors import ConnectionFailedError, ModelError, TeegpuError
@@ -99,7 +98,7 @@ class House:
             return None
         counted = [line.split()[0] for line in self.log]
         used = counted.count("load") + counted.count("start") - counted.count("close")
-        return (self.room - used) * (memory.PROCESS_BYTES + self.spec.parameters * 4) + 2**29
+        return (self.room - used) * (PROCESS_BYTES + self.spec.parameters * 4) + 2**29
 
     def settings(self, label: str) -> dict[str, Any]:
         settings: dict[str, Any] = self.children[label].commands[0]["settings"]
@@ -269,7 +268,7 @@ def test_a_case_with_the_packed_codec_has_a_server_of_its_own(folder: ModelFolde
     with house.pool as pool:
         pool.load(0)
         pool.load(1)
-    assert [server.entry for server in house.servers] == [("teegpu", "serve"), ("teegpu.bench.packedserver",)]
+    assert [server.entry for server in house.servers] == [("teegpu", "serve"), ("teegpu.bench.before",)]
     first, second = (house.children[case.label].commands[0] for case in house.cases)
     assert (first["ways"], second["ways"]) == ([], ["packed"])
     assert (first["decode_tokens"], second["decode_tokens"]) == (4, 2)
@@ -303,3 +302,12 @@ def test_two_servers_are_started_where_a_case_needs_two(folder: ModelFolder) -> 
             pool.sample(0)
         pool.load(0)
         assert house.settings(labels[0])["run.endpoints"] == ("ipc:///0", "ipc:///2")
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("fp32", 4), ("auto", 4), ("bf16", 2), ("fp16", 2)])
+def test_needs_grow_with_the_weights(folder: ModelFolder, dtype: str, each: int) -> None:
+    spec = read_spec(folder)
+    process = server_bytes(spec, dtype) - spec.parameters * each
+    assert process > 0
+    assert case_bytes(spec, all_weights=True, dtype=dtype) == process + spec.parameters * each
+    assert case_bytes(spec, all_weights=False) == process + spec.vocab_size * spec.hidden_size * 4

@@ -65,7 +65,7 @@ def test_settings_in_force_do_not_change_a_rung() -> None:
     )
     for rung in RUNGS.values():
         ours, theirs = rung.case(odd, 64, 4).config(odd, 4), rung.case(BASE, 64, 4).config(BASE, 4)
-        if rung.remote:
+        if rung.transport:
             assert ours.run == theirs.run
             assert ours.server.dtype == "fp32"
 

@@ -1,13 +1,12 @@
-"""Samples, their spread, and the link's floor."""
+"""Samples and their spread."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 
-from teegpu.bench.samples import PhaseSample, Sample, Spread, agreement, floor_seconds, quantile
+from teegpu.bench.samples import PhaseSample, Sample, Spread, agreement, quantile
 
 
 def test_a_sample_survives_json() -> None:
@@ -50,23 +49,3 @@ def test_shares_and_rates_of_a_phase() -> None:
     assert phase.communication_share == 0.5
     assert phase.tokens_per_second == 5.0
     assert PhaseSample(0, 0, 0.0).communication_share == PhaseSample(0, 0, 0.0).tokens_per_second == 0.0
-
-
-@pytest.mark.parametrize(
-    ("overlapped", "rtt_seconds", "expected"),
-    [
-        (False, 0.01, 2.0 + 0.1),  # 2 s down, beside 0.5 s up, and 10 rounds
-        (True, 0.01, 2.0),  # the rounds hide behind the bytes
-        (True, 1.0, 10.0),  # or the bytes behind the rounds
-    ],
-)
-def test_the_floor_of_a_link(overlapped: bool, rtt_seconds: float, expected: float) -> None:
-    phase = PhaseSample(1, 1, 9.0, rounds=10, overlapped=overlapped, bytes_up=100, bytes_down=200)
-    floor = floor_seconds(phase, up_bytes_per_second=200, down_bytes_per_second=100, rtt_seconds=rtt_seconds)
-    assert floor == pytest.approx(expected)
-
-
-def test_an_unlimited_link_costs_its_rounds() -> None:
-    phase = PhaseSample(1, 1, 9.0, rounds=3, bytes_up=100, bytes_down=200)
-    floor = floor_seconds(phase, up_bytes_per_second=math.inf, down_bytes_per_second=math.inf, rtt_seconds=0.5)
-    assert floor == 1.5

@@ -28,6 +28,7 @@ from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.model.weights import WeightStore
 from teegpu.wire.limits import Limits
+from tests.conftest import TinyModel
 
 DEADLINE_SECONDS = 30.0
 
@@ -249,3 +250,14 @@ def server_for() -> Iterator[ServerFor]:
     yield get
     for server in servers.values():
         server.close()
+
+
+@pytest.fixture
+def model(tiny_model: TinyModel) -> ModelFolder:
+    return tiny_model("llama", vocab_size=1000)
+
+
+@pytest.fixture
+def server(server_for: ServerFor, model: ModelFolder) -> LocalServer:
+    """That of ``model``."""
+    return server_for(model)

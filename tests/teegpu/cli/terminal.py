@@ -15,16 +15,23 @@ import time
 
 import pyte
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 100.0
 
 
 class Terminal:
     """Runs ``python -m teegpu ARGS`` on a terminal of its own, of which it is the first process.
 
-    ``piped``: standard input is a pipe with that in it. Use it with ``with``.
+    ``piped``: standard input is a pipe with that in it. ``ignored``: a signal that it ignores at its start. Use it with
+    ``with``.
     """
 
-    def __init__(self, *args: object, size: tuple[int, int] = (100, 30), piped: bytes | None = None) -> None:
+    def __init__(
+        self,
+        *args: object,
+        size: tuple[int, int] = (100, 30),
+        piped: bytes | None = None,
+        ignored: signal.Signals | None = None,
+    ) -> None:
         self.screen = pyte.Screen(*size)
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
@@ -37,6 +44,8 @@ class Terminal:
                 os.write(write_end, piped)
                 os.close(write_end)
                 os.dup2(read_end, 0)
+            if ignored is not None:
+                signal.signal(ignored, signal.SIG_IGN)
             os.execv(sys.executable, [sys.executable, "-m", "teegpu", *map(str, args)])
         self.resize(*size)
 
@@ -62,11 +71,25 @@ class Terminal:
         """The terminal goes away, as when its window is closed. Fails unless the command ends then."""
         os.close(self._fd)
         self._fd = os.open(os.devnull, os.O_RDONLY)  # for ``__exit__``
+        self.wait()
+
+    def fill(self) -> None:
+        """Has it draw, and reads nothing of that, until the terminal takes no more."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        waiting = -1
+        while waiting != (waiting := struct.unpack("i", fcntl.ioctl(self._fd, termios.FIONREAD, bytes(4)))[0]):
+            assert time.monotonic() < deadline
+            self.press("t" * 8)
+            time.sleep(1.0)
+
+    def wait(self) -> int:
+        """The exit code, when it has ended; nothing is read meanwhile."""
         deadline = time.monotonic() + DEADLINE_SECONDS
         while (found := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
             assert time.monotonic() < deadline, "it goes on without its terminal"
             time.sleep(0.02)
         self._code = os.waitstatus_to_exitcode(found[1])
+        return self._code
 
     def finish(self) -> int:
         """Reads on until the command ends; its exit code."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from teegpu.cli.advising import advised
-from teegpu.metrics.store import RunStore
+from teegpu.record.store import RunStore
 from tests.teegpu.report import samples
 
 
@@ -31,7 +31,7 @@ def test_the_newest_complete_run_in_the_tee_alone_is_taken(tmp_path: Path, monke
     def find(document: Any, others: Any) -> None:
         offered.extend(other["id"] for other in others)
 
-    monkeypatch.setattr("teegpu.report.advice.find_reference", find)
+    monkeypatch.setattr("teegpu.report.advice.find_references", find)
     found = advised(samples.document(id="me", advice=[]), store)
     assert offered == ["b", "a"]
     assert isinstance(found["advice"], list)

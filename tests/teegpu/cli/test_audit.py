@@ -86,9 +86,11 @@ def test_an_audit_leaves_no_record(teegpu: Teegpu, command: list[Any]) -> None:
     assert "no runs" in teegpu("report", "list").out + teegpu("report", "list").err
 
 
-def test_nothing_to_attack_where_all_is_computed_here(teegpu: Teegpu, model: ModelFolder) -> None:
-    outcome = teegpu("audit", PROMPT, "--raw", "--model", model.path, "--plan", "local", "--expect-private")
+@pytest.mark.parametrize("how", [("--plan", "local"), ("--plan", "attention", "--privacy", "reference")])
+def test_nothing_to_attack_where_all_is_computed_here(teegpu: Teegpu, model: ModelFolder, how: tuple[str, ...]) -> None:
+    outcome = teegpu("audit", PROMPT, "--raw", "--model", model.path, *how, "--expect-private", "--expect-verified")
     assert outcome.code == 0
+    assert "nobody to lie" in outcome.out
     assert "No server got anything." in outcome.out
 
 

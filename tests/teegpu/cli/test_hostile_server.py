@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,17 +14,11 @@ import pytest
 
 from teegpu.model.folder import ModelFolder
 from teegpu.wire.messages import PROTOCOL_VERSION
-from tests.conftest import TinyModel
 from tests.hostile import CutLine, Honest, HostileServer, Parts
 from tests.teegpu.cli.conftest import Outcome, ServerFor, Teegpu
 from transports import envelope
 
 MARK = "hostile-marker"
-
-
-@pytest.fixture
-def model(tiny_model: TinyModel) -> ModelFolder:
-    return tiny_model("llama", vocab_size=1000)
 
 
 @pytest.fixture
@@ -130,7 +125,7 @@ def test_what_a_server_calls_itself_is_shown_and_stored_without_escapes_and_open
     name = f"\x1b]0;x\x07../../../../tmp/{MARK}\n[red]\u202e"
 
     def renamed(honest: Honest) -> Iterator[Parts]:
-        body = honest.header[3] | dict.fromkeys(("software", "instance", "model", "device", "dtype"), name)
+        body = honest.header[3] | dict.fromkeys(("software", "instance", "model", "device"), name)
         yield honest.with_header(3, body | {"limits": {MARK: 1}})
 
     audited.clear()
@@ -178,3 +173,26 @@ def test_a_refusal_by_the_transport_with_escapes(run: Callable[..., Outcome], ho
     script = lambda honest: [envelope.pack_refusal(honest.request_id, envelope.REFUSED_FRAMING, "\x1b[2J\nbad" * 90)]  # noqa: E731
     done = run("--endpoint", hostile(script, at=2).address, "--json", "-q")
     failed(teegpu, done, 7, "could not read the request: ?[2J?bad?[2J")
+
+
+def in_its_own_time(honest: Honest) -> Iterator[Parts]:
+    """Right, and each time well within the time-out of a request."""
+    time.sleep(0.15)
+    yield honest.parts
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"), [("link.pass_timeout_seconds", "0.3"), ("run.deadline_seconds", "0.5")], ids=["pass", "answer"]
+)
+def test_a_server_that_is_slow_for_each_request(
+    run: Callable[..., Outcome],
+    hostile: Hostile,
+    teegpu: Teegpu,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    seconds: str,
+) -> None:
+    monkeypatch.setenv("TEEGPU_" + name.upper().replace(".", "_"), seconds)
+    server = hostile(in_its_own_time, 2, once=False)
+    done = run("--endpoint", server.address, "--plan", "attention", "--json")
+    failed(teegpu, done, 4, f"the servers have taken longer than {name}, {seconds}, allows")

@@ -101,7 +101,8 @@ def model(tiny_model: TinyModel) -> ModelFolder:
 )
 def test_a_server_that_is_not_started(teegpu: Teegpu, model: ModelFolder, args: tuple[str, ...], told: str) -> None:
     teegpu("keys", "new", "srv")
-    done = teegpu("serve", "--model", model.path, "--bind", "tcp://127.0.0.1:0", *args)
+    where = () if "--bind" in args else ("--bind", "tcp://127.0.0.1:0")
+    done = teegpu("serve", "--model", model.path, *where, *args)
     assert done.code == 2
     assert told in done.err
     assert len(done.err.splitlines()) == 1
@@ -218,14 +219,16 @@ def test_a_client_with_keys_and_a_server_without(
     assert "has no key, and link.server_key says that it must prove to have" in err
 
 
-def test_doctor_asks_with_keys(
-    teegpu: Teegpu, model: ModelFolder, at_hand: Locked, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TEEGPU_LINK_SERVER_KEY", "srv")
-    monkeypatch.setenv("TEEGPU_MODEL_NAME", str(model.path))
+def test_doctor_asks_with_keys(teegpu: Teegpu, model: ModelFolder, at_hand: Locked) -> None:
+    args = ("doctor", "--endpoint", at_hand.address, "--model", model.path, "--server-key", "srv", "--client-key")
     for client, code in (("alice", 0), ("mallory", 4)):
-        monkeypatch.setenv("TEEGPU_LINK_CLIENT_KEY", client)
-        assert teegpu("doctor", "--endpoint", at_hand.address).code == code
+        assert teegpu(*args, client).code == code
+
+
+def test_a_run_says_which_key_its_server_proves_to_have(teegpu: Teegpu, model: ModelFolder, at_hand: Locked) -> None:
+    _, err, _ = ask(teegpu, model, at_hand.address, "--server-key", "srv", "--client-key", "alice")
+    told = "privacy none: servers see the activations, products are not verified; servers: "
+    assert f"{told}{at_hand.address} (key {keys.public('srv').fingerprint})" in err
 
 
 def test_a_link_without_keys_to_another_machine_is_told_of(

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from teegpu import facts
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
-from teegpu.tee import plans
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import Outcome, Process, ServerFor, Start, Teegpu
 
@@ -45,9 +45,9 @@ def test_two_servers_with_half_the_model_each_do_what_one_does_with_all(
     common = ("--model", model.path, "--bind", "tcp://127.0.0.1:0", "--dtype", "fp32", "--threads", 1)
     processes = [start("serve", *common, "--layers", layers) for layers in CUT]
     banners = [banner(process) for process in processes]
-    for (_, facts), layers in zip(banners, CUT, strict=True):
-        assert f" · layers {layers} of {LAYERS} · " in facts
-    held = [float(re.findall(r"([\d.]+) KiB of weights", facts)[0]) for _, facts in banners]
+    for (_, said), layers in zip(banners, CUT, strict=True):
+        assert f" · layers {layers} of {LAYERS} · " in said
+    held = [float(re.findall(r"([\d.]+) KiB of weights", said)[0]) for _, said in banners]
     cut: list[Any] = []
     for (address, _), layers in zip(banners, CUT, strict=True):
         cut += ["--endpoint", f"{address}#layers={layers}"]
@@ -59,7 +59,7 @@ def test_two_servers_with_half_the_model_each_do_what_one_does_with_all(
         assert parted.code == 0, parted.err
         assert parted.document["output"]["token_ids"] == together.document["output"]["token_ids"]
         calls = parted.document["phases"]["decode"]["rpc_calls"]
-        assert calls == 5 * plans.get(plan).rpc_calls(LAYERS, 2)
+        assert calls == 5 * facts.plan(plan).rpc_calls(LAYERS, 2)
         assert calls - together.document["phases"]["decode"]["rpc_calls"] == (5 if plan == "fused" else 0)
     chunked = run("--chunk-tokens", 8, "--transport", "pipelined", "--json", *cut)
     assert chunked.document["output"] == run("--json", *whole).document["output"]

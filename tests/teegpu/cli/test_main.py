@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
 
 import pytest
 import typer
@@ -20,6 +23,8 @@ import transports.errors
 from teegpu import errors
 from teegpu.cli import main as cli
 from teegpu.cli.common import from_transport, sigterm_as_interrupt
+from tests.conftest import TinyModel
+from tests.teegpu.cli.conftest import ServerFor, Start
 
 COMMAND = [sys.executable, "-m", "teegpu"]
 
@@ -120,6 +125,35 @@ def test_usage_errors_are_one_line(args: list[str], message: str, capsys: pytest
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--bind", "a", "--bind=b"], "--bind is given 2 times: b counts, and not a\n"),
+        (["--bind=a", "--bind", "b", "--bind", "c"], "--bind is given 3 times: c counts, and not a, b\n"),
+        (["--system", "secret", "--system", "word"], "--system is given 2 times: the last counts, and not others\n"),
+        (["--bind", "a", "--bind", "a"], ""),
+        (["--bind", "a", "--stop", "x", "--stop", "y"], ""),
+        (["--json", "--json"], ""),
+        (["--bind", "a", "--bind", "b", "--quiet"], ""),
+    ],
+)
+def test_an_option_that_is_given_another_value_is_told_of(
+    args: list[str], told: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def probe(
+        flag_0: Annotated[str, typer.Option("--bind")] = "",
+        system: Annotated[str, typer.Option()] = "",
+        stop: Annotated[list[str] | None, typer.Option()] = None,
+        as_json: Annotated[bool, typer.Option("--json")] = False,
+        quiet: Annotated[bool, typer.Option()] = False,
+    ) -> None:
+        typer.echo(f"{flag_0} {system} {stop} {as_json} {quiet}")
+
+    command(probe)
+    assert cli.run(["probe", *args]) == 0
+    assert capsys.readouterr().err == (f"teegpu probe: {told}" if told else "")
+
+
 def test_a_group_without_a_command_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["config"]) == 2
     captured = capsys.readouterr()
@@ -192,11 +226,41 @@ def test_a_full_disk_is_no_bug(command: Callable[..., None], capsys: pytest.Capt
     assert capsys.readouterr().err == "teegpu: /some/file: No space left on device\n"
 
 
-def test_main_ends_the_process_with_the_code(command: Callable[..., None]) -> None:
-    command(failing(errors.PromptError("empty")))
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["probe"])
-    assert caught.value.code == 3
+def test_what_an_error_quotes_can_not_take_over_the_terminal(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(failing(errors.ModelError("/models/\x1b]0;x\x07: no such folder")))
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert cli.run(["probe"]) == 3
+    assert shown.getvalue() == "teegpu: /models/�]0;x�: no such folder\n"
+
+
+def test_the_process_ends_with_the_code_and_nothing_that_it_said_is_lost() -> None:
+    """Without taking itself apart, which takes long where torch was loaded."""
+    code = (
+        "import atexit, sys; from teegpu.cli import main as cli; atexit.register(print, 'taken apart')\n"
+        "def run(args): sys.stdout.write('out'); sys.stderr.write('err'); return 3\n"
+        "cli.run = run; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out", "err")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "args"), [("ascii", ["run", "--help"]), ("latin-1", ["bench", "ladder", "--help"])]
+)
+def test_characters_that_the_output_lacks_are_replaced(encoding: str, args: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, *args],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["config", "show"], ["config", "show", "--json"]])
@@ -290,3 +354,28 @@ def test_the_completion_script_works_in_bash(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == "doctor\n"
+
+
+def test_a_process_of_the_command_leaves_no_core_dump_and_is_closed_to_others() -> None:
+    """From its start, whichever command it is: what it does comes after."""
+    code = (
+        "import ctypes; from pathlib import Path; from teegpu.cli import main as cli\n"
+        "def run(args): print(ctypes.CDLL(None).prctl(3), Path('/proc/self/limits').read_text()); return 0\n"
+        "cli.run = run; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    dumpable, limits = done.stdout.split(" ", 1)
+    assert dumpable == "0"
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+
+
+def test_the_process_is_the_one_that_runs(start: Start, server_for: ServerFor, tiny_model: TinyModel) -> None:
+    """A run that waits for its server: neither it nor anything that it has started could leave a core dump."""
+    folder = tiny_model("llama")
+    server = server_for(folder)
+    with server.hold(2):
+        process = start("run", "--model", folder.path, "--endpoint", server.address, "--max-tokens", "4", "Hi")
+        server.wait_until_held()
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+    assert process.finish().code == 0

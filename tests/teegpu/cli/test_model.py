@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,14 @@ import pytest
 
 from teegpu.cli.main import run
 from teegpu.model import catalog
-from teegpu.model.cache import MARKER
+from teegpu.model.arch import ARCHITECTURES
+from teegpu.model.cache import CONVERSION, MARKER
 from teegpu.model.folder import ModelFolder
+from teegpu.model.reader import read_spec
+from tests.teegpu.cli.conftest import Teegpu
+from tests.teegpu.model.packing import FORMATS, rewritten
 
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 SMALL = "layers=2,hidden=64,vocab=300,context=128"
 
 TinyModel = Callable[..., ModelFolder]
@@ -28,8 +35,22 @@ def fetched(slug: str, model: ModelFolder, cache_dir: Path) -> Path:
     """A model in the cache, as if it had been pulled."""
     path = cache_dir / "models" / slug
     shutil.copytree(model.path, path)
-    (path / MARKER).write_text("{}")
+    (path / MARKER).write_text(json.dumps({"conversion": CONVERSION}))
     return path
+
+
+def test_the_page_of_families_is_what_the_command_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["model", "families"]) == 0
+    assert capsys.readouterr().out == (DOCS / "models.md").read_text(encoding="utf-8")
+
+
+def test_every_architecture_is_in_the_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["model", "families", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["model_type"] for row in found["families"]] == list(ARCHITECTURES)
+    assert {row["fused"] for row in found["families"]} == {"yes", "two products"}
+    assert {row["pads"] for row in found["families"]} == {"yes"}
+    assert "tells what it is" in found["refused"][0]["because"]
 
 
 def test_list_shows_every_entry_within_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,8 +117,26 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str], tiny_model: TinyModel)
 
     assert (facts["architecture"], facts["layers"], facts["hidden_size"], facts["kv_heads"]) == ("mistral", 2, 32, 2)
     assert (facts["sliding_window"], facts["context_tokens"], facts["dtype"]) == (16, 256, "float32")
+    assert facts["quantisation"] is None
+    spec = read_spec(folder)
+    matrices = sum(math.prod(shape) for name, shape in spec.weights.items() if "proj" in name or name == "lm_head")
+    memory = facts["memory_bytes"]
+    assert memory["TEE, all in it (fp32)"] - memory["TEE, beside a server"] == 4 * matrices
+    assert memory["server (fp32)"] == facts["weight_bytes"]
+    assert memory["TEE, for 1,000 tokens of context"] == 1000 * 2 * 2 * 2 * 8 * 4
     assert facts["weight_bytes"] == 4 * facts["parameters"]
     assert len(facts["digest"]) == 64
+
+
+def test_info_says_how_weights_are_quantised(
+    capsys: pytest.CaptureFixture[str], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model("llama").path, tmp_path / "packed")
+    folder, _ = rewritten(ModelFolder("packed", tmp_path / "packed"), FORMATS["gptq-4"])
+    assert run(["model", "info", str(folder.path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["dtype"], facts["quantisation"]) == ("quantised", "gptq, 4 bits, groups of 16")
+    assert facts["weight_bytes"] < 3 * facts["parameters"]
 
 
 def test_info_for_people_keeps_the_digest_whole(capsys: pytest.CaptureFixture[str], tiny_model: TinyModel) -> None:
@@ -110,6 +149,33 @@ def test_info_for_people_keeps_the_digest_whole(capsys: pytest.CaptureFixture[st
     assert f"digest              {digest}" in lines
     assert "sliding window      none" in lines
     assert "eos token ids       257" in lines
+    assert any(line.startswith("memory: TEE, beside a server") for line in lines)
+
+
+def test_a_run_takes_the_model_of_the_digest_that_is_pinned_alone(
+    teegpu: Teegpu, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """What decides an answer is changed behind time stamps that are put back."""
+    path = shutil.copytree(tiny_model("llama").path, tmp_path / "mine")
+    options = ["--model", str(path), "--plan", "local", "--max-tokens", "1", "--no-record", "Hi"]
+
+    def digest() -> str:
+        return str(json.loads(teegpu("model", "info", str(path), "--json").out)["digest"])
+
+    pin = digest()
+    outcome = teegpu("run", "--model-digest", pin, "--json", *options)
+    assert (outcome.code, outcome.document["model"]["digest"]) == (0, pin)
+    for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        file = path / name
+        before, content = file.stat(), file.read_bytes()
+        changed = content[:-1] + b"\t" if name == "model.safetensors" else content + b"\n"
+        file.write_bytes(changed)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        outcome = teegpu("run", "--model-digest", pin, *options)
+        assert (outcome.code, outcome.out) == (3, ""), name
+        assert f"has the digest {digest()}, and model.digest asks for {pin}" in outcome.err.replace("\n", " ")
+        file.write_bytes(content)
+    assert digest() == pin
 
 
 def test_info_of_what_is_not_here_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:

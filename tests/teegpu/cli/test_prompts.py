@@ -71,8 +71,11 @@ def test_raw_text_from_a_pipe_is_taken_as_it_is(piped: Piped) -> None:
 
 
 def test_a_pipe_is_joined_to_the_argument(piped: Piped) -> None:
+    """And is told of: ``while read line; do teegpu run "$line"; done`` would give all lines to the first run."""
     piped(b"the text\n")
-    assert Prompts("Sum this up:").read() == ["Sum this up:\n\nthe text"]
+    told: list[str] = []
+    assert Prompts("Sum this up:").read(told.append) == ["Sum this up:\n\nthe text"]
+    assert told == ["8 characters of standard input are part of the prompt (leave out with '< /dev/null')"]
 
 
 def test_an_empty_pipe_adds_nothing_to_the_argument(piped: Piped) -> None:
@@ -140,13 +143,14 @@ def test_a_pipe_that_stays_silent_is_told_of(monkeypatch: pytest.MonkeyPatch) ->
 
     def notify(line: str) -> None:
         told.append(line)
-        os.write(writer, b"at last")
-        os.close(writer)
+        if len(told) == 1:
+            os.write(writer, b"at last")
+            os.close(writer)
 
     with os.fdopen(reader) as stream:
         stand_in(monkeypatch, stream)
         assert Prompts("Hi").read(notify) == ["Hi\n\nat last"]
-    assert told == [
+    assert told[:1] == [
         "waiting for standard input, a pipe, to end: it is part of the prompt (leave it out with '< /dev/null')"
     ]
 
@@ -223,3 +227,33 @@ def test_chat_raw_and_cut_texts(tokenizer: Tokenizer) -> None:
     assert encode(Prompts(raw=True), "Hi") == [tokenizer.encode_raw("Hi")]
     assert encode(Prompts(prompt_tokens=7), "abcd") == [tokenizer.encode_plain("abcdabc")]
     assert [len(ids) for ids in encode(Prompts(prompt_tokens=200))] == [200]
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c", "\r"])
+def test_a_line_of_prompts_ends_at_a_newline_only(tmp_path: Path, inside: str) -> None:
+    path = tmp_path / "prompts"
+    path.write_bytes(f"one{inside}line\r\n\nanother\n".encode())
+    assert Prompts(prompts_file=path).read() == [f"one{inside}line", "another"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, piped: Piped) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbfone\n")
+    assert Prompts(prompts_file=path).read() == ["one"]
+    assert Prompts(prompt_tokens=4, text_file=path).read() == ["one\n"]
+    piped(b"\xef\xbb\xbfone")
+    assert Prompts(raw=True).read() == ["one"]
+
+
+def test_what_is_far_too_long_is_refused_before_it_is_all_read(
+    tmp_path: Path, piped: Piped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "MOST_BYTES", 1 << 20)
+    path = tmp_path / "text"
+    path.write_bytes(b"x" * ((1 << 20) + 1))
+    with pytest.raises(PromptError, match="has more than 1 MiB"):
+        Prompts(prompts_file=path).read()
+    monkeypatch.setattr(prompts, "MOST_BYTES", 4)
+    piped(b"hello")
+    with pytest.raises(PromptError, match="standard input has more than 0 MiB"):
+        Prompts().read()

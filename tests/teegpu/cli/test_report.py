@@ -8,13 +8,15 @@ import io
 import json
 import os
 import pty
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from teegpu.metrics.store import RunStore, RunWriter
+from teegpu.record.store import RunStore
+from teegpu.record.writer import RunWriter
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import Outcome, ServerFor, Teegpu
 from tests.teegpu.report import samples
@@ -38,7 +40,7 @@ def begun(store: RunStore, run_id: str, **changes: Any) -> Iterator[RunWriter]:
     meta = {name: made[name] for name in ("started_at", "model", "settings", "tee", "server", "note", "environment")}
     writer = store.create(run_id, meta, events_bytes=2**20)
     try:
-        writer.sink(samples.events())
+        writer(samples.events())
         yield writer
     finally:
         writer.close()
@@ -91,6 +93,15 @@ def test_a_real_run_as_a_table(real: RunStore, teegpu: Teegpu) -> None:
     assert done.out.count("TOTAL") == 2
     assert done.out.count("100.0%") == 2
     assert "\x1b" not in done.out
+
+
+def test_the_three_lines_alone(real: RunStore, teegpu: Teegpu) -> None:
+    whole, brief = teegpu("report", "last").out, teegpu("report", "last", "--brief").out
+    assert whole.startswith(brief.rstrip("\n"))
+    assert [line.partition("  ")[0] for line in brief.splitlines()[-3:]] == ["Verdict", "Largest cost", "To do"]
+    done = teegpu("report", "last", "--brief", "--json")
+    assert done.code == 2
+    assert "--brief" in done.err
 
 
 def test_a_real_run_as_a_document(real: RunStore, teegpu: Teegpu) -> None:
@@ -160,6 +171,9 @@ def test_an_empty_store_says_how_to_make_a_run(store: RunStore, teegpu: Teegpu) 
     done = teegpu("report", "list")
     assert (done.code, done.out) == (0, "")
     assert "teegpu run" in done.err
+    listed = {teegpu("report", "list", *form).out for form in (["--json"], ["--format", "json"])}
+    assert len(listed) == 1
+    assert '"runs": []' in listed.pop()
 
 
 def test_an_unknown_run_names_the_nearest(store: RunStore, teegpu: Teegpu) -> None:
@@ -179,7 +193,7 @@ def test_a_unique_beginning_is_enough(store: RunStore, teegpu: Teegpu) -> None:
 
 def test_a_run_that_goes_on_says_so(store: RunStore, teegpu: Teegpu) -> None:
     with begun(store, ID) as writer:
-        writer.sink.close(compress=False)
+        writer.end()
         out = teegpu("report", "last").out
         assert out.splitlines()[1] == "running: figures so far"
         assert "smollm2-135m" in out
@@ -198,8 +212,8 @@ def test_a_run_that_broke_off_is_marked(store: RunStore, teegpu: Teegpu) -> None
 def test_a_damaged_record_says_so(store: RunStore, teegpu: Teegpu) -> None:
     with begun(store, ID):
         pass
-    events = store.find(ID).path / "events.msgpack"
-    events.write_bytes(events.read_bytes()[:-20])
+    with contextlib.closing(sqlite3.connect(store.find(ID).path / "run.sqlite")) as connection, connection:
+        connection.execute("UPDATE events SET block = zeroblob(20)")
     done = teegpu("report", "last")
     assert done.code == 0
     assert "! damaged record: " in done.out
@@ -209,10 +223,14 @@ def test_a_damaged_record_says_so(store: RunStore, teegpu: Teegpu) -> None:
     json.loads(trace.out)
 
 
-def test_a_newer_schema_is_refused_and_listed(store: RunStore, teegpu: Teegpu) -> None:
+@pytest.mark.parametrize(
+    "sql",
+    ["UPDATE run SET document = replace(document, 'report/1', 'report/2')", "PRAGMA user_version = 2"],
+)
+def test_a_newer_version_is_refused_and_listed(sql: str, store: RunStore, teegpu: Teegpu) -> None:
     put(store)
-    summary = store.find(ID).path / "summary.json"
-    summary.write_text(json.dumps(samples.document(schema="teegpu.report/2")))
+    with contextlib.closing(sqlite3.connect(store.find(ID).path / "run.sqlite")) as connection, connection:
+        connection.execute(sql)
     done = teegpu("report", "show", ID)
     assert (done.code, done.out) == (8, "")
     assert "newer" in done.err
@@ -220,6 +238,21 @@ def test_a_newer_schema_is_refused_and_listed(store: RunStore, teegpu: Teegpu) -
     assert listed.code == 0
     assert "unreadable" in listed.out
     assert "newer" in listed.out
+
+
+def test_a_record_of_an_older_release_says_so(store: RunStore, teegpu: Teegpu) -> None:
+    put(store)
+    (store.root / "20250102-030405-abcdef").mkdir()
+    (store.root / "20250102-030405-abcdef" / "meta.json").write_text("{}")
+    done = teegpu("report", "show", "2025")
+    assert (done.code, done.out) == (8, "")
+    assert "was recorded by an older teegpu" in done.err
+    listed = teegpu("report", "list")
+    assert listed.code == 0
+    assert "unreadable" in listed.out
+    assert "older teegpu" in listed.out
+    assert teegpu("report", "rm", "2025", "--yes").code == 0
+    assert len(store.all()) == 1
 
 
 def test_a_file_of_run_json_is_as_good_as_a_record(store: RunStore, teegpu: Teegpu, tmp_path: Path) -> None:
@@ -249,6 +282,18 @@ def test_a_file_is_written_whole_and_never_replaced_unasked(store: RunStore, tee
     assert teegpu("report", "last", "--out", path, "--force").code == 0
     assert path.read_text().startswith("<!DOCTYPE html>")
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_file()] == ["page.html"]
+
+
+@pytest.mark.parametrize("output", [{"text": "Once upon a time"}, [{"text": "Once"}, {"text": ""}]])
+def test_a_file_with_the_text_of_a_run_is_for_the_user_alone(
+    store: RunStore, teegpu: Teegpu, tmp_path: Path, output: object
+) -> None:
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps(samples.document(output=output)))
+    written = tmp_path / "written.json"
+    assert teegpu("report", "show", path, "--out", written).code == 0
+    assert json.loads(written.read_text())["output"] == output
+    assert written.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_table_in_a_file_is_plain(store: RunStore, teegpu: Teegpu, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import msgpack
 import pytest
 import zmq
 
+from teegpu import runner as runner_module
 from teegpu.model.folder import ModelFolder
-from teegpu.tee import runner as runner_module
-from teegpu.tee import servers
-from teegpu.tee.embedded_server import EmbeddedServer
-from teegpu.tee.runner import Runner
+from teegpu.remote import servers, waiting
+from teegpu.remote.embedded import EmbeddedServer
+from teegpu.runner import Runner
 from teegpu.wire.messages import PROTOCOL_VERSION
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import LocalServer, Outcome, ServerFor, Start, Teegpu, processes_naming, until
@@ -29,16 +30,6 @@ from transports import envelope
 
 PREFILL_CALLS = 5
 """RPCs of one pass of the tiny model under the plan fused."""
-
-
-@pytest.fixture
-def model(tiny_model: TinyModel) -> ModelFolder:
-    return tiny_model("llama", vocab_size=1000)
-
-
-@pytest.fixture
-def server(server_for: ServerFor, model: ModelFolder) -> LocalServer:
-    return server_for(model)
 
 
 @pytest.fixture
@@ -50,8 +41,10 @@ def run(teegpu: Teegpu, model: ModelFolder) -> Teegpu:
 
 
 def one_line(done: Outcome) -> str:
-    """What a failed run says, which is one line."""
-    (line,) = done.err.splitlines()
+    """What a failed run says, which is one line, after the one that says what it hides."""
+    *before, line = done.err.splitlines()
+    assert len(before) <= 1
+    assert all(told.startswith("privacy") for told in before)
     assert line.startswith("teegpu: ")
     return line.removeprefix("teegpu: ")
 
@@ -99,6 +92,18 @@ def test_unknown_models(name: str, message: str, options: list[str], teegpu: Tee
     assert bool(done.out) == bool(options)
     if options:
         assert (done.document["status"], done.document["error"]) == ("failed", one_line(done))
+
+
+def test_a_fault_in_the_advice_does_not_take_the_place_of_what_a_run_failed_of(
+    run: Teegpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def advised(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("teegpu.cli.answering.advised", advised)
+    done = run("--plan", "local", "")
+    assert done.code == 3
+    assert "the prompt is empty" in one_line(done)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
@@ -153,7 +158,7 @@ def test_no_server(transport: str, options: list[str], run: Teegpu, monkeypatch:
     done = run("--endpoint", address, "--transport", transport, *options, "Hi")
     assert time.monotonic() - started < 5
     assert done.code == 4
-    assert one_line(done).startswith(f"no server answers at {address} within 0.3 s")
+    assert one_line(done).startswith(f"no server answers at {address} within 0.3 s: connection refused, nobody listens")
     assert bool(done.out) == bool(options)
     if options:
         document = done.document
@@ -347,6 +352,9 @@ def test_the_embedded_server_dies_in_decode(
         def flush(self) -> None:
             pass
 
+        def isatty(self) -> bool:
+            return False
+
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", Killer())
         done = run("--dtype", "fp32", "Hi")
@@ -366,7 +374,7 @@ def test_a_separate_server_dies_in_decode(run: Teegpu, start: Start, model: Mode
     while not line.startswith("teegpu GPU server ready at "):
         line = process.line()
     address = line.split()[-1]
-    generate = runner_module.Session.generate
+    generate = runner_module.Engine.generate
 
     def dies_after_three(*args: Any, on_token: Callable[[int], bool], **options: Any) -> Any:
         count = 0
@@ -382,14 +390,29 @@ def test_a_separate_server_dies_in_decode(run: Teegpu, start: Start, model: Mode
         return generate(*args, on_token=counted, **options)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(runner_module.Session, "generate", dies_after_three)
-        patched.setenv("TEEGPU_LINK_RETRY_BUDGET_SECONDS", "0.5")
+        patched.setattr(runner_module.Engine, "generate", dies_after_three)
+        patched.setenv("TEEGPU_LINK_RETRY_BUDGET_SECONDS", "1")
+        patched.setattr(waiting, "FIRST_SECONDS", 0.0)
         done = run("--endpoint", address, "--json", "Hi")
     assert done.code == 4
-    assert one_line(done).startswith(f"no reply from {address} for 0.5 s, in spite of 1 attempt to connect (link.retry")
+    lines = done.err.splitlines()
+    told = f"lost the server at {address}: connection refused, nobody listens there; trying for another"
+    assert any(line.startswith(told) for line in lines)
+    error = one_line(replace(done, err=f"{lines[0]}\n{lines[-1]}"))
+    assert error.startswith(f"no reply from {address} for 1.0 s, in spite of ")
     assert done.document["status"] == "failed"
     assert len(done.document["output"]["token_ids"]) == 3
     assert done.document["output"]["text"]
+
+
+def test_whom_a_run_waits_for_is_said(run: Teegpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.0)
+    monkeypatch.setenv("TEEGPU_LINK_CONNECT_TIMEOUT_SECONDS", "1")
+    address = free_address()
+    done = run("--endpoint", address, "Hi")
+    assert done.code == 4
+    told = f"waiting for the server at {address}: connection refused, nobody listens there; trying for another 1 s"
+    assert told in done.err.splitlines()
 
 
 # The embedded server
@@ -400,7 +423,8 @@ def test_an_embedded_server_that_can_not_load_says_why(
     code: int, run: Teegpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: Callable[[], None]
 ) -> None:
     child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\necho 'teegpu: the reason' >&2\nexit {code}\n")
+    tokenizers = f"case $* in *teegpu.model.foreign*) exec {sys.executable} $*;; esac"
+    child.write_text(f"#!/bin/sh\n{tokenizers}\necho 'teegpu: the reason' >&2\nexit {code}\n")
     child.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(child))
     done = run("-q", "Hi")
@@ -438,7 +462,8 @@ def test_ctrl_c_while_loading(
     until(lambda: bool(processes_naming(str(scratch))))
     interrupt_group(process.pid)
     done = process.finish()
-    assert (done.code, done.err) == (130, "")
+    assert done.code == 130
+    assert all(line.startswith("privacy ") for line in done.err.splitlines())
     assert done.document["status"] == "interrupted"
     assert "output" not in done.document
     nothing_left()
@@ -464,7 +489,8 @@ def test_a_signal_in_prefill(send: Send, start: Start, model: ModelFolder, serve
         server.wait_until_held()
         send(process.pid)
         done = process.finish()
-    assert (done.code, done.err) == (130, "")
+    assert done.code == 130
+    assert all(line.startswith("privacy ") for line in done.err.splitlines())
     document = done.document
     assert document["status"] == "interrupted"
     assert document["output"]["text"] == ""
@@ -484,7 +510,7 @@ def test_ctrl_c_in_decode(start: Start, model: ModelFolder, server: LocalServer,
     text = teegpu(*command, "-q", "--max-tokens", 3, "Hi").out
     assert done.out == text
     assert len(text) > 3
-    lines = done.err.splitlines()
+    _, *lines = done.err.splitlines()
     assert lines[1].startswith(f"interrupted · {model.path.name} · fused · ")
     assert [line.split()[0] for line in lines[2:5]] == ["tokens", "prefill", "decode"]
 

@@ -30,18 +30,12 @@ from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.model.weights import WeightStore
 from teegpu.options import wire_limits
-from teegpu.tee.health import probe
+from teegpu.remote.health import probe
 from teegpu.wire import codec
 from teegpu.wire.messages import PROTOCOL_VERSION, Execute, Refusal, Result
 from teegpu.wire.program import Step, single
-from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import Process, Start, Teegpu, until
 from transports.base import Message
-
-
-@pytest.fixture
-def model(tiny_model: TinyModel) -> ModelFolder:
-    return tiny_model("llama", vocab_size=1000)
 
 
 @pytest.fixture
@@ -134,17 +128,18 @@ def test_sigterm_lets_the_request_in_hand_be_finished(start: Start, model: Model
 
 
 @pytest.fixture
-def endless(tmp_path: Path) -> Path:
-    """A model whose config.json is a pipe: who has opened that for writing knows that somebody loads the model."""
-    os.mkfifo(tmp_path / "config.json")
-    (tmp_path / "model.safetensors").touch()
-    return tmp_path
+def endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pipe that a server reads while it loads: who has opened that for writing knows that it does."""
+    os.mkfifo(tmp_path / "loading")
+    (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'loading')!r}).read()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return tmp_path / "loading"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_it_loads(number: int, start: Start, endless: Path) -> None:
-    process = start("serve", "--model", endless)
-    with (endless / "config.json").open("w"):
+def test_a_signal_while_it_loads(number: int, start: Start, endless: Path, model: ModelFolder) -> None:
+    process = start("serve", "--model", model.path, "--bind", "tcp://127.0.0.1:0")
+    with endless.open("w"):
         process.send_signal(number)
         done = process.finish()
     assert (done.code, done.out, done.err) == (0, "", "stopped while loading\n")
@@ -236,7 +231,7 @@ def test_a_second_signal_ends_it_in_the_middle_of_a_product(
         program = single(["q", "k"], Step("matmul", "scores", ("q", "k"), transpose=True))
         encodings = {"q": "fp32", "k": "fp32"}
         long = Execute(1, program, {"q": q, "k": q}, encodings, {"scores": "fp16"})
-        client.post(Message(codec.encode_execute(long).frames))
+        client.begin(Message(codec.encode_execute(long).frames))
         until(lambda: cpu_ticks(process.pid) > idle + 60)  # receiving it took less
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
@@ -251,12 +246,12 @@ def test_a_second_signal_ends_it_in_the_middle_of_a_product(
 
 
 def test_an_embedded_server_ends_with_its_standard_input_while_it_loads(
-    start: Start, endless: Path, scratch: Path, nothing_left: Callable[[], None]
+    start: Start, endless: Path, model: ModelFolder, scratch: Path, nothing_left: Callable[[], None]
 ) -> None:
     bind = f"ipc://{tempfile.mkdtemp(prefix='teegpu-', dir=scratch)}/gpu"
-    process = start("serve", "--embedded", "--model", endless, "--bind", bind, stdin=subprocess.PIPE)
+    process = start("serve", "--embedded", "--model", model.path, "--bind", bind, stdin=subprocess.PIPE)
     assert process.stdin is not None
-    with (endless / "config.json").open("w"):
+    with endless.open("w"):
         process.stdin.close()
         assert process.wait(30) == 0
     assert process.stdout is not None

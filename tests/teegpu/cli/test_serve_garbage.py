@@ -9,21 +9,22 @@ import socket
 import threading
 from collections.abc import Callable
 
-import pytest
 import torch
 import zmq
 
 import transports
 from teegpu.config import Config
-from teegpu.metrics.recorder import Recorder
+from teegpu.facts import PLANS
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.model.weights import WeightStore
 from teegpu.options import wire_limits
-from teegpu.tee.gpu_client import GpuClient
-from teegpu.tee.plans import PLANS, programs
-from teegpu.tee.products import Call, drive
-from tests.conftest import TinyModel
+from teegpu.record.recorder import Recorder
+from teegpu.remote.calls import Call, drive
+from teegpu.remote.client import GpuClient
+from teegpu.remote.handshake import hello
+from teegpu.tee.plans import programs
+from teegpu.wire.codec import Decoder
 from tests.fuzz.mutation import damaged
 from tests.fuzz.targets import seeds
 from tests.fuzz.world import split
@@ -32,11 +33,6 @@ from tests.teegpu.cli.conftest import Process, Start
 REQUESTS = 120
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 READY = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
-
-
-@pytest.fixture
-def model(tiny_model: TinyModel) -> ModelFolder:
-    return tiny_model("llama", vocab_size=1000)
 
 
 def ready(process: Process) -> str:
@@ -122,8 +118,8 @@ def test_garbage_disturbs_nobody(start: Start, model: ModelFolder) -> None:
             for number in range(REQUESTS):
                 n = torch.randn(1 + number % 7, spec.hidden_size)
                 out = drive(gpu.run(Call(first.qkv[0], {"n": n}, 0)))
-                torch.testing.assert_close(out["q"], n @ weight.T)
-            gpu.hello(10.0)
+                torch.testing.assert_close(out["qkv"][:, : weight.shape[0]], n @ weight.T)
+            hello(transport, Decoder(limits), 10.0)
     finally:
         over.set()
         for job in jobs:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from teegpu import config
 from teegpu.model.folder import ModelFolder
+from teegpu.tee.choose import NEAR
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import LocalServer, ServerFor, Start, Teegpu, until
 
@@ -18,11 +21,6 @@ from tests.teegpu.cli.conftest import LocalServer, ServerFor, Start, Teegpu, unt
 @pytest.fixture(scope="module")
 def model(tiny_model: TinyModel) -> ModelFolder:
     return tiny_model("llama", num_hidden_layers=3, vocab_size=300)
-
-
-@pytest.fixture
-def server(server_for: ServerFor, model: ModelFolder) -> LocalServer:
-    return server_for(model)
 
 
 @pytest.fixture
@@ -52,12 +50,11 @@ def test_from_measuring_to_a_run_that_goes_by_it(
     made = tuned("--apply")
     (kept,) = state(isolated_user_files)
     assert kept.stat().st_mode & 0o777 == 0o600
-    assert {entry["plan"] for entry in made["prefill"]} == {"local", "per-op", "batched", "attention", "fused"}
-    assert {entry["wire_dtype"] for entry in made["decode"]} == {None, "fp32", "bf16", "fp16", "int8"}
+    assert {entry["plan"] for entry in made["prefill"]} == {"local", "attention", "fused"}
     assert made["choice"]["prefill"]["plan"] in ("local", "attention", "fused")
     text = own.read_text()
     assert text.startswith("# mine\n[run]\nmax_tokens = 3 # few\n")
-    assert f'prefill_plan = "{made["choice"]["prefill"]["plan"]}"' in text
+    assert 'prefill_plan = "auto"' in text
 
     saved = tuned("--saved", "--prompt-tokens", 32)
     assert saved["settings"]["prompt_tokens"] == 32
@@ -81,6 +78,18 @@ def test_from_measuring_to_a_run_that_goes_by_it(
     assert f"--endpoint {server.address}' renews it" in refused.err
 
 
+def test_what_was_measured_is_shown_where_it_can_not_be_kept(
+    teegpu: Teegpu, model: ModelFolder, server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    done = teegpu(
+        "tune", "--model", model.path, "--endpoint", server.address, "--prompt-tokens", 32, "--format", "json"
+    )
+    assert (done.code, json.loads(done.out)["kind"]) == (0, "tune")
+    assert "the profile can't be kept in" in done.err
+
+
 @pytest.mark.parametrize("options", [(), ("--transport", "zmq"), ("--decode-plan", "attention", "--speculate", 2)])
 def test_a_probe_decides_where_nothing_is_known(
     teegpu: Teegpu, model: ModelFolder, server: LocalServer, options: tuple[object, ...]
@@ -91,18 +100,32 @@ def test_a_probe_decides_where_nothing_is_known(
     chosen = json.loads(done.out)["settings"]
     assert chosen["auto"]["basis"] == "probe"
     assert chosen["auto"]["reason"] in done.err
-    assert chosen["decode_plan"] == ("attention" if options[:1] == ("--decode-plan",) else "local")
+    seconds = chosen["auto"]["predicted"]["decode_step_seconds"]
+    given = options[:1] == ("--decode-plan",)
+    assert set(seconds) == ({"attention"} if given else {"local", "attention", "fused"})
+    assert seconds[chosen["decode_plan"]] <= NEAR * min(seconds.values())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "olmo2"])
+def test_of_a_model_of_one_layer_there_is_enough_to_choose_by(
+    architecture: str, teegpu: Teegpu, tiny_model: TinyModel, server_for: ServerFor
+) -> None:
+    one = tiny_model(architecture, num_hidden_layers=1)
+    done = teegpu("run", "--model", one.path, "--endpoint", server_for(one).address, "--plan", "auto",
+                  "--max-tokens", 2, "--json", "--raw", "Hi")  # fmt: skip
+    assert done.code == 0
+    assert json.loads(done.out)["settings"]["auto"]["basis"] == "probe"
 
 
 def test_beside_an_embedded_server_and_a_link_auto_offloads(teegpu: Teegpu, model: ModelFolder) -> None:
-    done = teegpu("run", "--model", model.path, "--plan", "auto", "--link", "rtt=5ms,bandwidth=100mbit",
+    done = teegpu("run", "--model", model.path, "--plan", "auto", "--link", "rtt=30ms,bandwidth=100mbit",
                   "--max-tokens", 2, "--json", "Hi")  # fmt: skip
     document = json.loads(done.out)
     assert document["settings"]["prefill_plan"] == document["settings"]["decode_plan"] == "fused"
     assert document["phases"]["prefill"]["rpc_calls"] == 7
     seconds = document["settings"]["auto"]["predicted"]["decode_step_seconds"]
     assert set(seconds) == {"fused", "attention"}
-    assert 7 * 0.005 < seconds["fused"] < 0.2
+    assert 7 * 0.03 < seconds["fused"] < seconds["attention"]
 
 
 def test_layers_over_two_servers(teegpu: Teegpu, model: ModelFolder, server: LocalServer) -> None:
@@ -110,7 +133,9 @@ def test_layers_over_two_servers(teegpu: Teegpu, model: ModelFolder, server: Loc
     done = teegpu("run", "--model", model.path, "--endpoint", both[0], "--endpoint", both[1], "--plan", "auto",
                   "--max-tokens", 2, "--json", "Hi")  # fmt: skip
     assert done.code == 0
-    assert json.loads(done.out)["settings"]["auto"]["chosen"]["prefill_plan"] == "local"
+    auto = json.loads(done.out)["settings"]["auto"]
+    seconds = auto["predicted"]["prefill_seconds"]
+    assert seconds[auto["chosen"]["prefill_plan"]] <= NEAR * min(seconds.values())
 
 
 @pytest.mark.parametrize(
@@ -148,6 +173,15 @@ def test_what_if_needs_no_model(teegpu: Teegpu) -> None:
     assert "| llama-3-70b |" in done.out
 
 
+def test_what_if_takes_a_folder(teegpu: Teegpu, model: ModelFolder) -> None:
+    done = teegpu("tune", "--what-if", f"model={model.path},gpu=l4", "--format", "csv")
+    assert done.code == 0
+    assert f"\n{model.path.name},l4," in done.out
+    missing = teegpu("tune", "--what-if", "model=nobody/has-this", "--offline")
+    assert missing.code == 3
+    assert "nothing of model 'nobody/has-this' is here" in missing.err
+
+
 def test_an_interrupt_leaves_nothing_half_written(start: Start, model: ModelFolder, isolated_user_files: Path) -> None:
     process = start("tune", "--model", model.path, "--link", "rtt=400ms", "--apply")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -158,3 +192,19 @@ def test_an_interrupt_leaves_nothing_half_written(start: Start, model: ModelFold
     assert "Traceback" not in done.err
     assert state(isolated_user_files) == []
     assert not config.user_file().exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["tune"], ["run", "Hi"], ["run", "Hi", "--plan", "local"], ["serve"], ["audit"], ["doctor"]]
+)
+def test_how_threads_wait_is_said_before_torch_reads_it(command: list[str]) -> None:
+    """Else tune would measure in another way than runs are, and each side would have a share of few cores."""
+    code = (
+        "import sys\n"
+        "from teegpu import machine\n"
+        "machine.share_cores = lambda *_, **__: sys.exit(91 if 'torch' in sys.modules else 90)\n"
+        "from teegpu.cli.main import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 90, done.stderr

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from teegpu.metrics.store import RunStore
 from teegpu.model.folder import ModelFolder
+from teegpu.record.store import RunStore
 from tests.teegpu.cli.terminal import Terminal, children_of
 
 NothingLeft = Callable[[], None]
@@ -196,3 +196,35 @@ def test_a_replay_on_a_terminal(ended: str) -> None:
         terminal.wait_for("where the time goes", "1 of ≤ 5 tokens")
         terminal.press("q")
         assert terminal.finish() == 0
+
+
+@pytest.mark.parametrize("speed", [0, 1])
+def test_a_replay_ends_with_its_terminal(ended: str, speed: int) -> None:
+    """Its signal is SIGHUP, as of a window that is closed; what it waits for is a terminal that takes nothing."""
+    with Terminal("watch", ended, "--speed", speed) as terminal:
+        terminal.wait_for("report")
+        terminal.hang_up()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_replay_ends_when_it_is_told_to(ended: str, number: signal.Signals) -> None:
+    with Terminal("watch", ended) as terminal:
+        terminal.wait_for("report")
+        terminal.signal(number)
+        assert terminal.finish() == 0
+        assert "\x1b[?1049l" in terminal.raw.decode()  # the screen is given back
+
+
+def test_a_terminal_that_takes_nothing_more_holds_nothing_up(ended: str) -> None:
+    with Terminal("watch", ended, size=(200, 60)) as terminal:
+        terminal.wait_for("report")
+        terminal.fill()
+        terminal.signal(signal.SIGTERM)
+        assert terminal.wait() == 128 + signal.SIGHUP
+
+
+def test_a_terminal_that_goes_without_a_signal(ended: str) -> None:
+    """As where something between, which starts commands, keeps SIGHUP from them."""
+    with Terminal("watch", ended, ignored=signal.SIGHUP) as terminal:
+        terminal.wait_for("report")
+        terminal.hang_up()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from teegpu import ring
 from teegpu.gpu.executor import Execution, Executor
 from teegpu.gpu.server import Identity
 from teegpu.gpu.weights import DeviceWeights
@@ -40,9 +41,10 @@ class MemoryStore:
         generator = torch.Generator().manual_seed(7)
         self.tensors = {name: torch.randn(shape, generator=generator) / 4 for name, shape in spec.weights.items()}
         self.loaded: list[str] = []
+        self.tied = spec.tied_embeddings
 
-    def load(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+    def load_whole(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        ring.quantise_into(self.tensors[name], weight, scale)
 
     def load_into(self, name: str, out: torch.Tensor) -> None:
         assert out.shape == self.tensors[name].shape
@@ -97,8 +99,7 @@ def identity(spec: ModelSpec) -> Identity:
 
 def decoded(done: Execution) -> dict[str, torch.Tensor]:
     """The outputs of an execution as the wire's own dtypes, fp32 for int8."""
-    found: dict[str, torch.Tensor] = {}
-    for frame, narrowed in zip(done.layout.frames, done.frames, strict=True):
-        values = frame.decode(memoryview(bytearray(dtypes.frame_of(narrowed))))
-        found.update(zip(frame.registers, frame.split(values), strict=True))
-    return found
+    return {
+        row.register: dtypes.decode(memoryview(bytearray(dtypes.frame_of(narrowed))), row.shape, row.encoding)
+        for row, narrowed in zip(done.layout.rows, done.frames, strict=True)
+    }

@@ -13,8 +13,6 @@ from teegpu.wire.program import Program
 from tests.teegpu.gpu.conftest import decoded
 from tests.teegpu.gpu.test_executor import EMBED, FUSED, QKV, random
 
-pytestmark = pytest.mark.gpu
-
 MakeExecutor = Callable[..., Executor]
 
 
@@ -34,7 +32,7 @@ def recorded(executor: Executor) -> int:
     device = executor._device
     assert device is not None
     assert device.replays, "the driver refused to record a program"
-    return sum(replay is not None for replay in device._seen.values())
+    return sum(replay is not None for replay in device.recorded.found.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,7 +94,40 @@ def test_no_more_are_kept_than_is_said(make_executor: MakeExecutor, monkeypatch:
         for _ in range(2):
             execute(executor, FUSED, "fp16", random(rows, 32), random(rows, 32))
     assert executor._device is not None
-    assert len(executor._device._seen) == 3
+    assert len(executor._device.recorded.found) == 3
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> cuda.Recorded[str]:
+    """Of 8 recordings, of 40 bytes each and 100 bytes together at most."""
+    for name, most in (("REPLAYS", 8), ("REPLAY_BYTES", 40), ("REPLAYS_BYTES", 100)):
+        monkeypatch.setattr(cuda, name, most)
+    return cuda.Recorded()
+
+
+def test_what_recordings_pin_is_bounded(small: cuda.Recorded[str]) -> None:
+    """A client that sends ever new shapes twice pushes out the oldest recordings, and pins no more than is said."""
+    for key in range(20):
+        assert small.get(key, 30, lambda: "never") is None
+        assert small.get(key, 30, lambda key=key: f"recording {key}") == f"recording {key}"  # type: ignore[misc]
+        assert small.nbytes <= 100
+    assert [key for key, recording in small.found.items() if recording is not None] == [17, 18, 19]
+    assert small.get(19, 30, lambda: "another") == "recording 19"
+
+
+def test_a_program_with_large_registers_is_not_recorded(small: cuda.Recorded[str]) -> None:
+    """Few rows may have millions of columns each."""
+    assert [small.get("wide", 41, lambda: "recording") for _ in range(3)] == [None, None, None]
+    assert not small.found
+
+
+def test_shapes_that_come_once_take_nothing_from_recordings(small: cuda.Recorded[str]) -> None:
+    small.get("ours", 30, lambda: "recording")
+    small.get("ours", 30, lambda: "recording")
+    for key in range(100):
+        small.get(key, 40, lambda: "never")
+        assert small.get("ours", 30, lambda: "another") == "recording"
+    assert (len(small.found), small.nbytes) == (8, 30)
 
 
 def test_where_nothing_can_be_recorded_programs_are_launched(

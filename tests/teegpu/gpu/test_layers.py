@@ -90,12 +90,12 @@ def test_progress_of_a_part_goes_to_one(make_store: MakeStore, deep: ModelSpec) 
 
 
 NOT_HELD = {
-    "another layer": single(["x"], linear("y", "layers.3.q_proj", "x")),
-    "a norm of another layer": single(["x"], Step("scale", "y", ("x",), "layers.0.input_layernorm")),
-    "lm_head": single(["x"], linear("y", "lm_head", "x")),
-    "the final norm": single(["x"], Step("scale", "y", ("x",), "norm")),
+    "another layer": single(["x"], linear("y", "x", "layers.3.q_proj")),
+    "a norm of another layer": single(["x"], Step("scale", "y", ("x",), ("layers.0.input_layernorm",))),
+    "lm_head": single(["x"], linear("y", "x", "lm_head")),
+    "the final norm": single(["x"], Step("scale", "y", ("x",), ("norm",))),
     "half of it": Program(
-        ("x",), (linear("a", "layers.1.q_proj", "x"), linear("b", "layers.3.q_proj", "x")), ("a", "b")
+        ("x",), (linear("a", "x", "layers.1.q_proj"), linear("b", "x", "layers.3.q_proj")), ("a", "b")
     ),
 }
 
@@ -111,7 +111,7 @@ def test_a_weight_that_is_not_held_is_refused_with_what_is(what: str, make_store
 
 def test_token_ids_are_refused_where_there_is_no_embedding(make_store: MakeStore, deep: ModelSpec) -> None:
     executor = Executor(load(make_store(deep), deep, (1, 3)), Limits())
-    program = single(["ids"], Step("embedding", "x", ("ids",), "embed_tokens"))
+    program = single(["ids"], Step("embedding", "x", ("ids",), ("embed_tokens",)))
     with pytest.raises(ShapeError, match="holds layers 1-3 of 4, and weight 'embed_tokens'"):
         executor.run(program, {"ids": torch.tensor([1, 2])}, {"x": "fp32"})
 
@@ -120,7 +120,7 @@ def test_token_ids_are_refused_where_there_is_no_embedding(make_store: MakeStore
 def test_a_weight_that_no_model_has_is_unknown_as_before(name: str, make_store: MakeStore, deep: ModelSpec) -> None:
     executor = Executor(load(make_store(deep), deep, (1, 2)), Limits())
     with pytest.raises(ShapeError, match="the model has no weight"):
-        executor.run(single(["x"], linear("y", name, "x")), {"x": torch.ones(2, 32)}, {"y": "fp32"})
+        executor.run(single(["x"], linear("y", "x", name)), {"x": torch.ones(2, 32)}, {"y": "fp32"})
 
 
 def answer(server: GpuServer, encoded: codec.Encoded) -> Any:
@@ -148,7 +148,7 @@ def test_a_part_of_a_folder_has_the_digest_of_the_whole_and_says_what_it_holds(t
     assert isinstance(welcome, Welcome)
     assert (welcome.layers, welcome.dims["layers"], welcome.memory_bytes) == ((2, 3), LAYERS, part.memory_bytes)
     asked = Execute(
-        1, single(["n"], linear("q", "layers.0.q_proj", "n")), {"n": torch.ones(1, 32)}, {"n": "fp32"}, {"q": "fp32"}
+        1, single(["n"], linear("q", "n", "layers.0.q_proj")), {"n": torch.ones(1, 32)}, {"n": "fp32"}, {"q": "fp32"}
     )
     refusal = answer(server, codec.encode_execute(asked))
     assert isinstance(refusal, Refusal)

@@ -10,7 +10,8 @@ import torch
 
 from teegpu.errors import ConfigError
 from teegpu.gpu import server as serving
-from teegpu.gpu.server import dtype_name, load, pick_device, pick_dtype
+from teegpu.gpu.server import load, pick_device, pick_dtype
+from teegpu.kernels import dtype_name
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.model.spec import ModelSpec
@@ -18,7 +19,7 @@ from teegpu.model.weights import WeightStore
 from teegpu.wire.limits import Limits
 from teegpu.wire.program import Step, single
 
-EMBED = single(["ids"], Step("embedding", "x", ("ids",), "embed_tokens"))
+EMBED = single(["ids"], Step("embedding", "x", ("ids",), ("embed_tokens",)))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.teegpu.gpu.conftest import decoded
 
 MakeExecutor = Callable[..., Executor]
 
-QKV = Program(("n",), tuple(ring_linear(name, f"layers.0.{name}_proj", "n") for name in ("q", "k", "v")), tuple("qkv"))
+QKV = single(["n"], ring_linear("qkv", "n", "layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj"))
 SEED = bytes(range(32))
 
 
@@ -55,20 +55,26 @@ def run(executor: Executor, program: Program, inputs: Mapping[str, ring.Operand]
 def test_a_product_is_exact(executor: Executor, store: Any, rows: int, weight: str) -> None:
     for attempt in range(3 if rows == 1 else 1):  # what comes again is replayed on CUDA
         x = ring.expand(bytes([attempt] * 32), rows, store.tensors[weight].shape[1])
-        done = executor.run(single(["x"], ring_linear("y", weight, "x")), {"x": x}, {"y": "int32"})
+        done = executor.run(single(["x"], ring_linear("y", "x", weight)), {"x": x}, {"y": "int32"})
         assert torch.equal(decoded(done)["y"], expected(store, weight, x))
         assert {name: count for name, (count, _) in done.operations.items()} == {"RING_LINEAR": 1}
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_neighbours_run_as_one_product_and_count_as_several(executor: Executor, store: Any, rows: int) -> None:
+def test_several_weights_are_one_product_side_by_side(executor: Executor, store: Any, rows: int) -> None:
     x = operand(rows)
-    done = executor.run(QKV, {"n": x}, dict.fromkeys("qkv", "int32"))
+    done = executor.run(QKV, {"n": x}, {"qkv": "int32"})
     (compiled,) = executor._compiled.values()
     assert len(compiled.kernels) == 1
-    assert done.operations["RING_LINEAR"][0] == 3
-    for name, got in decoded(done).items():
-        assert torch.equal(got, expected(store, f"layers.0.{name}_proj", x))
+    assert done.operations["RING_LINEAR"][0] == 1
+    assert torch.equal(decoded(done)["qkv"], torch.cat([expected(store, name, x) for name in QKV.weights], dim=-1))
+
+
+@pytest.mark.parametrize("names", [("q_proj", "v_proj"), ("k_proj", "q_proj", "v_proj"), ("q_proj", "norm")])
+def test_weights_that_are_no_matrix_together_are_refused(executor: Executor, names: tuple[str, ...]) -> None:
+    weights = [name if name == "norm" else f"layers.0.{name}" for name in names]
+    with pytest.raises(ShapeError):
+        run(executor, single(["x"], ring_linear("y", "x", *weights)), {"x": operand(2)})
 
 
 def test_a_seed_stands_for_what_it_expands_to(executor: Executor) -> None:
@@ -96,6 +102,19 @@ def test_a_seed_is_not_expanded_before_the_limits_are_checked(
     assert not executor.ring.made
 
 
+def test_seeds_buy_no_more_work_than_is_said(
+    make_executor: MakeExecutor, make_ring: Callable[..., RingWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 bytes that stand for a million rows, through 64 products: hours, and within the bounds on memory."""
+    monkeypatch.setattr(ring, "expand", lambda *_: pytest.fail("expanded"))
+    executor = make_executor(limits=Limits(working_bytes=2**50, message_bytes=2**50), ring=make_ring())
+    weights = [f"layers.{number % 4 // 2}.{'down' if number % 2 else 'gate'}_proj" for number in range(64)]
+    steps = tuple(ring_linear(f"r{number + 1}", f"r{number}", name) for number, name in enumerate(weights))
+    with pytest.raises(ShapeError, match=r"limits\.program_macs on the server") as caught:
+        run(executor, Program(("r0",), steps, ("r64",)), {"r0": ring.Seed(SEED, (2**28, 32))})
+    assert caught.value.code == "too-large"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.int8])
 def test_only_int32_is_in_the_ring(executor: Executor, dtype: torch.dtype) -> None:
     with pytest.raises(ShapeError, match="is in the ring, but came as") as caught:
@@ -106,7 +125,7 @@ def test_only_int32_is_in_the_ring(executor: Executor, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("weight", ["embed_tokens", "norm", "layers.7.q_proj", "nonsense"])
 def test_other_weights_are_refused(executor: Executor, weight: str) -> None:
     with pytest.raises(ShapeError):
-        run(executor, single(["x"], ring_linear("y", weight, "x")), {"x": operand(2)})
+        run(executor, single(["x"], ring_linear("y", "x", weight)), {"x": operand(2)})
 
 
 def test_without_int8_weights_it_is_not_offered(make_executor: MakeExecutor) -> None:
@@ -119,14 +138,12 @@ def test_without_int8_weights_it_is_not_offered(make_executor: MakeExecutor) -> 
 
 
 def test_they_are_made_once_and_told_before_they_take_memory(executor: Executor) -> None:
-    told: list[int] = []
-    executor.announce = told.append
+    assert executor.working_bytes == 0
     assert executor.ring is not None
     assert executor.ring.nbytes == 0
     assert executor.ring.digest == ""
     run(executor, QKV, {"n": operand(2)})
-    assert told[0] > 0
-    assert max(told) >= executor.ring.nbytes > 0
+    assert executor.working_bytes >= executor.ring.nbytes > 0
     assert len(executor.ring.digest) == 64
     assert executor.make_ring() is executor.ring
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import teegpu
 import transports
 from teegpu.gpu.executor import Executor
-from teegpu.gpu.server import GpuServer, Identity, dims_of
+from teegpu.gpu.server import GpuServer, Identity
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.model.spec import ModelSpec
 from teegpu.wire import codec, dtypes
@@ -28,8 +28,8 @@ from teegpu.wire.messages import PROTOCOL_VERSION, Execute, Hello, Message, Refu
 from teegpu.wire.program import Program, Step, linear, single
 from transports.base import Incoming, ServerOptions
 
-QKV = Program(("n",), tuple(linear(name, f"layers.0.{name}_proj", "n") for name in ("q", "k", "v")), ("q", "k", "v"))
-EMBED = single(["ids"], Step("embedding", "x", ("ids",), "embed_tokens"))
+QKV = single(["n"], linear("qkv", "n", "layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj"))
+EMBED = single(["ids"], Step("embedding", "x", ("ids",), ("embed_tokens",)))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_hello_is_answered_with_what_the_server_is(server: GpuServer, spec: Mode
     assert welcome.request_id == 42
     assert welcome.software == teegpu.__version__
     assert (welcome.model, welcome.digest) == ("tiny", identity.digest)
-    assert welcome.dims == dims_of(spec)
+    assert welcome.dims == spec.dimensions
     assert (welcome.device, welcome.dtype, welcome.threads, welcome.memory_bytes) == ("cpu", "fp32", 1, 1234)
     limits = Limits()
     assert welcome.limits == {
@@ -109,11 +109,10 @@ def test_a_program_is_answered_with_its_outputs_and_what_they_took(
     assert result.request_id == 77
     assert tuple(result.tensors) == QKV.outputs
     assert set(result.encodings.values()) == {encoding}
-    for name, tensor in result.tensors.items():
-        expected = n @ store.tensors[f"layers.0.{name}_proj"].T
-        torch.testing.assert_close(tensor.to(torch.float32), expected, rtol=0.05, atol=0.05)
+    expected = torch.cat([n @ store.tensors[name].T for name in QKV.weights], dim=-1)
+    torch.testing.assert_close(result.tensors["qkv"].to(torch.float32), expected, rtol=0.05, atol=0.05)
     times = result.times
-    assert times.operations["LINEAR"][0] == 3
+    assert times.operations["LINEAR"][0] == 1
     parts = (times.queue_seconds, times.decode_seconds, times.compute_seconds, times.encode_seconds)
     assert min(parts) >= 0.0
     assert times.compute_seconds == pytest.approx(times.operations["LINEAR"][1])
@@ -166,11 +165,17 @@ def test_another_protocol_version_is_told_both_versions(server: GpuServer) -> No
     assert f"version {PROTOCOL_VERSION}:" in refusal.text
 
 
+def test_the_hello_of_the_protocol_before_is_refused_in_words(server: GpuServer) -> None:
+    refusal = refused(server, [b"\x95\x04\xa5hello\x00\xa50.1.0\xc2"])
+    assert refusal.code == "version"
+    assert "version 4, this is version 5: install the same teegpu release" in refusal.text
+
+
 @pytest.mark.parametrize(
     ("program", "tensors", "code"),
     [
-        (single(["x"], linear("y", "layers.9.q_proj", "x")), {"x": torch.ones(1, 32)}, "unknown-weight"),
-        (single(["x"], linear("y", "embed_tokens", "x")), {"x": torch.ones(1, 32)}, "unknown-weight"),
+        (single(["x"], linear("y", "x", "layers.9.q_proj")), {"x": torch.ones(1, 32)}, "unknown-weight"),
+        (single(["x"], linear("y", "x", "embed_tokens")), {"x": torch.ones(1, 32)}, "unknown-weight"),
         (QKV, {"n": torch.ones(1, 31)}, "bad-shape"),
         (QKV, {"n": torch.ones(1, 32, dtype=torch.int64)}, "bad-shape"),
         (EMBED, {"ids": torch.tensor([50])}, "bad-shape"),
@@ -264,7 +269,7 @@ def test_two_clients_at_once_get_their_own_answers(
     executor: Executor, identity: Identity, store: Any, address: str, name: str
 ) -> None:
     weight = store.tensors["layers.0.q_proj"]
-    program = single(["n"], linear("q", "layers.0.q_proj", "n"))
+    program = single(["n"], linear("q", "n", "layers.0.q_proj"))
     start = threading.Barrier(2)
 
     def talk(endpoint: str, who: int) -> None:
@@ -296,7 +301,8 @@ def test_a_reply_that_the_transport_refuses_is_told_to_the_client(
     with transports.listen(address, ServerOptions(max_frames=3)) as transport:
         server = GpuServer(transport, executor, identity, Limits())
         with running(server), transports.connect(name, transport.address) as client:
-            refusal = ask(client, execute(QKV, n=torch.ones(1, 32)))
+            steps = tuple(linear(name, "n", f"layers.0.{name}_proj") for name in "qkv")
+            refusal = ask(client, execute(Program(("n",), steps, tuple("qkv")), n=torch.ones(1, 32)))
             assert isinstance(refusal, Refusal)
             assert refusal.code == "too-large"
             assert "limits.frames" in refusal.text

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,12 +45,27 @@ def foreign_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write_gguf(path: Path, architecture: str = "llama") -> None:
+def write_gguf(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    keys: Mapping[str, object] | None = None,
+    tensors: Mapping[str, tuple[int, ...] | np.ndarray | None] | None = None,
+    pre: str = "default",
+    merges: Sequence[str] = ("h e",),
+) -> None:
+    """``keys``: further ones, or others. ``tensors``: further ones by shape or content; None: without this one.
+    ``merges``: pairs of tokens, each of which makes one more token."""
     import gguf
     from tokenizers import pre_tokenizers
 
     hidden, inner, layers, heads, kv_heads = 64, 128, 2, 4, 2
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "<s>", "</s>"]
+    made = [merge.replace(" ", "") for merge in merges]
+    gemma = architecture.startswith("gemma")
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *made, "<s>", "</s>"]
+    if gemma:
+        words = ["\u2581", *"abcdefghij", "ab", "\u2581ab", "  "]
+        tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     kv = hidden // heads * kv_heads
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_context_length(256)
@@ -62,13 +78,23 @@ def write_gguf(path: Path, architecture: str = "llama") -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_merges(["h e"])
-    writer.add_token_types([1] * 257 + [3, 3])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(258)
+    if gemma:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(index) for index in range(len(tokens))])
+        writer.add_token_types([3, 3, 3, 2] + [6] * 256 + [1] * len(words))
+        writer.add_bos_token_id(2)
+        writer.add_eos_token_id(1)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges(list(merges))
+        writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
+        writer.add_bos_token_id(len(tokens) - 2)
+        writer.add_eos_token_id(len(tokens) - 1)
+    for key, value in (keys or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)  # type: ignore[operator]
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd": (len(tokens), hidden),
         "output_norm": (hidden,),
@@ -76,8 +102,6 @@ def write_gguf(path: Path, architecture: str = "llama") -> None:
     }
     for layer in range(layers):
         shapes |= {
-            f"blk.{layer}.attn_norm": (hidden,),
-            f"blk.{layer}.ffn_norm": (hidden,),
             f"blk.{layer}.attn_q": (hidden, hidden),
             f"blk.{layer}.attn_k": (kv, hidden),
             f"blk.{layer}.attn_v": (kv, hidden),
@@ -86,10 +110,39 @@ def write_gguf(path: Path, architecture: str = "llama") -> None:
             f"blk.{layer}.ffn_up": (inner, hidden),
             f"blk.{layer}.ffn_down": (hidden, inner),
         }
+        if architecture != "olmo2":
+            shapes |= {f"blk.{layer}.attn_norm": (hidden,), f"blk.{layer}.ffn_norm": (hidden,)}
+        if gemma or architecture == "olmo2":
+            shapes |= {f"blk.{layer}.post_attention_norm": (hidden,), f"blk.{layer}.post_ffw_norm": (hidden,)}
+        if architecture in ("gemma3", "olmo2"):
+            width = hidden // heads
+            whole = (hidden, kv) if architecture == "olmo2" else (width, width)
+            shapes |= {f"blk.{layer}.attn_q_norm": (whole[0],), f"blk.{layer}.attn_k_norm": (whole[1],)}
     random = np.random.default_rng(0)
+    contents: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.normal(0.0, 0.05, shape).astype(np.float32))
+        spread = 0.2 if "attn" in name and len(shape) > 1 else 0.05  # so that positions matter
+        contents[f"{name}.weight"] = random.normal(0.0, spread, shape).astype(np.float32)
+    for name, given in (tensors or {}).items():
+        contents.pop(name, None)
+        if given is not None:
+            content = random.normal(0.0, 0.05, given) if isinstance(given, tuple) else given
+            contents[name] = content.astype(np.float32)
+    for name, content in contents.items():
+        writer.add_tensor(name, content)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.fixture
+def converted_once(tmp_path: Path) -> Callable[..., ModelFolder]:
+    """``converted_once(**changes)`` → the folder that a .gguf file of ``write_gguf(**changes)`` becomes."""
+    from teegpu.model import catalog
+
+    def make(**changes: Any) -> ModelFolder:
+        write_gguf(tmp_path / "made.gguf", **changes)
+        return catalog.resolve(str(tmp_path / "made.gguf"), cache_dir=tmp_path / "cache")
+
+    return make

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from teegpu.errors import ModelError
-from teegpu.model.cache import MARKER, ModelCache, say_nothing
+from teegpu.model.cache import CONVERSION, MARKER, ModelCache, say_nothing
 
 
 def build(work: Path) -> dict[str, object]:
@@ -38,7 +38,7 @@ def test_a_model_is_built_once(cache) -> None:
     assert contents(cache) == ["small"]
     assert cache.find("small") == path
     assert (path / "weights").read_text() == "whole"
-    assert json.loads((path / MARKER).read_text()) == {"source": "a test"}
+    assert json.loads((path / MARKER).read_text()) == {"source": "a test", "conversion": CONVERSION}
     assert cache.install("small", build_again, say_nothing) == path
 
 
@@ -133,3 +133,12 @@ def test_a_full_disk_names_the_setting_and_leaves_nothing(cache, number) -> None
     with pytest.raises(ModelError, match=r"no space left.*model\.cache_dir"):
         cache.install("small", fill, say_nothing)
     assert contents(cache) == []
+
+
+@pytest.mark.parametrize("marker", ['{"source": "a test"}', '{"conversion": 1}', "{", "[]"])
+def test_what_an_older_conversion_made_is_made_anew(cache, marker) -> None:
+    path = cache.install("small", build, say_nothing)
+    (path / MARKER).write_text(marker)
+    (path / "weights").write_text("old")
+    assert cache.find("small") is None
+    assert (cache.install("small", build, say_nothing) / "weights").read_text() == "whole"

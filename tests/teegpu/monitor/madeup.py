@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from teegpu.metrics import events as ev
+from teegpu.record import events as ev
 
 MS = 1_000_000
 BEGAN = 5_000 * MS
@@ -189,10 +189,11 @@ def meta(script: Script | None = None, **changes: Any) -> dict[str, Any]:
 
 @dataclass
 class Reader:
-    """Gives events as ``metrics.eventlog.EventReader`` does."""
+    """Gives events as ``teegpu.record.run.EventReader`` does."""
 
     run: Recorded
     damage: list[str] = field(default_factory=list)
+    truncated: bool = False
     at: int = 0
     closed: bool = False
 
@@ -207,7 +208,7 @@ class Reader:
 
 @dataclass
 class Recorded:
-    """A run as ``metrics.store.RunFolder`` shows it; ``list`` and ``status`` may change while it is watched."""
+    """A run as ``teegpu.record.run.RunFolder`` shows it; ``list`` and ``status`` may change while it is watched."""
 
     list: list[ev.Event]
     status: str = "running"

@@ -10,13 +10,13 @@ from typing import Any
 
 from textual.pilot import Pilot
 
-from teegpu.metrics.document import rebuild
 from teegpu.monitor.app import Monitor
 from teegpu.monitor.draw import plain
 from teegpu.monitor.players import LivePlayer, Player, ReplayPlayer
 from teegpu.monitor.widgets.panel import Panel
 from teegpu.report.advice import advise
 from teegpu.report.tables import tables
+from teegpu.stats.document import rebuild
 from tests.teegpu.monitor.madeup import MadeUp, Recorded, Script, meta
 
 TEXT = (
@@ -40,7 +40,6 @@ class Scene:
         """Reads what is new, and shows it."""
         while self.player.tick():
             pass
-        self.player._publish()
         self.app.pull()
         await self.settle()
 
@@ -87,7 +86,7 @@ def perform(
 ) -> Monitor:
     """Plays ``play`` on the screen of ``size``, with the run in ``made`` behind it."""
     made = made if made is not None else decoding()
-    run = Recorded(made.events, about=meta(made.script))
+    run = Recorded(made.events, about=getattr(made, "about", None) or meta(made.script))
     player: Player
     if replay is None:
         player = LivePlayer(run, now_ns=lambda: made.clock.at)

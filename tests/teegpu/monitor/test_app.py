@@ -9,12 +9,14 @@ import pytest
 from textual.geometry import Size
 from textual.widgets import Input, Static
 
-from teegpu.monitor.app import VIEWS
+from teegpu.monitor.players import LivePlayer
 from teegpu.monitor.widgets.dialogs import Help, Jump, Quit
+from teegpu.monitor.widgets.main import VIEWS
 from teegpu.monitor.widgets.panel import Panel
 from teegpu.monitor.widgets.tables import LayerTable, OpTable
+from teegpu.record.events import Event
 from tests.teegpu.monitor.madeup import MadeUp, Script
-from tests.teegpu.monitor.scene import TEXT, Scene, decoding, perform, prefilling
+from tests.teegpu.monitor.scene import TEXT, WORDS, Scene, decoding, perform, prefilling
 
 
 def test_the_overview_of_a_decode() -> None:
@@ -34,7 +36,7 @@ def test_the_overview_of_a_decode() -> None:
 
 def test_numbers_and_tab_choose_views() -> None:
     async def play(scene: Scene) -> None:
-        for number, (view, _) in enumerate(VIEWS, 1):
+        for number, view in enumerate(VIEWS, 1):
             await scene.press(str(number))
             assert scene.app.view == view
         await scene.press("tab")
@@ -48,7 +50,7 @@ def test_numbers_and_tab_choose_views() -> None:
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
 def test_every_view_says_something_at_every_size(size: tuple[int, int]) -> None:
     async def play(scene: Scene) -> None:
-        for view, _ in VIEWS[:5]:
+        for view in VIEWS[:5]:
             scene.app.action_view(view)
             await scene.settle()
             shown = [
@@ -214,6 +216,33 @@ def test_export_writes_the_screen_and_the_run(tmp_path: Path) -> None:
     assert document["phases"]["decode"]["tokens"] == 12
 
 
+@pytest.mark.parametrize("view", ["overview", "text"])
+@pytest.mark.parametrize("private", [True, False])
+def test_an_export_is_private_and_has_text_only_where_the_record_has_it(
+    tmp_path: Path, view: str, private: bool
+) -> None:
+    made = decoding(text=() if private else WORDS)
+
+    async def play(scene: Scene) -> None:
+        scene.app.action_view(view)
+        await scene.settle()
+        if private:
+            assert isinstance(scene.player, LivePlayer)
+            scene.player.add_text(TEXT)
+            await scene.update()
+        panel = "#p-tail" if view == "overview" else "#p-text"
+        shown = scene.text(panel)
+        assert shown.startswith(TEXT[:20])
+        await scene.press("e")
+        assert scene.text(panel) == shown
+
+    perform(play, made, folder=tmp_path)
+    found = {path.suffix: path for path in tmp_path.iterdir()}
+    assert set(found) == {".svg", ".json"}
+    assert {path.stat().st_mode & 0o777 for path in found.values()} == {0o600}
+    assert ("trusted&#160;process" in found[".svg"].read_text()) == (not private)
+
+
 def test_an_export_that_can_not_be_written_is_told(tmp_path: Path) -> None:
     async def play(scene: Scene) -> None:
         await scene.press("e")
@@ -295,7 +324,7 @@ def test_a_server_that_is_lost_and_back() -> None:
         await scene.update()
         assert "server lost" not in scene.header
         await scene.press("4")
-        assert "2" in scene.text("#p-endpoints").splitlines()[1].split()[-1]
+        assert scene.text("#p-endpoints").splitlines()[1].split()[3] == "2"
 
     perform(play, made)
 
@@ -306,7 +335,7 @@ def test_one_token() -> None:
 
     async def play(scene: Scene) -> None:
         await scene.end("complete")
-        for view, _ in VIEWS:
+        for view in VIEWS:
             scene.app.action_view(view)
             await scene.settle()
 
@@ -358,12 +387,15 @@ def test_a_flood_of_events_does_not_stop_the_view() -> None:
     perform(play, made)
 
 
-def test_a_reader_that_fails_ends_the_screen_with_its_error() -> None:
+def test_a_reader_that_fails_ends_the_screen_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(limit: int | None = None) -> list[Event]:
+        raise OSError("the record is gone")
+
     async def play(scene: Scene) -> None:
-        scene.player.failure = RuntimeError("the record is gone")
+        monkeypatch.setattr(scene.run.readers[0], "read", broken)
         scene.app.pull()
 
-    with pytest.raises(RuntimeError, match="the record is gone"):
+    with pytest.raises(OSError, match="the record is gone"):
         perform(play)
 
 

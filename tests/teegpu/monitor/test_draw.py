@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teegpu.monitor.draw import (
-    PARTS,
     Look,
     area,
     clip,
@@ -25,6 +24,7 @@ from teegpu.monitor.draw import (
     wrapped,
 )  # fmt: skip
 from teegpu.monitor.themes import COLOURS, style
+from teegpu.report.parts import PARTS
 
 COLOUR, LETTERS = Look(), Look(letters=True)
 values = st.lists(st.floats(0, 1e3), min_size=6, max_size=6)

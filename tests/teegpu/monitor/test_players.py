@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import pytest
 
 from teegpu.errors import RecordError
 from teegpu.monitor import snapshot as snap
+from teegpu.monitor.panels.overview import header
 from teegpu.monitor.players import LivePlayer, ReplayPlayer
 from tests.teegpu.monitor.madeup import MadeUp, Recorded, Script, meta
 
@@ -64,6 +66,14 @@ def test_the_end_comes_with_the_document(status: str) -> None:
     assert (end.status, end.error, end.advice) == (status, "why", ("Speculate.",))
     assert end.document is run.result
     assert end.ended
+
+
+def test_a_record_that_is_not_whole_is_not_shown_as_one() -> None:
+    record = {"truncated": False, "failure": "No space left on device", "damage": []}
+    run = recorded(result={"status": "complete", "record": record}, status="complete")
+    end = drained(LivePlayer(run))
+    assert "recording ended early: No space left on device" in [note.text for note in end.notes]
+    assert "record cut" in "".join(text for text, _ in header(end, 120))
 
 
 def test_what_was_written_before_the_end_is_read_before_it() -> None:
@@ -122,36 +132,41 @@ def test_advice_is_looked_for_now_and_then() -> None:
     assert asked == [0.0, 10.0]
 
 
-def test_a_thread_keeps_the_newest_ready() -> None:
-    player = LivePlayer(recorded(), hertz=30)
-    player.start()
-    try:
-        seen = None
-        for _ in range(2000):
-            seen = player.take() or seen
-            if seen is not None and seen.tokens == 6:
-                break
-            player._end.wait(0.005)
-        assert seen is not None
-        assert seen.tokens == 6
-    finally:
-        player.close()
-    assert player.failure is None
+def test_a_record_that_can_not_be_read_is_told() -> None:
+    class Damaged(Recorded):
+        def meta(self) -> dict[str, Any]:
+            raise RecordError("run x: its record is damaged")
+
+    player = LivePlayer()
+    player.attach(Damaged([]))
+    assert drained(player).notes[-1].text == "run x: its record is damaged"
+    assert player.look().status == snap.STARTING
+    with pytest.raises(RecordError, match="damaged"):
+        LivePlayer(Damaged([]))
 
 
-def test_what_breaks_the_thread_is_kept_for_its_owner() -> None:
-    run = recorded()
-    player = LivePlayer(run, hertz=30)
+def test_what_other_threads_tell_is_taken_in_the_next_look() -> None:
+    player = LivePlayer(recorded())
+    threads = [threading.Thread(target=player.add_text, args=("ha",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shown = player.look()
+    assert (shown.text, shown.text_private) == ("ha" * 4, True)
 
-    def broken(limit: int | None = None) -> list[Any]:
-        raise OSError("gone")
 
-    run.readers[0].read = broken  # type: ignore[method-assign]
-    player.start()
-    assert player._thread is not None
-    player._thread.join(10)
-    assert isinstance(player.failure, OSError)
-    player.close()
+def test_text_of_the_record_is_not_private() -> None:
+    shown = drained(LivePlayer(recorded()))
+    assert (shown.text, shown.text_private) == ("abcdef", False)
+
+
+def test_there_is_nothing_to_take_twice_once_it_has_ended() -> None:
+    player = LivePlayer(recorded(status="complete"))
+    assert drained(player).ended
+    assert player.take() is None
+    player.focus(1)
+    assert player.take() is not None
 
 
 # Replays
@@ -201,10 +216,10 @@ def test_speeds_have_a_least_and_a_most() -> None:
 
 def test_a_paused_replay_stands() -> None:
     player, now = replay()
-    assert player.toggle()
+    player.toggle()
     now[0] = 100.0
     assert drained(player).events == 0
-    assert not player.toggle()
+    player.toggle()
     now[0] = 200.0
     assert drained(player).status == "complete"
 

@@ -8,8 +8,8 @@ import sys
 
 def test_the_monitor_loads_no_torch_and_no_zmq() -> None:
     code = (
-        "import sys, teegpu.cli.watch, teegpu.cli.watching, teegpu.cli.monitoring, teegpu.monitor.app\n"
-        "import teegpu.metrics.store, teegpu.report.tables, teegpu.report.advice\n"
+        "import sys, teegpu.cli.watch, teegpu.cli.watching, teegpu.monitor.app\n"
+        "import teegpu.record.store, teegpu.report.tables, teegpu.report.advice\n"
         "print(sorted({'torch', 'zmq', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

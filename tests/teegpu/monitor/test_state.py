@@ -7,12 +7,12 @@ import tracemalloc
 
 import pytest
 
-from teegpu.metrics import events as ev
-from teegpu.metrics.document import rebuild
-from teegpu.metrics.summary import Summary
 from teegpu.monitor import snapshot as snap
 from teegpu.monitor.players import BATCH
 from teegpu.monitor.state import MAX_TEXT, LiveState
+from teegpu.record import events as ev
+from teegpu.stats.document import rebuild
+from teegpu.stats.summary import Summary
 from tests.teegpu.monitor.madeup import BEGAN, MS, MadeUp, Script, meta, whole_run
 
 SMALL = Script(layers=4, prompt=64, chunks=4, tokens=6, expected=16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from teegpu.metrics import events as ev
+from teegpu.record import events as ev
 
 MS = 1_000_000
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from teegpu.metrics import events as ev
-from teegpu.metrics.document import document
-from teegpu.metrics.summary import Summary
+from teegpu.record import events as ev
 from teegpu.report.brief import brief
+from teegpu.stats.document import document
+from teegpu.stats.summary import Summary
 
 MS = 1_000_000
 
@@ -56,7 +56,7 @@ def make(
 
 def test_it_shows_the_phases_with_their_figures() -> None:
     assert brief(make()).plain.splitlines() == [
-        "smollm2-135m · fused · pipelined · fp16 · TTFT 0.100 s · TPOT 100.0 ms",
+        "smollm2-135m · fused · pipelined · fp16 · TTFT 100 ms · TPOT 100 ms median, 100 ms p95",
         "         tokens  seconds  tokens/s  RPC calls       up      down  communication",
         "prefill      36    0.100     360.0          1  1.5 KiB  20.0 MiB          25.0%",
         "decode        3    0.300      10.0          3  4.5 KiB  60.0 MiB          25.0%",
@@ -75,8 +75,10 @@ def test_figures_of_any_size_stay_aligned() -> None:
 
 def test_on_a_narrow_terminal_columns_become_rows() -> None:
     lines = brief(make(), 40).plain.splitlines()
-    assert lines[:2] == ["smollm2-135m · fused · pipelined · fp16", "TTFT 0.100 s · TPOT 100.0 ms"]
-    assert lines[2:] == [
+    assert lines[:3] == [
+        "smollm2-135m · fused · pipelined · fp16", "TTFT 100 ms", "TPOT 100 ms median, 100 ms p95",
+    ]  # fmt: skip
+    assert lines[3:] == [
         "                prefill    decode",
         "tokens               36         3",
         "seconds           0.100     0.300",
@@ -93,7 +95,7 @@ def test_nothing_is_cut_off_however_narrow_it_is(width: int | None) -> None:
     name = "organisation/a-model-with-a-very-long-name-of-the-kind-that-people-like-to-give-Instruct-v0.3"
     text = brief(make(model={"name": name}), width).plain
     assert name in text
-    for figure in ("0.100", "0.300", "360.0", "20.0 MiB", "25.0%", "TTFT 0.100 s"):
+    for figure in ("0.100", "0.300", "360.0", "20.0 MiB", "25.0%", "TTFT 100 ms"):
         assert figure in text
     assert "…" not in text
 
@@ -104,7 +106,7 @@ def test_two_plans() -> None:
 
 def test_without_a_server_nothing_is_said_of_a_link() -> None:
     text = brief(make(server={}, rpc_bytes=None)).plain
-    assert text.splitlines()[0] == "smollm2-135m · fused · TTFT 0.100 s · TPOT 100.0 ms"
+    assert text.splitlines()[0] == "smollm2-135m · fused · TTFT 100 ms · TPOT 100 ms median, 100 ms p95"
     assert text.splitlines()[2].split() == ["prefill", "36", "0.100", "360.0", "0", "0", "B", "0", "B", "0.0%"]
 
 

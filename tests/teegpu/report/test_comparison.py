@@ -11,10 +11,10 @@ import pytest
 from rich.cells import cell_len
 
 from teegpu.errors import UsageError
-from teegpu.report.comparison import comparison, judge, parse, relative_change, warnings, word
+from teegpu.report.comparison import Condition, comparison, failures, warnings
 from teegpu.report.exports import as_plain
-from teegpu.report.measures import MEASURES, Measure, find
-from teegpu.report.sidebyside import compared, compared_csv, compared_markdown, failures, letter
+from teegpu.report.measures import MEASURES, Measure, find, relative_change
+from teegpu.report.sidebyside import compared, compared_csv, compared_markdown, letter
 from tests.teegpu.report.samples import HOSTILE, document
 
 
@@ -31,7 +31,7 @@ def other(**changes: Any) -> dict[str, Any]:
 
 def judged(*conditions: str, runs: list[dict[str, Any]] | None = None) -> list[str]:
     documents = runs or [document(), other()]
-    return failures(comparison(documents, judge([parse(text, documents) for text in conditions], documents)))
+    return failures(comparison(documents, conditions))
 
 
 # Figures
@@ -71,7 +71,7 @@ def test_a_figure_that_is_known_but_missing_is_found() -> None:
     ],
 )
 def test_which_way_is_better(path: str, change: float | None, told: str) -> None:
-    assert word(Measure(path, ""), change) == told
+    assert Measure(path, "").verdict(change) == told
 
 
 def test_every_measure_of_a_whole_document_is_there() -> None:
@@ -144,7 +144,7 @@ def test_a_figure_that_is_missing_where_it_is_needed_fails() -> None:
 )
 def test_conditions_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="--fail-if"):
-        parse(text, [document()])
+        Condition.parse(text, [document()])
 
 
 # Warnings
@@ -158,13 +158,14 @@ def test_like_runs_have_no_warning() -> None:
     ("changes", "told"),
     [
         ({"model__name": "qwen"}, "models differ: smollm2-135m, qwen"),
-        ({"model__digest": "f" * 64}, "weights of the model differ: 0123456789ab, ffffffffffff"),
+        ({"model__digest": "f" * 64}, "digest of the model differ: 0123456789ab, ffffffffffff"),
         ({"phases__prefill__tokens": 512}, "prompt lengths differ: 1,024 tokens, 512 tokens"),
         ({"phases__decode__tokens": 9}, "generated lengths differ: 31 tokens, 9 tokens"),
         ({"environment__cpu": "Other"}, "machines differ: Some CPU 2 cores, Other 2 cores"),
         ({"server": {"device": "cpu"}}, "servers differ: server cuda:0 bf16 8 threads, server cpu"),
         ({"settings__link": "rtt=5ms"}, "links differ: real, rtt=5ms"),
         ({"status": "interrupted"}, "20260102-040000-fedcba is interrupted: its figures are of a part"),
+        ({"record": {"failure": "disk full"}}, "20260102-040000-fedcba: recording ended early: disk full"),
     ],
 )
 def test_what_makes_runs_hard_to_compare(changes: dict[str, Any], told: str) -> None:
@@ -180,8 +181,7 @@ def test_a_run_without_a_server_may_be_compared_with_one_that_has_it() -> None:
 
 def table(width: int, *documents: dict[str, Any], conditions: tuple[str, ...] = ()) -> str:
     runs = list(documents)
-    made = comparison(runs, judge([parse(text, runs) for text in conditions], runs))
-    return as_plain(compared(made, width), width)
+    return as_plain(compared(comparison(runs, conditions), width), width)
 
 
 def test_two_runs() -> None:
@@ -213,7 +213,7 @@ def test_three_runs_stand_side_by_side_and_each_against_the_first() -> None:
 
 def test_json_csv_and_markdown() -> None:
     runs = [document(), other(phases__decode__rpc_retries=3, note=HOSTILE)]
-    made = comparison(runs, judge([parse("ttft_seconds>9", runs)], runs))
+    made = comparison(runs, ["ttft_seconds>9"])
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     figures = {figure["figure"]: figure for figure in made["figures"]}
     assert figures["latency.ttft_seconds"]["values"] == [2.001, 1.5]

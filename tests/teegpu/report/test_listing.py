@@ -51,6 +51,12 @@ def test_a_run_that_can_not_be_read() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("record", [{"truncated": True}, {"failure": "disk full"}, {"damage": ["a block"]}])
+def test_a_record_that_is_not_whole_is_marked(record: dict[str, Any]) -> None:
+    _, run = shown(line(record=record))
+    assert "  complete, cut  " in run
+
+
 def test_a_run_as_json() -> None:
     found = entry(line(phases__decode={}, latency={}))
     assert found["prompt_tokens"] == 1024
@@ -58,6 +64,8 @@ def test_a_run_as_json() -> None:
     assert found["ttft_seconds"] is None
     assert found["decode_plan"] == "attention"
     assert "problem" not in found
+    # all tokens that reached the user: also the first, which is the prefill's
+    assert entry(line(generated_tokens=257))["generated_tokens"] == 257
 
 
 def test_the_share_of_communication_is_that_of_all_phases() -> None:

@@ -10,6 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from teegpu.report import facts
 from teegpu.report.exports import as_plain
 from teegpu.report.sections import Strip
 from teegpu.report.tables import ASCII_SHADES, SHADES, strip_lines, tables
@@ -91,6 +92,7 @@ def test_latency_limit_servers_environment_and_advice() -> None:
     assert row(shown, "Servers", "tcp://10.0.0.2:5555") == ["1,000", "1.0", "MiB", "2.0", "MiB", "2"]
     assert "Some CPU · 2 cores · 8.00 GiB · Linux 6.1 · teegpu 0.1.0 · torch 2.11.0 · python 3.12.1" in shown
     assert "TEE tdx, not attested" in shown
+    assert "operators" not in shown
     assert "server · cuda:0 · bf16 · 8 threads · teegpu 0.1.0" in shown
     assert "note: 10GbE, jumbo frames" in shown
     assert "run.decode_plan = local · saves about 800 ms" in shown
@@ -262,3 +264,17 @@ def test_hostile_strings_do_nothing() -> None:
     )
     assert not {char for char in shown if not char.isprintable()} - {"\n"}
     assert "[bold]x[/bold]" in shown
+
+
+def test_who_runs_the_servers_is_told_with_what_is_known_of_it() -> None:
+    sample = document()
+    sample["settings"] = dict(sample["settings"])
+    sample["settings"]["identities"] = [
+        {"operator": "Alpha", "proof": "pinned", "share": 1},
+        {"operator": "Alpha", "proof": "pinned", "share": 1},
+        {"operator": "Beta", "proof": "attested: tdx", "share": 2},
+        {"operator": "", "proof": "pinned"},
+        "damaged",
+    ]
+    assert facts.operators(sample) == "Alpha (pinned), Beta (attested: tdx)"
+    assert "operators: Alpha (pinned), Beta (attested: tdx)" in facts.environment(sample)

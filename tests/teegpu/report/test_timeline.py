@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teegpu.metrics import events as ev
+from teegpu.record import events as ev
 from teegpu.report.timeline import STEPS, Timeline, timelines
 from tests.teegpu.report.samples import events
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teegpu.metrics import events as ev
+from teegpu.record import events as ev
 from teegpu.report.trace import CODEC, LINK, RUNNER, SERVER, SLOTS, THREAD, trace, trace_events
 from tests.teegpu.report.chrometrace import problems
 from tests.teegpu.report.samples import HOSTILE, MS, document, events, lap, rpc

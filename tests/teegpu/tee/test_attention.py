@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teegpu.tee.attention import Masks, attend, first_visible
+from teegpu.tee.attention import Masks, attend, attend_side_by_side, first_visible
+from teegpu.tee.kv_cache import Neighbours, Slab
+from tests.teegpu.tee.test_kv_cache import SPEC
 
 
 def by_hand(
@@ -49,3 +51,20 @@ def test_the_first_visible_position() -> None:
     assert first_visible(10, None) == 0
     assert first_visible(10, 4) == 7
     assert first_visible(2, 4) == 0
+
+
+@pytest.mark.parametrize("window", [None, 4, 100])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_side_by_side_each_gets_what_it_gets_alone(kv_heads: int, window: int | None) -> None:
+    """Also beside one whose values are not numbers, and with memory behind its own that is of nobody."""
+    torch.manual_seed(0)
+    starts, longest = [8, 2, 0, 6], 9
+    q, k, v = torch.randn(4, 4, 8), torch.randn(4, kv_heads, 12, 8), torch.randn(4, kv_heads, 12, 8)
+    k[3], v[3] = float("nan"), float("inf")
+    near = Neighbours.of(Slab(SPEC, 4, 12), 0, starts)
+    assert near.longest == longest
+    got = attend_side_by_side(q, k[:, :, :longest], v[:, :, :longest], near.mask, window, 0.3)
+    for row, start in enumerate(starts[:3]):
+        mine = (tensor[row, :, : start + 1] for tensor in (k, v))
+        expected = by_hand(q[row : row + 1], *mine, window, 0.3, 0)
+        torch.testing.assert_close(got[row : row + 1], expected, atol=1e-5, rtol=1e-5)

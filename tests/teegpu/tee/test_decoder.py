@@ -11,26 +11,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from teegpu import facts
 from teegpu.errors import BadReplyError
 from teegpu.model.folder import ModelFolder
-from teegpu.tee import plans
-from teegpu.tee.decoder import Pass
+from teegpu.remote.calls import drive
+from teegpu.tee.decoder import Span, Step
 from teegpu.tee.kv_cache import KVCache
-from teegpu.tee.products import drive
 from tests.conftest import TinyModel
-from tests.teegpu.tee.conftest import MakeHarness, random_ids
+from tests.teegpu.conftest import MakeHarness, random_ids
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
     "llama-biased-tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "mistral-window": ("mistral", {"sliding_window": 16}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
 }
+"""Few, at many lengths; ``test_architectures`` has all families."""
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": YARN,
+    "yarn-mscale": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.8, "beta_fast": 16.0, "beta_slow": 2.0},
+    "yarn-attention-factor": {**YARN, "attention_factor": 1.7, "truncate": False},
     "llama3": {
         "rope_type": "llama3",
         "rope_theta": 1e4,
@@ -49,7 +50,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize("plan", facts.PLANS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_prefill_and_decode_equal_transformers(
     name: str, plan: str, tiny_model: TinyModel, harness: MakeHarness, reference: Reference
@@ -94,7 +95,7 @@ def test_dynamic_rope_beyond_the_original_context_follows_transformers(
     assert relative_error(runner.logits("fused", ids, *range(48, 56)), torch.cat(want)) < 1e-4
 
 
-@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize("plan", facts.PLANS)
 @pytest.mark.parametrize("edges", [(1,), (5, 6, 30), (16, 32, 48), (39,)])
 def test_chunks_give_what_the_whole_gives(
     plan: str, edges: tuple[int, ...], tiny_model: TinyModel, harness: MakeHarness
@@ -104,7 +105,7 @@ def test_chunks_give_what_the_whole_gives(
     assert relative_error(runner.logits(plan, ids, *edges), runner.logits(plan, ids)) < 1e-5
 
 
-@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize("plan", facts.PLANS)
 def test_only_the_last_logits_are_the_last_of_all_logits(
     plan: str, tiny_model: TinyModel, harness: MakeHarness
 ) -> None:
@@ -113,21 +114,21 @@ def test_only_the_last_logits_are_the_last_of_all_logits(
     decoder, cache = runner.decoder(plan), KVCache(runner.spec, 32)
     runner.rotary.prepare(20)
     with torch.inference_mode():
-        last = drive(decoder.forward(Pass(ids, 0, cache, "last")))
+        last = drive(decoder.forward(Step([Span(ids, 0, cache, "last")])))
     assert last is not None
     assert last.shape == (1, runner.spec.vocab_size)
     assert relative_error(last[0], runner.logits(plan, ids)[-1]) < 1e-5
 
 
-@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize("plan", facts.PLANS)
 def test_a_pass_without_logits_stores_keys_all_the_same(plan: str, tiny_model: TinyModel, harness: MakeHarness) -> None:
     runner = harness(tiny_model("llama"))
     ids = random_ids(24)
     decoder, cache = runner.decoder(plan), KVCache(runner.spec, 32)
     runner.rotary.prepare(24)
     with torch.inference_mode():
-        assert drive(decoder.forward(Pass(ids[:20], 0, cache, "none"))) is None
-        got = drive(decoder.forward(Pass(ids[20:], 20, cache, "all")))
+        assert drive(decoder.forward(Step([Span(ids[:20], 0, cache, "none")]))) is None
+        got = drive(decoder.forward(Step([Span(ids[20:], 20, cache, "all")])))
     assert got is not None
     assert relative_error(got, runner.logits(plan, ids)[20:]) < 1e-5
 
@@ -137,14 +138,14 @@ def test_a_pass_without_logits_stores_keys_all_the_same(plan: str, tiny_model: T
 )
 def test_rpc_calls_of_a_model_of_22_layers(plan: str, calls: int, tiny_model: TinyModel, harness: MakeHarness) -> None:
     runner = harness(tiny_model("llama", num_hidden_layers=22))
-    assert plans.get(plan).rpc_calls(22) == calls
+    assert facts.plan(plan).rpc_calls(22) == calls
     decoder, cache = runner.decoder(plan), KVCache(runner.spec, 32)
     runner.rotary.prepare(21)
     ids = random_ids(21)
     with torch.inference_mode():
         for start, stop in ((0, 20), (20, 21)):
             runner.client.sent.clear()
-            drive(decoder.forward(Pass(ids[start:stop], start, cache, "last")))
+            drive(decoder.forward(Step([Span(ids[start:stop], start, cache, "last")])))
             assert len(runner.client.sent) == calls
 
 
@@ -198,6 +199,26 @@ def test_activations_beyond_fp16_stay_in_range(
     assert relative_error(got, out.logits[0]) < (1e-2 if wire_dtype == "fp16" else 1e-1)
 
 
+@pytest.mark.parametrize("wire_dtype", ["fp16", "int8"])
+def test_norms_after_products_may_be_as_large_as_they_like(
+    wire_dtype: str, tiny_model: TinyModel, harness: MakeHarness, reference: Reference, tmp_path: Path
+) -> None:
+    """The residual leaves fp16's range, and so would what the server makes of products that it does not normalise."""
+    factors = {
+        "model.layers.0.post_attention_layernorm.weight": 30_000.0,
+        "model.layers.1.post_feedforward_layernorm.weight": 300_000.0,
+        "model.layers.1.self_attn.o_proj.weight": 300.0,
+        "model.layers.0.mlp.down_proj.weight": 1e-4,
+    }
+    folder = enlarged(tiny_model("olmo2", num_hidden_layers=3), factors, tmp_path / "large")
+    ids = random_ids(24)
+    with torch.inference_mode():
+        out = reference(folder)(ids[None], output_hidden_states=True)
+    assert max(float(state.abs().max()) for state in out.hidden_states) > 65_504
+    got = harness(folder, wire_dtype=wire_dtype).logits("fused", ids, 20)
+    assert relative_error(got, out.logits[0]) < (1e-2 if wire_dtype == "fp16" else 1e-1)
+
+
 @pytest.mark.parametrize("plan", LARGE)
 def test_the_same_activations_overflow_without_the_scaling(
     plan: str, tiny_model: TinyModel, harness: MakeHarness, tmp_path: Path
@@ -209,22 +230,30 @@ def test_the_same_activations_overflow_without_the_scaling(
     decoder.products.narrow_range = False
     runner.rotary.prepare(24)
     with torch.inference_mode(), pytest.raises(BadReplyError, match="not finite"):
-        drive(decoder.forward(Pass(random_ids(24), 0, cache, "last")))
+        drive(decoder.forward(Step([Span(random_ids(24), 0, cache, "last")])))
 
 
-@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize(
+    ("architecture", "plan"), [*(("qwen3", plan) for plan in facts.PLANS), ("olmo2", "fused"), ("gemma3_text", "fused")]
+)
 @pytest.mark.parametrize(("wire_dtype", "bound"), [("fp16", 1e-2), ("bf16", 6e-2), ("int8", 1e-1)])
 def test_narrow_wires_stay_close(
-    plan: str, wire_dtype: str, bound: float, tiny_model: TinyModel, harness: MakeHarness, reference: Reference
+    architecture: str,
+    plan: str,
+    wire_dtype: str,
+    bound: float,
+    tiny_model: TinyModel,
+    harness: MakeHarness,
+    reference: Reference,
 ) -> None:
-    folder = tiny_model("qwen3")
+    folder = tiny_model(architecture)
     ids = random_ids(24)
     with torch.inference_mode():
         want = reference(folder)(ids[None]).logits[0]
     assert relative_error(harness(folder, wire_dtype=wire_dtype).logits(plan, ids, 20), want) < bound
 
 
-@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize("plan", facts.PLANS)
 def test_exclusive_times_add_up_to_the_wall(plan: str, tiny_model: TinyModel, harness: MakeHarness) -> None:
     runner = harness(tiny_model("llama"))
     decoder, cache = runner.decoder(plan), KVCache(runner.spec, 64)
@@ -233,7 +262,7 @@ def test_exclusive_times_add_up_to_the_wall(plan: str, tiny_model: TinyModel, ha
     with torch.inference_mode():
         record.begin("prefill")
         began = record.clock_ns()
-        drive(decoder.forward(Pass(random_ids(40), 0, cache, "last")))
+        drive(decoder.forward(Step([Span(random_ids(40), 0, cache, "last")])))
         ended = record.clock_ns()
         record.end(40, 1)
     phase = runner.summary.phases["prefill"]

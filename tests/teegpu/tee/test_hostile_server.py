@@ -19,21 +19,20 @@ import zstandard
 import transports
 from teegpu.endpoints import Endpoint
 from teegpu.errors import BadReplyError, MismatchError, ServerRefusedError, TeegpuError
-from teegpu.tee.connections import RetryPolicy
+from teegpu.facts import plan as plan_of
+from teegpu.remote.client import GpuClient
+from teegpu.remote.connections import RetryPolicy
+from teegpu.remote.handshake import ModelHandshake
+from teegpu.remote.pool import Pool
 from teegpu.tee.decoder import Decoder
-from teegpu.tee.fleet import Fleet
-from teegpu.tee.generate import Session
-from teegpu.tee.gpu_client import GpuClient
-from teegpu.tee.greeting import Greeter
-from teegpu.tee.kv_cache import KVCache
-from teegpu.tee.plans import get as plan_of
+from teegpu.tee.engine import Engine
 from teegpu.tee.sampling import Sampler, SamplingOptions
 from teegpu.wire import codec
 from teegpu.wire.limits import MAX_HEADER_BYTES, Limits
 from teegpu.wire.messages import PROTOCOL_VERSION
 from tests.conftest import TinyModel
 from tests.hostile import CutLine, Honest, HostileServer, Parts, positions
-from tests.teegpu.tee.conftest import Harness, MakeHarness, random_ids
+from tests.teegpu.conftest import Harness, MakeHarness, random_ids
 from transports import ClientOptions, envelope
 from transports.errors import (
     EnvelopeVersionError,
@@ -73,34 +72,29 @@ def generate(runner: Harness) -> Run:
 
     def run(address: str, transport: str = "zmq", options: ClientOptions = OPTIONS, budget: float = 0.0) -> list[int]:
         policy = RetryPolicy(budget, 0.01, options.connect_timeout_seconds, options.reply_timeout_seconds)
-        fleet = Fleet(
+        pool = Pool(
             [Endpoint(address)],
             runner.spec.layers,
             connect=lambda endpoint: transports.connect(transport, endpoint.address, options),
-            greeter=Greeter(codec.Decoder(Limits()), runner.spec, "digest"),
+            handshake=ModelHandshake(codec.Decoder(Limits()), runner.spec, "digest"),
             policy=policy,
             recorder=runner.recorder,
         )
-        with contextlib.closing(fleet):
-            fleet.open()
-            gpu = GpuClient(fleet, runner.spec, wire_dtype="fp32", recorder=runner.recorder, limits=Limits())
+        with contextlib.closing(pool):
+            pool.open()
+            gpu = GpuClient(pool, runner.spec, wire_dtype="fp32", recorder=runner.recorder, limits=Limits())
             decoder = Decoder(runner.spec, runner.weights, runner.rotary, plan_of("fused"), gpu, runner.recorder)
 
-            def set_overlapped(on: bool) -> None:
-                gpu.overlapped = on
-
-            session = Session(
+            engine = Engine(
                 decoder,
                 decoder,
-                cache=KVCache(runner.spec),
+                spec=runner.spec,
                 rotary=runner.rotary,
                 recorder=runner.recorder,
-                max_positions=runner.spec.max_positions,
                 chunk_tokens=5,
                 overlap=gpu.can_overlap,
-                set_overlapped=set_overlapped,
             )
-            return session.generate(PROMPT, max_tokens=TOKENS, sampler=Sampler(SamplingOptions())).token_ids
+            return engine.generate(PROMPT, max_tokens=TOKENS, sampler=Sampler(SamplingOptions())).token_ids
 
     return run
 
@@ -108,7 +102,7 @@ def generate(runner: Harness) -> Run:
 @pytest.fixture
 def right(runner: Harness) -> list[int]:
     """The tokens of an honest run."""
-    return runner.session("local").generate(PROMPT, max_tokens=TOKENS, sampler=Sampler(SamplingOptions())).token_ids
+    return runner.engine("local").generate(PROMPT, max_tokens=TOKENS, sampler=Sampler(SamplingOptions())).token_ids
 
 
 Hostile = Callable[..., HostileServer]
@@ -305,7 +299,7 @@ BAD: dict[str, tuple[Callable[[Honest], Iterable[Parts]], type[Exception], str]]
 @pytest.mark.parametrize("what", BAD)
 def test_a_reply_that_can_not_be_right_ends_the_run(what: str, transport: str, generate: Run, hostile: Hostile) -> None:
     script, kind, message = BAD[what]
-    server = hostile(script, at=4)
+    server = hostile(script, at=6)  # a reply with two outputs, whether chunks overlap or not
     with bounded(), pytest.raises(kind, match=message) as caught:
         generate(server.address, transport, budget=10.0)  # nothing of this is worth another attempt
     assert "\n" not in str(caught.value)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from teegpu.model.spec import ModelSpec
-from teegpu.tee.kv_cache import KVCache
+from teegpu.tee.kv_cache import KVCache, Neighbours, Slabs, bytes_of
 
 SPEC = ModelSpec(
     name="t",
@@ -65,3 +65,51 @@ def test_truncating_forgets_and_never_remembers() -> None:
     assert cache.length == 2
     fill(cache, 2, 4)
     assert positions(cache, 0, 0, 4) == [0, 1, 2, 3]
+
+
+def test_sequences_lie_side_by_side_and_are_written_in_one() -> None:
+    slabs = Slabs(SPEC, shared=True, most=1000)
+    caches = [KVCache(SPEC, 40, slabs=slabs) for _ in range(3)]
+    assert [cache.slot for cache in caches] == [0, 1, 2]
+    assert {cache.capacity for cache in caches} == {64}
+    for cache in caches:
+        fill(cache, 0, 3 + cache.slot)
+    near = Neighbours.of(caches[1].slab, 1, [4, 5])
+    rows = torch.tensor([40.0, 50.0])[:, None, None].expand(2, 2, 4)
+    for layer in range(2):
+        near.write(layer, rows, -rows)
+    assert positions(caches[0], 0, 0, 4) == [0, 1, 2, 0]
+    assert positions(caches[1], 1, 0, 5) == [100, 101, 102, 103, 40]
+    assert positions(caches[2], 0, 0, 6) == [0, 1, 2, 3, 4, 50]
+    assert near.read(1)[0].shape == (2, 2, 6, 4)
+
+
+def test_a_place_goes_with_its_cache_and_comes_back_clear() -> None:
+    slabs = Slabs(SPEC, shared=True, most=1000)
+    one, two = KVCache(SPEC, 60, slabs=slabs), KVCache(SPEC, 60, slabs=slabs)
+    fill(one, 0, 64)
+    each = bytes_of(SPEC, 64)
+    assert slabs.nbytes == 2 * each
+    del one
+    # Its memory is still there, for the next one.
+    assert (slabs.nbytes, slabs.more_bytes(64), slabs.more_bytes(96)) == (2 * each, 0, bytes_of(SPEC, 96))
+    three = KVCache(SPEC, 60, slabs=slabs)
+    assert (three.slot, slabs.nbytes) == (0, 2 * each)
+    assert positions(three, 1, 0, 64) == [0] * 64
+    three.reserve(65)
+    assert three.capacity == 128
+    assert slabs.nbytes == 2 * each + bytes_of(SPEC, 128)
+    del two, three
+    assert slabs.nbytes == 0
+
+
+def test_capacities_are_few_and_never_beyond_the_most() -> None:
+    slabs = Slabs(SPEC, shared=True, most=1000)
+    found = {slabs.capacity(positions) for positions in range(1, 1001)}
+    assert all(
+        positions <= slabs.capacity(positions) <= max(positions + 32, 1.25 * positions + 1)
+        for positions in range(1, 1001)
+    )
+    assert len(found) < 24
+    assert max(found) == 1000
+    assert Slabs(SPEC, shared=False, most=1000).capacity(33) == 33

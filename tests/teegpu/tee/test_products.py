@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from teegpu.tee.products import drive
+from teegpu.remote.calls import drive
 
 
 async def answer() -> int:

@@ -17,24 +17,24 @@ from teegpu.gpu.executor import Executor
 from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.server import GpuServer, Identity
 from teegpu.gpu.weights import DeviceWeights
-from teegpu.metrics.events import PREFILL
-from teegpu.metrics.recorder import Recorder
-from teegpu.metrics.summary import Summary
+from teegpu.record.events import PREFILL
+from teegpu.record.recorder import Recorder
+from teegpu.remote.calls import Call, drive
+from teegpu.remote.client import GpuClient
+from teegpu.remote.handshake import ModelHandshake
 from teegpu.ring import Seed
-from teegpu.tee.gpu_client import GpuClient
-from teegpu.tee.greeting import Greeter
-from teegpu.tee.products import Call, drive
+from teegpu.stats.summary import Summary
 from teegpu.wire import codec
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Result, Welcome
-from teegpu.wire.program import Program, ring_linear
+from teegpu.wire.program import ring_linear, single
 from tests.fuzz.world import Direct, incoming
 from tests.teegpu.gpu.conftest import SPEC, MemoryStore
 from tests.teegpu.wire.samples import WELCOME, result_of
 from transports.base import Reply, ServerLoad
 
 HIDDEN = SPEC.hidden_size
-QKV = Program(("n",), tuple(ring_linear(name, f"layers.0.{name}_proj", "n") for name in ("q", "k", "v")), tuple("qkv"))
+QKV = single(["n"], ring_linear("qkv", "n", "layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj"))
 STORE = MemoryStore(SPEC)
 VALUES = ring.expand(bytes(range(32)), 3, HIDDEN)
 
@@ -72,11 +72,10 @@ def test_the_outputs_are_exact_and_the_callers_own(server: GpuServer, rows: int)
     seed = Seed(bytes(range(32)), (rows, HIDDEN))
     for operand in (seed, seed.expand()):
         outputs = ask(client(server), operand)
-        assert list(outputs) == ["q", "k", "v"]
-        for name, got in outputs.items():
-            weight, _ = ring.quantise(STORE.tensors[f"layers.0.{name}_proj"])
-            assert torch.equal(got, ring.RingMatrix(weight).product(seed.expand()))
-            got.zero_()
+        assert list(outputs) == ["qkv"]
+        weight = torch.cat([ring.quantise(STORE.tensors[name])[0] for name in QKV.weights])
+        assert torch.equal(outputs["qkv"], ring.RingMatrix(weight).product(seed.expand()))
+        outputs["qkv"].zero_()
 
 
 def rebuilt(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], encoding: str = "int32") -> Any:
@@ -94,14 +93,14 @@ def rebuilt(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 FORGED = {
-    "floats": (rebuilt(lambda t: {n: v.to(torch.float32) for n, v in t.items()}, "fp32"), "'q' as fp32"),
-    "quantised floats": (rebuilt(lambda t: {n: v / 2**20 for n, v in t.items()}, "int8"), "'q' as int8"),
-    "a row less": (rebuilt(lambda t: {n: v[:-1] for n, v in t.items()}), r"'q' as int32 \(2, "),
-    "flat": (rebuilt(lambda t: {n: v.flatten() for n, v in t.items()}), r"'q' as int32 \(96,\)"),
-    "another order": (rebuilt(lambda t: dict(sorted(t.items()))), "other registers"),
-    "a register less": (rebuilt(lambda t: {n: v for n, v in t.items() if n != "k"}), "other registers"),
+    "floats": (rebuilt(lambda t: {n: v.to(torch.float32) for n, v in t.items()}, "fp32"), "'qkv' as fp32"),
+    "quantised floats": (rebuilt(lambda t: {n: v / 2**20 for n, v in t.items()}, "int8"), "'qkv' as int8"),
+    "a row less": (rebuilt(lambda t: {n: v[:-1] for n, v in t.items()}), r"'qkv' as int32 \(2, "),
+    "flat": (rebuilt(lambda t: {n: v.flatten() for n, v in t.items()}), r"'qkv' as int32 \(192,\)"),
+    "another name": (rebuilt(lambda t: {"q": t["qkv"]}), "other registers"),
+    "in parts": (rebuilt(lambda t: dict(zip("qkv", t["qkv"].split((32, 16, 16), -1), strict=True))), "other registers"),
     "a frame cut short": (lambda frames: [frames[0], frames[1][:-4]], "its frame holds"),
-    "a frame for each": (lambda frames: [frames[0], frames[1][:384], frames[1][384:]], "frame"),
+    "a frame cut in two": (lambda frames: [frames[0], frames[1][:384], frames[1][384:]], "frame"),
     "nothing": (lambda frames: [frames[0]], "frame"),
 }
 
@@ -118,7 +117,7 @@ def test_every_int32_is_a_value(server: GpuServer) -> None:
     worst = torch.tensor([-(2**31), 2**31 - 1, 0x7FC00000, 0x7F800000], dtype=torch.int32)
     tamper = rebuilt(lambda t: {n: worst[torch.arange(v.numel()) % 4].view(v.shape) for n, v in t.items()})
     outputs = ask(client(server, tamper), VALUES)
-    assert outputs["q"].flatten()[:4].tolist() == worst.tolist()
+    assert outputs["qkv"].flatten()[:4].tolist() == worst.tolist()
 
 
 # Who says what of its int8 weights
@@ -127,10 +126,10 @@ DIGESTS = {(0, 1): "aa" * 32, (0, 0): "bb" * 32}
 
 
 def greet(welcome: Welcome, digest: Callable[[tuple[int, int]], str] | None = DIGESTS.__getitem__) -> Welcome:
-    greeter = Greeter(codec.Decoder(Limits()), SPEC, "ab" * 32, digest)
+    handshake = ModelHandshake(codec.Decoder(Limits()), SPEC, "ab" * 32, digest)
     frames = [memoryview(bytearray(frame)) for frame in codec.encode_welcome(welcome).frames]
     layers = None if welcome.layers == (0, 1) else welcome.layers
-    return greeter.check(Reply(frames, 0, 0, 0, 0), Endpoint("tcp://a:1", layers))
+    return handshake.check(Reply(frames, 0, 0, 0, 0), Endpoint("tcp://a:1", layers))
 
 
 def said(ring_digest: str, layers: tuple[int, int] = (0, 1)) -> Welcome:
@@ -157,8 +156,8 @@ def test_layers_that_the_model_does_not_have_are_a_mismatch() -> None:
 
 @pytest.mark.parametrize("asks", [True, False])
 def test_a_hello_asks_where_a_runner_has_programs_in_the_ring(asks: bool) -> None:
-    greeter = Greeter(codec.Decoder(Limits()), SPEC, "digest", DIGESTS.__getitem__ if asks else None)
-    frames = [memoryview(bytearray(frame)) for frame in greeter.message.frames]
+    handshake = ModelHandshake(codec.Decoder(Limits()), SPEC, "digest", DIGESTS.__getitem__ if asks else None)
+    frames = [memoryview(bytearray(frame)) for frame in handshake.message.frames]
     hello = codec.Decoder(Limits()).decode(frames)
     assert isinstance(hello, codec.Hello)
     assert hello.ring is asks

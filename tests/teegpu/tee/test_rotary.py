@@ -47,18 +47,19 @@ def test_the_table_is_kept_between_passes() -> None:
     assert rotary.at(0, 10)[0].data_ptr() == before
 
 
-def test_dynamic_angles_go_back_after_a_long_sequence() -> None:
+@pytest.mark.parametrize("length", [20, 60])
+def test_dynamic_angles_are_the_same_after_a_longer_sequence(length: int) -> None:
     rotary = RotaryTable(config(rope_type="dynamic", factor=2.0))
-    rotary.prepare(20)
-    short = rotary.at(0, 20)[0].clone()
+    rotary.prepare(length)
+    before = rotary.at(0, length)[0].clone()
     rotary.prepare(100)
-    assert not torch.equal(rotary.at(0, 20)[0], short)
-    rotary.prepare(20)
-    assert torch.equal(rotary.at(0, 20)[0], short)
+    assert not torch.equal(rotary.at(0, length)[0], before)
+    rotary.prepare(length)
+    assert torch.equal(rotary.at(0, length)[0], before)
 
 
 def test_an_unknown_kind_is_named() -> None:
     settings = config(rope_type="default")
-    settings.rope_parameters["rope_type"] = "longrope"
-    with pytest.raises(UnsupportedModelError, match="'longrope' is not supported; supported are default"):
+    settings.rope_parameters["rope_type"] = "spiral"
+    with pytest.raises(UnsupportedModelError, match="'spiral' is not supported; supported are default"):
         RotaryTable(settings)

@@ -3,7 +3,6 @@ byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,38 +11,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teegpu.metrics import traffic
-from teegpu.metrics.traffic import Shape, Traffic
+from teegpu import facts
+from teegpu.errors import ConfigError
 from teegpu.model.spec import ModelSpec
-from teegpu.tee import plans
+from teegpu.stats import traffic
+from teegpu.stats.traffic import Shape, Traffic
 from teegpu.tee.sampling import Sampler, SamplingOptions
 from teegpu.wire import dtypes
 from tests.conftest import TinyModel
-from tests.teegpu.tee.conftest import Harness, MakeHarness, random_ids
+from tests.teegpu.conftest import Harness, MakeHarness, random_ids
 
 PROMPT, MADE, CHUNK = 23, 4, 7
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def shape_of(spec: ModelSpec) -> Shape:
-    model = {
-        "layers": spec.layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "heads": spec.heads,
-        "kv_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
-        "layer_windows": list(spec.layer_windows),
-    }
+    model = {**spec.dimensions, "architecture": spec.architecture, "layer_windows": list(spec.layer_windows)}
     shape = Shape.of(model)
     assert shape is not None
     return shape
@@ -83,7 +65,7 @@ def test_a_run_sends_what_was_predicted(
     made = harness(tiny_model("llama", hidden_size=72, intermediate_size=130, head_dim=18), wire_dtype=wire_dtype)
     shape, tap = shape_of(made.spec), Tap(made)
     for chunk in (4096, CHUNK):
-        session = made.session(plan, chunk_tokens=chunk)
+        engine = made.engine(plan, chunk_tokens=chunk)
         seen: dict[str, tuple[int, int, int]] = {}
 
         def first(_: int, seen: dict[str, tuple[int, int, int]] = seen) -> bool:
@@ -91,7 +73,7 @@ def test_a_run_sends_what_was_predicted(
                 seen["prefill"] = tap.taken()
             return False
 
-        session.generate(
+        engine.generate(
             random_ids(PROMPT).tolist(), max_tokens=MADE, sampler=Sampler(SamplingOptions()), on_token=first
         )
         prefill = traffic.prefill(shape, plan, wire_dtype, tokens=PROMPT, chunk_tokens=chunk, overlaps=False)
@@ -99,7 +81,7 @@ def test_a_run_sends_what_was_predicted(
         assert seen["prefill"] == counts(prefill)
         assert tap.taken() == counts(decode)
         assert (prefill.rounds, decode.rounds) == (prefill.rpc_calls, decode.rpc_calls)
-        assert decode.rpc_calls == (MADE - 1) * plans.get(plan).rpc_calls(shape.layers)
+        assert decode.rpc_calls == (MADE - 1) * facts.plan(plan).rpc_calls(shape.layers)
 
 
 @pytest.mark.parametrize("plan", ["batched", "fused"])
@@ -114,12 +96,28 @@ def test_windows_and_continued_prompts_are_counted_too(plan: str, harness: MakeH
     assert tap.taken() == counts(predicted)
 
 
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("architecture", ["llama", "olmo2", "gemma3_text"])
+@pytest.mark.parametrize("shards", [(), ((0, 0), (1, 2))])
+def test_products_that_are_normalised_are_counted_twice(
+    shards: tuple[tuple[int, int], ...],
+    architecture: str,
+    wire_dtype: str,
+    harness: MakeHarness,
+    tiny_model: TinyModel,
+) -> None:
+    made = harness(tiny_model(architecture, num_hidden_layers=3), wire_dtype=wire_dtype, shards=shards)
+    shape, tap = replace(shape_of(made.spec), cuts=tuple(first for first, _ in shards if first)), Tap(made)
+    made.logits("fused", random_ids(5))
+    assert tap.taken() == counts(traffic.forward(shape, "fused", wire_dtype, tokens=5, start=0, want="all"))
+
+
 def test_layers_on_several_servers_take_one_request_more(harness: MakeHarness, tiny_model: TinyModel) -> None:
     made = harness(tiny_model("llama", num_hidden_layers=3), wire_dtype="fp16")
     shape = replace(shape_of(made.spec), cuts=(1,))
     whole = traffic.forward(shape_of(made.spec), "fused", "fp16", tokens=5, start=0, want="last")
     cut = traffic.forward(shape, "fused", "fp16", tokens=5, start=0, want="last")
-    assert cut.rpc_calls == whole.rpc_calls + 1 == plans.get("fused").rpc_calls(3, 2)
+    assert cut.rpc_calls == whole.rpc_calls + 1 == facts.plan("fused").rpc_calls(3, 2)
 
 
 @pytest.mark.parametrize("plan", ["per-op", "batched", "attention", "fused"])
@@ -127,10 +125,10 @@ def test_rounds_where_requests_overlap(plan: str) -> None:
     shape = Shape(layers=5, hidden=32, intermediate=64, heads=4, kv_heads=2, head_dim=8, vocab=99)
     overlapped = traffic.prefill(shape, plan, "fp16", tokens=40, chunk_tokens=8, overlaps=True)
     single = traffic.prefill(shape, plan, "fp16", tokens=8, chunk_tokens=8, overlaps=False)
-    merged = replace(plans.get(plan), merged=True)
+    merged = replace(facts.plan(plan), merged=True)
     assert overlapped.rounds == merged.rpc_calls(5) == traffic.together(plan, 5)
     assert overlapped.rpc_calls > 4 * overlapped.rounds
-    assert single.rounds == plans.get(plan).rpc_calls(5)
+    assert single.rounds == facts.plan(plan).rpc_calls(5)
 
 
 @pytest.mark.parametrize("wire_dtype", [*dtypes.FLOATS, "int32"])
@@ -163,7 +161,7 @@ def test_a_model_of_an_older_record_has_no_shape() -> None:
 def test_an_unknown_plan_is_refused() -> None:
     shape = Shape(layers=1, hidden=8, intermediate=8, heads=1, kv_heads=1, head_dim=8, vocab=9)
     for plan, wire_dtype in (("fussed", "fp16"), ("fused", "fp8")):
-        with pytest.raises(ValueError, match="no plan"):
+        with pytest.raises(ConfigError, match="unknown"):
             traffic.forward(shape, plan, wire_dtype, tokens=1, start=0, want="last")
 
 

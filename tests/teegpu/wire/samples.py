@@ -11,7 +11,7 @@ import torch
 
 from teegpu.errors import WireError
 from teegpu.ring import Operand, Seed
-from teegpu.wire import codec
+from teegpu.wire import codec, dtypes
 from teegpu.wire.layout import Layout, Row
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Execute, HealthReport, ServerTimes, Welcome
@@ -21,11 +21,11 @@ LIMITS = Limits(message_bytes=2**20, tensors=4, dimension=4096, program_steps=8)
 
 FUSED = Program(
     ("a", "x"),
-    (linear("o", "o_proj", "a"), Step("add", "z", ("x", "o")), linear("up", "up_proj", "z")),
-    ("z", "up"),
+    (linear("o", "a", "o_proj"), Step("add", "z", ("x", "o")), linear("gate_up", "z", "gate_proj", "up_proj")),
+    ("z", "gate_up"),
 )
-RING = Program(("n",), (ring_linear("q", "q_proj", "n"), ring_linear("k", "k_proj", "n")), ("q", "k"))
-EMBED = single(["ids"], Step("embedding", "x", ("ids",), "embed_tokens"))
+RING = single(["n"], ring_linear("qk", "n", "q_proj", "k_proj"))
+EMBED = single(["ids"], Step("embedding", "x", ("ids",), ("embed_tokens",)))
 
 WELCOME = Welcome(
     request_id=7,
@@ -73,18 +73,18 @@ def decoder(limits: Limits = LIMITS) -> codec.Decoder:
 
 def execute(encoding: str = "fp32", reply: str = "fp16") -> codec.Encoded:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "x": torch.ones(2, 65)}
-    message = Execute(3, FUSED, tensors, dict.fromkeys(tensors, encoding), {"z": reply, "up": "int8"})
+    message = Execute(3, FUSED, tensors, dict.fromkeys(tensors, encoding), {"z": reply, "gate_up": "int8"})
     return codec.encode_execute(message)
 
 
 def in_ring(operand: Operand) -> codec.Encoded:
     """A request in the ring with ``operand`` as its input."""
     encoding = "seed" if isinstance(operand, Seed) else "int32"
-    return codec.encode_execute(Execute(4, RING, {"n": operand}, {"n": encoding}, dict.fromkeys("qk", "int32")))
+    return codec.encode_execute(Execute(4, RING, {"n": operand}, {"n": encoding}, {"qk": "int32"}))
 
 
 def result(encoding: str = "fp32") -> codec.Encoded:
-    tensors = {"z": torch.arange(6.0).reshape(2, 3), "up": torch.ones(2, 65)}
+    tensors = {"z": torch.arange(6.0).reshape(2, 3), "gate_up": torch.ones(2, 65)}
     return result_of(tensors, dict.fromkeys(tensors, encoding))
 
 
@@ -97,7 +97,7 @@ def result_of(
 ) -> codec.Encoded:
     """A result that carries ``tensors``."""
     layout = Layout(tuple(Row(name, tuple(tensor.shape), encodings[name]) for name, tensor in tensors.items()))
-    frames = [frame.narrow([tensors[name] for name in frame.registers]) for frame in layout.frames]
+    frames = [dtypes.narrow(tensors[row.register], row.encoding) for row in layout.rows]
     return codec.encode_result(request_id, times, layout, frames)
 
 

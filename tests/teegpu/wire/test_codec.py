@@ -96,7 +96,7 @@ def test_execute(encoding: str) -> None:
     assert isinstance(message, Execute)
     assert (message.request_id, message.program) == (3, FUSED)
     assert message.encodings == {"a": encoding, "x": encoding}
-    assert message.reply_encodings == {"z": "fp16", "up": "int8"}
+    assert message.reply_encodings == {"z": "fp16", "gate_up": "int8"}
     assert torch.allclose(message.tensors["a"].to(torch.float32), torch.arange(6.0).reshape(2, 3), atol=0.02)
     assert torch.allclose(message.tensors["x"].to(torch.float32), torch.ones(2, 65), atol=0.01)
 
@@ -116,26 +116,28 @@ def test_result(encoding: str) -> None:
     assert isinstance(message, Result)
     assert (message.request_id, message.times) == (9, TIMES)
     assert message.times.total_seconds == 1.875
-    assert message.encodings == {"z": encoding, "up": encoding}
-    assert message.tensors["up"].shape == (2, 65)
+    assert message.encodings == {"z": encoding, "gate_up": encoding}
+    assert message.tensors["gate_up"].shape == (2, 65)
 
 
 def test_the_order_of_inputs_is_the_programs() -> None:
     tensors = {"x": torch.ones(1, 2), "a": torch.zeros(1, 3)}
-    encoded = codec.encode_execute(Execute(1, FUSED, tensors, {"x": "fp32", "a": "fp32"}, {"z": "fp32", "up": "fp32"}))
+    encoded = codec.encode_execute(
+        Execute(1, FUSED, tensors, {"x": "fp32", "a": "fp32"}, {"z": "fp32", "gate_up": "fp32"})
+    )
     assert [frame.nbytes for frame in received(encoded)][1:] == [12, 8]
 
 
 def test_frames_are_labelled_for_compression() -> None:
     encoded = execute("fp16")
-    assert list(encoded.kinds) == [("header", 1), ("a+x/fp16", 2)]
-    assert len(encoded.frames) == 2
+    assert list(encoded.kinds) == [("header", 1), ("a/fp16", 2), ("x/fp16", 2)]
+    assert len(encoded.frames) == 3
     assert list(codec.encode_hello(Hello(0, "")).kinds) == [("header", 1)]
 
 
 def test_tensors_are_not_copied_on_either_side() -> None:
     sent = torch.ones(2, 3)
-    call = Execute(1, single(["x"], linear("y", "w", "x")), {"x": sent}, {"x": "fp32"}, {"y": "fp32"})
+    call = Execute(1, single(["x"], linear("y", "x", "w")), {"x": sent}, {"x": "fp32"}, {"y": "fp32"})
     frames = [memoryview(frame) for frame in codec.encode_execute(call).frames]
     message = decoder().decode(frames)
     assert isinstance(message, Execute)
@@ -168,7 +170,7 @@ def test_a_program_is_checked_once() -> None:
 
 def test_programs_that_are_remembered_are_bounded() -> None:
     def program_of(index: int, decoding: codec.Decoder) -> Program:
-        code = single(["x"], linear("y", f"w{index}", "x"))
+        code = single(["x"], linear("y", "x", f"w{index}"))
         call = Execute(1, code, {"x": torch.ones(1, 1)}, {"x": "fp32"}, {"y": "fp32"})
         message = decoding.decode(received(codec.encode_execute(call)))
         assert isinstance(message, Execute)
@@ -188,7 +190,7 @@ def test_programs_that_are_remembered_are_bounded() -> None:
 def test_what_no_runner_sends_is_not_remembered() -> None:
     seen = codec.Decoder(Limits())
     names = [f"r{index}" for index in range(REMEMBERED_STEPS + 2)]
-    steps = tuple(linear(after, "w", before) for before, after in pairwise(names))
+    steps = tuple(linear(after, before, "w") for before, after in pairwise(names))
     long = Program((names[0],), steps, (names[-1],))
     seen.decode(
         received(codec.encode_execute(Execute(1, long, {"r0": torch.ones(1, 1)}, {"r0": "fp32"}, {names[-1]: "fp32"})))

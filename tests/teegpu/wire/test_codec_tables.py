@@ -79,7 +79,7 @@ def test_a_table_is_a_packed_list(packed: object) -> None:
 
 def call(**changes: object) -> list[memoryview]:
     fields: dict[str, object] = {
-        "program": single(["x"], linear("y", "w", "x")).packed,
+        "program": single(["x"], linear("y", "x", "w")).packed,
         "replies": ["fp32"],
         "table": table(["x", [1, 2], "fp32"]),
     }
@@ -142,7 +142,7 @@ def test_a_dimension_is_limited() -> None:
 
 
 def test_the_steps_of_a_program_are_limited() -> None:
-    two = Program(("x",), (linear("h", "w", "x"), linear("y", "w", "h")), ("y",))
+    two = Program(("x",), (linear("h", "x", "w"), linear("y", "h", "w")), ("y",))
     assert isinstance(decoder(replace(LIMITS, program_steps=2)).decode(call(program=two.packed)), Execute)
     assert "limits.program_steps" in refused(call(program=two.packed), replace(LIMITS, program_steps=1))
 
