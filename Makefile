@@ -59,12 +59,11 @@ bench: $(VENV)/.runtime
 	  echo "link $$link: $$file.json" >&2; \
 	  $(BIN)/teegpu bench ladder --model "$(MODEL)" --prompt-tokens $(PROMPT_TOKENS) --decode-tokens $(DECODE_TOKENS) \
 	    --repeats $(REPEATS) --max-seconds $(MAX_SECONDS) --resume --out "$$file.json" $$flag $(ARGS) || exit; \
-	  $(BIN)/teegpu bench show "$$file.json" --out "$$file.md" || exit; \
-	  set -- "$$@" "$$file.json"; \
+	  set -- "$$@" "--from=$$file.json"; \
 	done && \
-	$(BIN)/teegpu bench plot "$$@" --out "$(OUT)/ladder-prefill.svg" && \
+	$(BIN)/teegpu bench ladder "$$@" --out "$(OUT)/ladder.md" --plot "$(OUT)/ladder-prefill.svg" && \
 	if test "$(DECODE_TOKENS)" != 0; then \
-	  $(BIN)/teegpu bench plot "$$@" --phase decode --out "$(OUT)/ladder-decode.svg"; \
+	  $(BIN)/teegpu bench ladder "$$@" --out "$(OUT)/ladder.md" --plot "$(OUT)/ladder-decode.svg" --phase decode; \
 	fi
 
 chaos: export CHAOS_RUNS ?= 30
