@@ -98,6 +98,7 @@ def pod(resources: dict[str, dict[str, Any]], tmp_path: Path) -> Pod:
     return pod
 
 
+@pytest.mark.extra
 def test_the_server_starts_as_it_says_and_the_probe_asks_it(pod: Pod, tiny_model: TinyModel) -> None:
     model = tiny_model("llama").path
     pod.prepare()

@@ -15,7 +15,7 @@ from teegpu.tee.sequence import Generation
 from tests.conftest import TinyModel
 from transports.netem.link import EmulatedLink, LinkSpec
 
-STALL_SECONDS = 10.0
+STALL_SECONDS = 3.0
 PROMPT = list(range(1, 41))
 SETTINGS = {"run.max_tokens": 24, "run.wire_dtype": "fp32", "server.dtype": "fp32", "run.chunk_tokens": 8}
 

@@ -55,6 +55,7 @@ def test_watching(run: Run) -> None:
     assert watched["bytes"] > 2**20
 
 
+@pytest.mark.extra
 def test_replay(run: Run) -> None:
     out, document = run(replay, "--hours", 0.01, "--tokens", 200, "--speed", 0)
     assert "with the run's report on the screen" in out

@@ -113,6 +113,7 @@ def test_an_interrupt_keeps_what_is_done_and_resume_goes_on(
     assert "[2/2] + chunks that overlap" in again.err
 
 
+@pytest.mark.extra
 def test_cases_side_by_side(ladder: Teegpu, scratch: Path, nothing_left: Callable[[], None]) -> None:
     """An embedded server in fp32 behind a link, and transformers."""
     cases = ["fused,transport=pipelined,wire=fp32,dtype=fp32,chunk=8", "transformers"]
