@@ -53,10 +53,12 @@ _PROGRAMS_A_CONNECTION = 200
 
 
 class Served:
-    """``teegpu serve`` as its operator starts it. ``events`` counts the lines of its log by event."""
+    """``teegpu serve`` as its operator starts it. ``events`` counts the lines of its log by event, ``ended`` has the
+    reasons why it ended connections."""
 
     def __init__(self, folder: ModelFolder, threads: int) -> None:
         self.events: dict[str, int] = {}
+        self.ended: list[str] = []
         self.address = ""
         self._ready = threading.Event()
         command = [sys.executable, "-P", "-m", "teegpu", "serve", "--offline", "--config", os.devnull]
@@ -86,7 +88,9 @@ class Served:
                 sys.stderr.write(line)
                 continue
             self.events[entry["event"]] = self.events.get(entry["event"], 0) + 1
-            if entry["event"] == "ready":
+            if entry["event"] == "connection-ended":
+                self.ended.append(entry["fields"]["reason"])
+            elif entry["event"] == "ready":
                 self.address = entry["fields"]["address"]
                 self._ready.set()
         self._ready.set()
@@ -273,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(asdict(tally) | {"client": each.name, "queue_seconds": waits})
     results.append({"memory_bytes": memory, "log_lines": server.events})
     found = breaches(clients, memory, left_open, exit_code)
+    found += [f"the server ended a connection: {reason}" for reason in server.ended[:1]]
     grown = growth(memory)
     notes = [
         f"{given.minutes:g} minutes; server {human_bytes(memory[0])} at first, {human_bytes(memory[-1])} at last",

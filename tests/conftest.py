@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def pytest_configure() -> None:
 def isolated_user_files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test reads or writes the user's cache, state, config or data, or sees a TEEGPU_* setting but the plan, which
     is fused. → the new root."""
-    root = tmp_path_factory.mktemp("home")
+    # Not numbered: for that, all those that there are would be looked at, thousands of times.
+    root = Path(tempfile.mkdtemp(prefix="home-", dir=tmp_path_factory.getbasetemp()))
     for kind in ("cache", "state", "config", "data"):
         monkeypatch.setenv(f"XDG_{kind.upper()}_HOME", str(root / kind))
     monkeypatch.setenv("HF_HOME", str(root / "huggingface"))

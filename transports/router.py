@@ -63,8 +63,10 @@ largest part of it loses its connection."""
 
 IDLE_SWEEP_SECONDS = 1.0
 
-REFUSALS_QUEUED = 16
-"""Room for refusals in a client's send queue, beyond one reply for each of its requests."""
+REFUSALS_QUEUED = 512
+"""Room for refusals in a client's send queue, beyond one reply for each of its requests. They come in bursts, and zmq
+learns only of half a queue's messages at a time that they were taken: with little room a client that had asked for
+twice as much as it may lost its connection now and then."""
 
 REFUSAL_BYTES = 64 * 1024
 """What a request that is refused counts beside its own bytes. A connection whose requests are refused in a row, until
