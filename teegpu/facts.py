@@ -49,10 +49,13 @@ class Plan:
         return not self.remote_attention
 
     @property
-    def maskable(self) -> bool:
-        """Whether what it sends can be hidden, and checked to the bit: every product is with one weight, and none goes
-        into another one. A chain of two matrices outgrows the ring."""
-        return not self.remote_attention and not self.fused
+    def shows(self) -> str:
+        """Why what it sends can be neither hidden nor checked to the bit, as the end of a message; empty: it can."""
+        if self.remote_attention:
+            return "the server looks token ids up, and multiplies queries with keys, a product with no weight in it"
+        if self.fused:
+            return "the server puts one product into the next, and a chain of two outgrows whole numbers modulo 2^32"
+        return ""
 
     def rpc_calls(self, layers: int, groups: int = 1) -> int:
         """RPCs of one pass over the whole model in one chunk, its last logits included. ``groups``: over how many
@@ -193,7 +196,7 @@ class Privacy:
 
     def plans(self, *, verified: bool) -> tuple[str, ...]:
         """The plans that it takes, with the products ``verified`` or not."""
-        return tuple(name for name, row in PLANS.items() if row.maskable or not (self.hides or verified))
+        return tuple(name for name, row in PLANS.items() if not row.shows or not (self.hides or verified))
 
 
 NO_PRIVACY: Final = Privacy("none", hides=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,7 +103,7 @@ def pull(
 
 @app.command()
 def info(name: ModelName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
-    """Show the dimensions, size and digest of a model that is on this machine."""
+    """Show what a model that is on this machine is, takes and can be computed with: dimensions, memory, plans."""
     from teegpu.model import catalog, reader
     from teegpu.model.weights import WeightStore
 
@@ -132,11 +133,14 @@ def info(name: ModelName, config_file: ConfigFile = None, as_json: AsJson = Fals
         "tied_embeddings": "yes" if facts["tied_embeddings"] else "no",
         "eos_token_ids": ", ".join(map(str, facts["eos_token_ids"])) or "none",
     }
-    del readable["manifest"], readable["memory_bytes"]
+    for key in ("manifest", "memory_bytes", "plans", "privacy"):
+        del readable[key]
     for key, value in readable.items():  # lines rather than a table, which would fold a digest or a path
         typer.echo(f"{key.replace('_', ' '):<18}  {value}")
     for what, size_bytes in facts["memory_bytes"].items():
         typer.echo(f"memory: {what:<34}  {_size(size_bytes)}")
+    for line in _computed_with(facts):
+        typer.echo(line)
 
 
 @app.command("random")
@@ -157,6 +161,7 @@ def make_random(
 
 
 def _facts(folder: ModelFolder, spec: ModelSpec, weights: WeightStore) -> dict[str, Any]:
+    from teegpu.model import families
     from teegpu.model.manifest import digest_of, manifest
 
     parts = manifest(folder, spec, weights.digest())
@@ -177,7 +182,21 @@ def _facts(folder: ModelFolder, spec: ModelSpec, weights: WeightStore) -> dict[s
         "rope": spec.rope,
         "tied_embeddings": weights.tied,
         "eos_token_ids": list(spec.eos_token_ids),
+        "plans": families.plans(spec.architecture),
+        "privacy": families.private(),
     }
+
+
+def _computed_with(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of its plans, of those that each private mode takes, and of why others are refused."""
+    from teegpu.model import families
+
+    plans = (name if how == families.YES else f"{name} ({how})" for name, how in facts["plans"].items())
+    yield f"{'plans':<18}  {', '.join(plans)}"
+    for mode, refused in facts["privacy"].items():
+        yield f"{f'privacy {mode}':<18}  {', '.join(plan for plan, why in refused.items() if not why)}"
+    for plan, modes, why in families.refused_plans()[1:]:
+        yield f"{f'refused {plan}':<18}  with --privacy {modes}: {why}"
 
 
 def _memory(spec: ModelSpec, weights: WeightStore) -> dict[str, int]:

@@ -17,9 +17,8 @@ TWICE: Final = "two products"
 
 def table() -> list[list[str]]:
     """Headings, then a row for each architecture."""
-    hidden = [mode.name for mode in facts.PRIVACY.values() if mode.hides]
-    headings = ["models", "model_type", *facts.PLANS, *hidden, ".gguf", "of its own"]
-    return [headings, *(_line(name, row, hidden) for name, row in ARCHITECTURES.items())]
+    headings = ["models", "model_type", *facts.PLANS, *private(), ".gguf", "of its own"]
+    return [headings, *(_line(name, row) for name, row in ARCHITECTURES.items())]
 
 
 def refused() -> list[list[str]]:
@@ -28,11 +27,38 @@ def refused() -> list[list[str]]:
     return [["refused", "model_type begins with", "because"], *kinds]
 
 
-def _line(name: str, row: Architecture, hidden: list[str]) -> list[str]:
-    plans = [TWICE if plan.fused and row.norms != BEFORE else YES for plan in facts.PLANS.values()]
+def plans(architecture: str) -> dict[str, str]:
+    """With what each plan computes it: YES, or TWICE."""
+    after = ARCHITECTURES[architecture].norms != BEFORE
+    return {plan.name: TWICE if plan.fused and after else YES for plan in facts.PLANS.values()}
+
+
+def private() -> dict[str, dict[str, str]]:
+    """Private mode → plan → why the mode refuses it, or nothing; whatever the architecture: those that it could not
+    hide have no row."""
+    return {
+        mode.name: {
+            plan.name: "" if plan.name in mode.plans(verified=False) else plan.shows for plan in facts.PLANS.values()
+        }
+        for mode in facts.PRIVACY.values()
+        if mode.hides
+    }
+
+
+def refused_plans() -> list[list[str]]:
+    """Headings, then a row for each plan that a private mode refuses."""
+    modes = private()
+    found = [
+        [plan, ", ".join(mode for mode, why in modes.items() if why[plan]), facts.PLANS[plan].shows]
+        for plan in facts.PLANS
+    ]
+    return [["plan", "refused with --privacy", "because"], *(row for row in found if row[1])]
+
+
+def _line(name: str, row: Architecture) -> list[str]:
     gguf = YES if name in GGUF_ARCHITECTURES.values() else "no"
-    # A private mode takes the plans whose products it can hide, whatever the architecture.
-    return [row.models, name, *plans, *[YES] * len(hidden), gguf, ", ".join(_special(row)) or "nothing"]
+    modes = [YES if "" in refused.values() else "no" for refused in private().values()]
+    return [row.models, name, *plans(name).values(), *modes, gguf, ", ".join(_special(row)) or "nothing"]
 
 
 def _special(row: Architecture) -> Iterator[str]:
@@ -49,6 +75,8 @@ def _special(row: Architecture) -> Iterator[str]:
         yield "other rotary angles in these"
     if row.unrotated:
         yield "layers without rotation"
+    if row.rotation:
+        yield "may rotate nothing"
     if row.partial:
         yield "a part of each head rotated"
     if row.long_queries:
@@ -79,10 +107,13 @@ no row is refused by name, and so is what a row does not have: a bias, a window,
 {_markdown(table())}
 Two products: where what comes out of attention and MLP is normalised before it is added to the residual, the plan
 `fused` gets the products of both and joins them in the TEE. It takes as many rounds as for others; what comes down is
-about twice as much, and so is what the server computes, and `auto` measures what that is worth. Private modes take
-`attention` and `local`, whatever the model. A `.gguf` file is converted whole, or refused with the key or tensor that
-is not known. Of models of images and text ({", ".join(TEXT_OF)}) the text is computed; images are not taken.
+about twice as much, and so is what the server computes, and `auto` measures what that is worth. A `.gguf` file is
+converted whole, or refused with the key or tensor that is not known. Of models of images and text
+({", ".join(TEXT_OF)}) the text is computed; images are not taken.
 
+Private modes refuse plans, whatever the model:
+
+{_markdown(refused_plans())}
 {_markdown(refused())}"""
 
 

@@ -32,7 +32,7 @@ def plan_of(config: Config, phase: str) -> str:
     if hidden(config):
         raise ConfigError(
             f"run.privacy = {config.run.privacy} takes the plans {plans} alone, and {key} is {name}: what that sends "
-            "can't be hidden"
+            f"can't be hidden ({facts.plan(name).shows})"
         )
     raise ConfigError(
         f"run.verify takes the plans {plans} alone, and {key} is {name}: it has products that nothing here can check"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from teegpu.cli.main import run
+from teegpu.facts import PLANS
 from teegpu.model import catalog
 from teegpu.model.arch import ARCHITECTURES
 from teegpu.model.cache import CONVERSION, MARKER
@@ -126,6 +127,29 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str], tiny_model: TinyModel)
     assert memory["TEE, for 1,000 tokens of context"] == 1000 * 2 * 2 * 2 * 8 * 4
     assert facts["weight_bytes"] == 4 * facts["parameters"]
     assert len(facts["digest"]) == 64
+
+
+@pytest.mark.parametrize(("architecture", "fused"), [("llama", "yes"), ("olmo2", "two products")])
+def test_info_says_with_which_plans_and_what_private_modes_refuse(
+    capsys: pytest.CaptureFixture[str], tiny_model: TinyModel, architecture: str, fused: str
+) -> None:
+    path = str(tiny_model(architecture).path)
+    assert run(["model", "info", path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plans"] == {name: fused if name == "fused" else "yes" for name in PLANS}
+    assert found["privacy"].keys() == {"two-server", "pads", "reference"}
+    for refused in found["privacy"].values():
+        assert [plan for plan, why in refused.items() if not why] == ["local", "attention"]
+        assert "token ids" in refused["per-op"]
+
+    assert run(["model", "info", path]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = "fused" if fused == "yes" else "fused (two products)"
+    assert f"plans               local, per-op, batched, attention, {told}" in lines
+    assert "privacy pads        local, attention" in lines
+    refusals = [line for line in lines if line.startswith("refused ")]
+    assert [line.split()[1] for line in refusals] == ["per-op", "batched", "fused"]
+    assert all(" with --privacy two-server, pads, reference: the server " in line for line in refusals)
 
 
 def test_info_says_how_weights_are_quantised(
