@@ -28,11 +28,14 @@ class Architecture:
     head by itself), WHOLE (all heads of a token together). ``norms``: what is normalised in a layer: BEFORE: what goes
     into attention and MLP; AFTER: what comes out of them; AROUND: both. ``norm_offset``: what is added to the stored
     weight of each norm. ``activation``: the key of the function between gate and up.
-    ``joined``: Q, K and V are one tensor in the files, and so are gate and up. ``unrotated``: the key that tells which
-    layers rotate nothing. ``two_ropes``: layers with a window have rotary angles of their own. ``long_queries``:
-    queries grow with their position (``llama_4_scaling_beta``). The keys of scalars: of the embedding (ROOT: √hidden),
-    of what is added to the residual, of the scores in place of 1/√d (``query_scalar``: 1 over its root), what logits
-    are divided by, and what scores and logits are kept below with a tanh.
+    ``intermediate``: the key of the size of the MLP. ``joined``: tensors of a layer that are several of ours in the
+    files, one after the other, or one of ours under another name. ``unrotated``: the key that tells which layers rotate
+    nothing; ``rotation``: the key that says "rope", or no layer rotates anything. ``two_ropes``: layers with a window
+    have rotary angles of their own. ``long_queries``: queries grow with their position (``llama_4_scaling_beta``).
+    ``experts``: the key of the number of experts that there may be beside the MLP; where there are any, or layers that
+    keep a state, a model is refused all the same. The keys of scalars: of the embedding (ROOT: √hidden), of what is
+    added to the residual, of the scores in place of 1/√d (``query_scalar``: 1 over its root), what logits are divided
+    by, and what scores and logits are kept below with a tanh.
     """
 
     models: str
@@ -44,9 +47,12 @@ class Architecture:
     norms: str = BEFORE
     norm_offset: float = 0.0
     activation: str = "hidden_act"
-    joined: bool = False
+    intermediate: str = "intermediate_size"
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     partial: bool = False
     unrotated: str = ""
+    rotation: str = ""
+    experts: str = ""
     two_ropes: bool = False
     long_queries: bool = False
     embedding_scale: str = ""
@@ -60,6 +66,7 @@ class Architecture:
 
 ROOT: Final = "root"
 _BIASED: Final = ("attention_bias", "attention_bias")
+_GATE_UP: Final = ("gate_proj", "up_proj")
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "llama": Architecture("Llama 2 and 3, TinyLlama, SmolLM2, Yi", *_BIASED, "mlp_bias"),
@@ -77,7 +84,23 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         attention_scale="attention_multiplier",
         logits_divisor="logits_scaling",
     ),
-    "phi3": Architecture("Phi-3, Phi-3.5, Phi-4", windows=SLIDING, joined=True, partial=True),
+    "granitemoehybrid": Architecture(
+        *("Granite 4 dense (350M, 1B, Micro)", *_BIASED),
+        intermediate="shared_intermediate_size",
+        joined=(("shared_mlp.input_linear", _GATE_UP), ("shared_mlp.output_linear", ("down_proj",))),
+        rotation="position_embedding_type",
+        experts="num_local_experts",
+        embedding_scale="embedding_multiplier",
+        residual_scale="residual_multiplier",
+        attention_scale="attention_multiplier",
+        logits_divisor="logits_scaling",
+    ),
+    "phi3": Architecture(
+        "Phi-3, Phi-3.5, Phi-4",
+        windows=SLIDING,
+        joined=(("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")), ("mlp.gate_up_proj", _GATE_UP)),
+        partial=True,
+    ),
     "olmo2": Architecture("OLMo 2", *_BIASED, qk_norm=WHOLE, norms=AFTER),
     "olmo3": Architecture("OLMo 3", *_BIASED, windows=BY_LAYER, qk_norm=WHOLE, norms=AFTER, two_ropes=True),
     "gemma": Architecture("Gemma 1", *_BIASED, norm_offset=1.0, embedding_scale=ROOT),
@@ -119,8 +142,8 @@ REFUSED: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
         "it is a mixture of experts, and which expert a token takes tells what it is",
         (
             *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "deepseek_v32", "llama4"),
-            *("olmoe", "flex_olmo", "phimoe", "granitemoe", "granitemoehybrid", "glm4_moe", "ernie4_5_moe", "dbrx"),
-            *("dots1", "hunyuan_v1_moe", "minimax", "longcat_flash"),
+            *("olmoe", "flex_olmo", "phimoe", "granitemoe", "glm4_moe", "ernie4_5_moe", "dbrx", "dots1"),
+            *("hunyuan_v1_moe", "minimax", "longcat_flash"),
         ),
     ),
     STATEFUL: (
@@ -177,9 +200,7 @@ _NORMS_AFTER: Final = {
 def joined(spec: ModelSpec, weight: str) -> tuple[str, int] | None:
     """Where ``weight`` is a part of a tensor: the name of that in the place of its own, and its first row there."""
     prefix, _, kind = weight.rpartition(".")
-    if not ARCHITECTURES[spec.architecture].joined:
-        return None
-    for whole, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+    for whole, parts in ARCHITECTURES[spec.architecture].joined:
         if kind in parts:
             before = parts[: parts.index(kind)]
             return f"{prefix}.{whole}", sum(spec.linear_shape(part)[0] for part in before)

@@ -16,7 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from teegpu.errors import ModelError, UnsupportedModelError
 from teegpu.model import caches
-from teegpu.model.arch import ALWAYS, ARCHITECTURES, FULL, NEVER, ROOT, SLIDING, TEXT_OF, Architecture, why_not
+from teegpu.model.arch import (
+    ALWAYS,
+    ARCHITECTURES,
+    EXPERTS,
+    FULL,
+    NEVER,
+    REFUSED,
+    ROOT,
+    SLIDING,
+    STATEFUL,
+    TEXT_OF,
+    Architecture,
+    why_not,
+)
 from teegpu.model.folder import ModelFolder
 from teegpu.model.spec import BEFORE, GELU_TANH, SILU, ModelSpec
 from teegpu.settings import SETTINGS
@@ -109,13 +122,14 @@ def read_spec(folder: ModelFolder) -> ModelSpec:
             f"model '{folder.name}' lets tokens see those after them (use_bidirectional_attention), which is not "
             "supported: it makes no text"
         )
+    _refuse_beside(folder, config, row)
     rope, window_rope = _ropes(folder, config, row)
     spec = ModelSpec(
         name=folder.name,
         architecture=architecture,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=getattr(config, row.intermediate),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=_head_dim(config),
@@ -153,7 +167,8 @@ def read_spec(folder: ModelFolder) -> ModelSpec:
 _READ = (
     "attention_out_bias", "attention_multiplier", "embedding_multiplier", "logits_scaling", "no_rope_layers",
     "residual_multiplier", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation",
-    "query_pre_attn_scalar", "use_bidirectional_attention",
+    "query_pre_attn_scalar", "use_bidirectional_attention", "shared_intermediate_size", "position_embedding_type",
+    "num_local_experts",
     "attention_bias", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "layer_types",
     "max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers",
     "num_key_value_heads", "rms_norm_eps", "rope_parameters", "sliding_window",
@@ -366,7 +381,22 @@ def _cap(folder: ModelFolder, config: Any, key: str) -> float | None:
     return _scalar(folder, config, key) if key and getattr(config, key) is not None else None
 
 
+def _refuse_beside(folder: ModelFolder, config: Any, row: Architecture) -> None:
+    """Raises ``UnsupportedModelError`` for what some models of a row have beside what it computes."""
+    if not row.experts:
+        return
+    stateful = set(config.layer_types) - {"full_attention"}
+    kind = EXPERTS if getattr(config, row.experts) else STATEFUL if stateful else None
+    if kind:
+        raise UnsupportedModelError(
+            f"model '{folder.name}' is of architecture '{config.model_type}', of which dense models are supported "
+            f"alone: {REFUSED[kind][0]}"
+        )
+
+
 def _unrotated(config: Any, row: Architecture) -> tuple[int, ...]:
+    if row.rotation and getattr(config, row.rotation) != "rope":
+        return tuple(range(config.num_hidden_layers))
     rotated = getattr(config, row.unrotated) if row.unrotated else []
     return tuple(layer for layer, flag in enumerate(rotated) if not flag)
 
@@ -395,7 +425,7 @@ def _check(folder: ModelFolder, spec: ModelSpec) -> None:
     sizes = {
         "num_hidden_layers": spec.layers,
         "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
+        ARCHITECTURES[spec.architecture].intermediate: spec.intermediate_size,
         "num_attention_heads": spec.heads,
         "num_key_value_heads": spec.kv_heads,
         "head_dim": spec.head_dim,

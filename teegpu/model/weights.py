@@ -35,8 +35,8 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_norm", "k_norm")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 _QUANTISED = (*(f".{name}" for name in quantised.NEVER_PLAIN), ".absmax", ".quant_map", "_blocks", "_scales")

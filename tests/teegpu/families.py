@@ -46,6 +46,13 @@ SCALARS: Final = {
     "attention_multiplier": 0.5,
     "logits_scaling": 8.0,
 }
+GRANITE_4: Final = {
+    **SCALARS,
+    "layer_types": ["full_attention", "full_attention"],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 48,
+    "mamba_n_heads": 8,
+}
 
 CASES: Final[Mapping[str, list[Overrides]]] = {
     "llama": [{"attention_bias": True, "mlp_bias": True}, {}],
@@ -57,6 +64,10 @@ CASES: Final[Mapping[str, list[Overrides]]] = {
     "seed_oss": [{"attention_bias": True, "attention_out_bias": False}],
     "smollm3": [{"no_rope_layers": [0, 1], "tie_word_embeddings": True}, {"num_hidden_layers": 4}],
     "granite": [{**SCALARS, "tie_word_embeddings": True}, {**SCALARS, "attention_bias": True}],
+    "granitemoehybrid": [
+        {**GRANITE_4, "position_embedding_type": "rope", "tie_word_embeddings": True},
+        {**GRANITE_4, "position_embedding_type": None, "attention_bias": True},
+    ],
     "phi3": [
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24},
         {"sliding_window": 7, "rope_parameters": PARTIAL},
