@@ -4,11 +4,12 @@ models with random weights and for predictions of what is not here. Nothing here
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from teegpu.errors import UsageError, nearest
-from teegpu.model.arch import ALWAYS, ARCHITECTURES, FULL
+from teegpu.model.arch import ALWAYS, ARCHITECTURES, FULL, Architecture
 from teegpu.model.byte_tokenizer import EOS_ID, SMALLEST_VOCABULARY
 from teegpu.model.spec import ModelSpec
 
@@ -17,7 +18,8 @@ from teegpu.model.spec import ModelSpec
 class Shape:
     """The dimensions of a model to make. Field names are the keys of a shape given inline.
 
-    Zeros stand for what is usual: 64 values per head, as many KV heads as heads, an inner size of 8/3 of the hidden.
+    Zeros stand for what is usual: 64 values per head, as many KV heads as heads, an inner size of 8/3 of the hidden, no
+    window. ``full_every``: of so many layers the last one has no window; 0: each has it.
     """
 
     layers: int = 0
@@ -33,6 +35,7 @@ class Shape:
     architecture: str = "llama"
     tied: bool = False
     window: int = 0
+    full_every: int = 0
 
 
 SHAPES: dict[str, Shape] = {
@@ -55,6 +58,13 @@ SHAPES: dict[str, Shape] = {
     "qwen3-8b": Shape(36, 4096, 12288, 32, 8, 128, 151936, 40960, 1e6, 1e-6, "qwen3"),
     "granite-3.3-2b": Shape(40, 2048, 8192, 32, 8, 64, 49159, 131072, 1e7, 1e-5, "granite", tied=True),
     "granite-3.3-8b": Shape(40, 4096, 12800, 32, 8, 128, 49159, 131072, 1e7, 1e-5, "granite", tied=True),
+    "granite-4-350m": Shape(28, 1024, 2048, 16, 4, 64, 100352, 32768, 1e7, 1e-5, "granitemoehybrid", tied=True),
+    "granite-4-1b": Shape(40, 2048, 4096, 16, 4, 128, 100352, 131072, 1e7, 1e-5, "granitemoehybrid", tied=True),
+    "granite-4-micro": Shape(40, 2560, 8192, 40, 8, 64, 100352, 131072, 1e7, 1e-5, "granitemoehybrid", tied=True),
+    "olmo-2-1b": Shape(16, 2048, 8192, 16, 16, 128, 100352, 4096, 5e5, 1e-6, "olmo2"),
+    "gemma-2-2b": Shape(26, 2304, 9216, 8, 4, 256, 256000, 8192, 1e4, 1e-6, "gemma2", True, 4096, 2),
+    "gemma-3-270m": Shape(18, 640, 2048, 4, 1, 256, 262144, 32768, 1e6, 1e-6, "gemma3_text", True, 512, 6),
+    "gemma-3-1b": Shape(26, 1152, 6912, 4, 1, 256, 262144, 32768, 1e6, 1e-6, "gemma3_text", True, 512, 6),
     "phi-3.5-mini": Shape(32, 3072, 8192, 32, 32, 96, 32064, 131072, 1e4, 1e-5, "phi3", window=262144),
     "phi-4-mini": Shape(32, 3072, 8192, 24, 8, 128, 200064, 131072, 1e4, 1e-5, "phi3", True, 262144),
     "mistral-7b": Shape(32, 4096, 14336, 32, 8, 128, 32768, 32768, 1e6, architecture="mistral"),
@@ -114,13 +124,19 @@ def spec_of(shape: Shape, name: str) -> ModelSpec:
         max_positions=shape.context,
         rms_eps=shape.rms_eps,
         rope={"rope_theta": shape.rope_theta, "rope_type": "default"},
-        layer_windows=((shape.window or None) if row.windows != FULL else None,) * shape.layers,
+        layer_windows=tuple(_windows(shape, row)),
         qkv_bias=row.qkv_bias == ALWAYS,
         qk_norm=row.qk_norm,
         norms=row.norms,
         tied_embeddings=shape.tied,
         eos_token_ids=(EOS_ID,),
     )
+
+
+def _windows(shape: Shape, row: Architecture) -> Iterator[int | None]:
+    for layer in range(1, shape.layers + 1):
+        full = row.windows == FULL or (shape.full_every and layer % shape.full_every == 0)
+        yield None if full else shape.window or None
 
 
 def _value(kind: type, key: str, value: str) -> Any:

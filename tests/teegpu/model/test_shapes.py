@@ -26,6 +26,13 @@ PARAMETERS = {
     "qwen3-8b": 8_190_735_360,
     "granite-3.3-2b": 2_533_539_840,
     "granite-3.3-8b": 8_170_864_640,
+    "granite-4-350m": 352_379_904,
+    "granite-4-1b": 1_631_750_144,
+    "granite-4-micro": 3_402_836_480,
+    "olmo-2-1b": 1_484_916_736,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
     "phi-3.5-mini": 3_821_079_552,
     "phi-4-mini": 3_836_021_760,
     "mistral-7b": 7_248_023_552,
@@ -37,7 +44,17 @@ def test_named_shapes_are_those_of_the_real_models() -> None:
     spec = spec_of(parse("tinyllama-1.1b"), "x")
     assert (spec.layers, spec.hidden_size, spec.intermediate_size) == (22, 2048, 5632)
     assert (spec.heads, spec.kv_heads, spec.vocab_size, spec.max_positions) == (32, 4, 32000, 2048)
-    assert {name: spec_of(SHAPES[name], name).parameters for name in PARAMETERS} == PARAMETERS
+    assert {name: spec_of(shape, name).parameters for name, shape in SHAPES.items()} == PARAMETERS
+
+
+@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-3-270m", "gemma-3-1b"])
+def test_windows_are_in_the_layers_that_transformers_gives_them(name) -> None:
+    from transformers import AutoConfig
+
+    shape = SHAPES[name]
+    config = AutoConfig.for_model(shape.architecture, num_hidden_layers=shape.layers)
+    expected = tuple(shape.window if kind == "sliding_attention" else None for kind in config.layer_types)
+    assert spec_of(shape, name).layer_windows == expected
 
 
 def test_smollm2s_shape_is_smollm2s(smollm2) -> None:
