@@ -17,7 +17,7 @@ from typing import Any, Final
 from teegpu.units import printable
 
 ARCHITECTURES: Final[Mapping[str, str]] = {
-    **{name: name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2")},
+    **{name: name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3")},
     "gemma3": "gemma3_text",
 }
 """Those of files that are converted, and of what they become."""
@@ -36,9 +36,17 @@ _EXTRA: Final[Mapping[str, tuple[str, ...]]] = {
     "gemma2": _OUTPUT_NORMS,
     "gemma3": (*_OUTPUT_NORMS, *_HEAD_NORMS),
     "olmo2": (*_OUTPUT_NORMS, *_HEAD_NORMS),
+    "phi3": ("attn_qkv.weight",),  # and gate lies in "ffn_up", before up
 }
-_LACKED: Final[Mapping[str, tuple[str, ...]]] = {"olmo2": ("attn_norm.weight", "ffn_norm.weight")}
+_LACKED: Final[Mapping[str, tuple[str, ...]]] = {
+    "olmo2": ("attn_norm.weight", "ffn_norm.weight"),
+    "phi3": ("attn_q.weight", "attn_k.weight", "attn_v.weight", "ffn_gate.weight"),
+}
+_FACTORS: Final = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 _OPTIONAL: Final = frozenset({"output.weight", "rope_freqs.weight"})
+_OWN_OPTIONAL: Final[Mapping[str, frozenset[str]]] = {"phi3": frozenset({"output.weight", *_FACTORS.values()})}
+
+_TRAINED: Final = "original_max_position_embeddings"
 
 _KEYS: Final = frozenset(
     {
@@ -53,6 +61,7 @@ _KEYS: Final = frozenset(
 _OWN_KEYS: Final[Mapping[str, frozenset[str]]] = {
     "gemma2": frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
     "gemma3": frozenset({"rope.freq_base_swa"}),
+    "phi3": frozenset({"rope.scaling.attn_factor"}),
 }
 _WINDOWED: Final = ("gemma2", "gemma3")
 """Some layers have the window, and which it is does not stand in the file."""
@@ -220,6 +229,8 @@ def _reasons(header: GgufHeader, splits: Sequence[str]) -> Iterator[str]:
         yield f"it is one of {parts} parts: join them with 'llama-gguf-split --merge'"
     if experts := header.get("expert_count", 0):
         yield f"it is a mixture of {experts} experts, which is not supported"
+    if header.architecture == "olmo2" and (window := header.get("attention.sliding_window")):
+        yield f"it is OLMo 3, with a window of {window} positions in some layers, which is read from a folder alone"
     own = _OWN_KEYS.get(header.architecture, frozenset())
     prefixes = {f"{header.architecture}.": _KEYS | own, "tokenizer.ggml.": _TOKENIZER_KEYS}
     for prefix, known in prefixes.items():
@@ -233,16 +244,22 @@ def _reasons(header: GgufHeader, splits: Sequence[str]) -> Iterator[str]:
             return
     if not isinstance(header.get("attention.head_count_kv", 1), int):
         yield "its layers have different numbers of key-value heads"
-    width = header.get("attention.key_length", header.get("embedding_length") // header.get("attention.head_count"))
-    if header.get("rope.dimension_count", width) != width or header.get("attention.value_length", width) != width:
+    width = _width(header)
+    rotated = header.get("rope.dimension_count", width)
+    partial = header.architecture == "phi3" and isinstance(rotated, int) and 0 < rotated <= width
+    if not (rotated == width or partial) or header.get("attention.value_length", width) != width:
         yield "it rotates a part of each head only, or its keys and values differ in length"
     window = header.get("attention.sliding_window", 0)
-    if header.architecture in _WINDOWED:
+    if header.architecture == "phi3":
+        if not isinstance(header.get("attention.sliding_window"), int) or window < 0:
+            yield "its key 'phi3.attention.sliding_window' is missing, or no number: an early conversion left it out"
+    elif header.architecture in _WINDOWED:
         if not isinstance(window, int) or window < 1:
             yield f"its key '{header.architecture}.attention.sliding_window' is {window!r}, not one positive number"
     elif 0 < window < header.get("context_length"):
         yield f"it has a sliding window of {header.get('attention.sliding_window')} positions"
-    if (kind := header.get("rope.scaling.type", "none")) not in ("none", "linear", "yarn"):
+    kinds = ("none", "longrope") if header.architecture == "phi3" else ("none", "linear", "yarn")
+    if (kind := header.get("rope.scaling.type", "none")) not in kinds:
         yield f"its rotary embedding is scaled by {kind!r}"
     yield from _tensor_reasons(header)
     pre = header.keys.get("tokenizer.ggml.pre", "default")
@@ -261,7 +278,7 @@ def _tensor_reasons(header: GgufHeader) -> Iterator[str]:
     missing = sorted(expected - header.tensors.keys())
     if missing:
         yield f"it lacks the tensor '{missing[0]}'{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}"
-    unknown = sorted(header.tensors.keys() - expected - _OPTIONAL)
+    unknown = sorted(header.tensors.keys() - expected - _OWN_OPTIONAL.get(header.architecture, _OPTIONAL))
     if unknown:
         yield f"what its tensor {unknown[0][:100]!r} is for is not known here"
 
@@ -274,18 +291,24 @@ def rope_parameters(header: GgufHeader, path: Path) -> dict[str, Any] | None:
         whole = _scaled(header, path, theta) or {"rope_type": "default", "rope_theta": theta}
         local = {"rope_type": "default", "rope_theta": float(header.get("rope.freq_base_swa", 10000.0))}
         return {"full_attention": whole, "sliding_attention": local}
+    if header.architecture == "phi3":
+        return _phi3(header, path, theta)
     return _scaled(header, path, theta)
 
 
 def settings(header: GgufHeader) -> dict[str, Any]:
     """What of transformers' configuration its own reading of the file leaves out, as llama.cpp has it."""
+    if header.architecture == "phi3":
+        trained = header.get("rope.scaling.original_context_length", header.get("context_length"))
+        window = header.get("attention.sliding_window")
+        return {"sliding_window": window or None, _TRAINED: trained}
     if header.architecture not in _WINDOWED:
         return {}
     # What queries are divided by is the width of a head, but in the models of 27 B, which are known by their layers.
     largest = {"gemma2": 46, "gemma3": 62}[header.architecture]
     by_heads = header.get("embedding_length") // header.get("attention.head_count")
-    width = header.get("attention.key_length", by_heads)
-    found: dict[str, Any] = {"query_pre_attn_scalar": by_heads if header.get("block_count") == largest else width}
+    scalar = by_heads if header.get("block_count") == largest else _width(header)
+    found: dict[str, Any] = {"query_pre_attn_scalar": scalar}
     if header.architecture == "gemma2":
         caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
         found |= {name: float(header.get(name, usual)) for name, usual in caps.items()}
@@ -302,21 +325,45 @@ def _scaled(header: GgufHeader, path: Path, theta: float) -> dict[str, Any] | No
         return None
     found = {"rope_type": kind, "rope_theta": theta, "factor": float(header.get("rope.scaling.factor", 1.0))}
     if kind == "yarn":
-        found["original_max_position_embeddings"] = header.get(
-            "rope.scaling.original_context_length", header.get("context_length")
-        )
+        found[_TRAINED] = header.get("rope.scaling.original_context_length", header.get("context_length"))
+    return found
+
+
+def _width(header: GgufHeader) -> Any:
+    """How many values a head has."""
+    return header.get("attention.key_length", header.get("embedding_length") // header.get("attention.head_count"))
+
+
+def _numbers(header: GgufHeader, path: Path, tensor: str, count: int) -> list[float] | None:
+    """The content of ``tensor``; None where it is not ``count`` numbers in fp32."""
+    offset, kind = header.offsets[tensor]
+    if kind != 0 or math.prod(header.tensors[tensor]) != count:
+        return None
+    with path.open("rb") as file:
+        file.seek(offset)
+        return list(struct.unpack(f"<{count}f", file.read(4 * count)))
+
+
+def _phi3(header: GgufHeader, path: Path, theta: float) -> dict[str, Any]:
+    rotated = header.get("rope.dimension_count", _width(header))
+    found = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": rotated / _width(header)}
+    if not header.tensors.keys() & set(_FACTORS.values()):
+        return found
+    for name, tensor in _FACTORS.items():
+        numbers = _numbers(header, path, tensor, rotated // 2) if tensor in header.tensors else None
+        if numbers is None:
+            raise GgufError(f"its tensor '{tensor}' is not as Phi-3 has it", unfaithful=True)
+        found[name] = numbers
+    found |= {"rope_type": "longrope", _TRAINED: settings(header)[_TRAINED]}
+    if attention := header.get("rope.scaling.attn_factor"):
+        found["attention_factor"] = float(attention)
     return found
 
 
 def _llama3(header: GgufHeader, path: Path, theta: float) -> dict[str, Any]:
     """Llama 3.x stores what its frequencies are divided by, not how that was computed: it is found again."""
-    offset, kind = header.offsets["rope_freqs.weight"]
-    count = math.prod(header.tensors["rope_freqs.weight"])
-    width = header.get("attention.key_length", header.get("embedding_length") // header.get("attention.head_count"))
-    if kind == 0 and count == width // 2:
-        with path.open("rb") as file:
-            file.seek(offset)
-            stored = struct.unpack(f"<{count}f", file.read(4 * count))
+    width = _width(header)
+    if stored := _numbers(header, path, "rope_freqs.weight", width // 2):
         for factor in (8.0, 32.0, 16.0, 4.0, 2.0):
             if all(
                 math.isclose(one, other, rel_tol=1e-4)
@@ -328,7 +375,7 @@ def _llama3(header: GgufHeader, path: Path, theta: float) -> dict[str, Any]:
                     "factor": factor,
                     "low_freq_factor": _LOW,
                     "high_freq_factor": _HIGH,
-                    "original_max_position_embeddings": _ORIGINAL,
+                    _TRAINED: _ORIGINAL,
                 }
     raise GgufError("its tensor 'rope_freqs.weight' is not as Llama 3.x has it", unfaithful=True)
 

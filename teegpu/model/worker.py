@@ -60,7 +60,6 @@ def convert_gguf(source: Path, out: Path) -> None:
     or make up is refused."""
     header = _check_gguf(source)
     try:
-        rope = gguf_file.rope_parameters(header, source)
         import torch
         from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -70,6 +69,7 @@ def convert_gguf(source: Path, out: Path) -> None:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
         gguf_file.check(header, tuple(GGUF_PRE_TOKENIZER_SPLITS))
+        rope = gguf_file.rope_parameters(header, source)
     except gguf_file.GgufError as error:
         raise JobError(UNFAITHFUL, error) from error
     except ImportError as error:

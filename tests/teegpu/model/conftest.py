@@ -110,6 +110,10 @@ def write_gguf(
             f"blk.{layer}.ffn_up": (inner, hidden),
             f"blk.{layer}.ffn_down": (hidden, inner),
         }
+        if architecture == "phi3":
+            for name in ("attn_q", "attn_k", "attn_v", "ffn_gate"):
+                del shapes[f"blk.{layer}.{name}"]
+            shapes |= {f"blk.{layer}.attn_qkv": (hidden + 2 * kv, hidden), f"blk.{layer}.ffn_up": (2 * inner, hidden)}
         if architecture != "olmo2":
             shapes |= {f"blk.{layer}.attn_norm": (hidden,), f"blk.{layer}.ffn_norm": (hidden,)}
         if gemma or architecture == "olmo2":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,8 +124,8 @@ def test_what_a_conversion_would_drop_or_make_up_is_refused(tmp_path, changes, m
     found = read(path)
 
     def convertible() -> None:
-        gguf_file.rope_parameters(found, path)
         gguf_file.check(found, ("llama-bpe",))
+        gguf_file.rope_parameters(found, path)
 
     with pytest.raises(GgufError) as caught:
         convertible()
@@ -267,7 +268,11 @@ def test_a_file_of_a_family_with_norms_after_products(converted_once, tmp_path, 
         ("gemma3", {}, "sliding_window' is 0, not one positive number"),
         ("gemma3", {"attention.sliding_window": 16, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping' means"),
         ("gemma2", {"attention.sliding_window": 16, "rope.freq_base_swa": 10000.0}, "freq_base_swa' means"),
-        ("olmo2", {"attention.sliding_window": 16}, "a sliding window of 16"),
+        ("olmo2", {"attention.sliding_window": 16}, "it is OLMo 3, with a window of 16"),
+        ("phi3", {}, "phi3.attention.sliding_window' is missing"),
+        ("phi3", {"attention.sliding_window": 16, "rope.scaling.type": "yarn"}, "scaled by 'yarn'"),
+        ("phi3", {"attention.sliding_window": 16, "rope.dimension_count": 20}, "rotates a part of each head only"),
+        ("phi3", {"attention.sliding_window": 16, "logit_scale": 2.0}, "logit_scale' means"),
     ],
 )
 def test_what_such_a_file_does_not_say_is_not_guessed(tmp_path, architecture, keys, message) -> None:
@@ -275,6 +280,83 @@ def test_what_such_a_file_does_not_say_is_not_guessed(tmp_path, architecture, ke
     write_gguf(path, architecture, keys={f"{architecture}.{name}": value for name, value in keys.items()})
     with pytest.raises(GgufError, match=message):
         gguf_file.check(read(path), ())
+
+
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+def phi3(**tensors: np.ndarray | tuple[int, ...] | None) -> dict[str, Any]:
+    """A file with two sets of rotary factors for three quarters of each head."""
+    keys = {
+        "attention.sliding_window": 9,
+        "rope.dimension_count": 12,
+        "rope.scaling.original_context_length": 16,
+        "rope.scaling.attn_factor": 1.25,
+    }
+    factors = {LONG: np.linspace(2.0, 9.0, 6), SHORT: np.linspace(1.0, 1.5, 6)} | tensors
+    return {
+        "architecture": "phi3",
+        "keys": {f"phi3.{name}": value for name, value in keys.items()} | {"tokenizer.ggml.padding_token_id": 0},
+        "pre": "dbrx",
+        "tensors": factors,
+    }
+
+
+@pytest.mark.parametrize("tensors", [{LONG: None}, {SHORT: None}, {LONG: (5,)}, {SHORT: (8,)}, {LONG: (2, 6)}], ids=str)
+def test_factors_of_phi_3_that_can_not_be_are_refused(tmp_path, tensors) -> None:
+    path = tmp_path / "x.gguf"
+    write_gguf(path, **phi3(**tensors))
+    with pytest.raises(GgufError, match="is not as Phi-3 has it"):
+        gguf_file.rope_parameters(read(path), path)
+
+
+@pytest.mark.extra
+def test_a_file_of_phi_3_computes_what_transformers_does(converted_once, tmp_path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+
+    path = tmp_path / "x.gguf"
+    write_gguf(path, **phi3())
+    stored = {tensor.name: torch.tensor(tensor.data) for tensor in GGUFReader(path).tensors}
+    factors = {"long_factor": stored.pop(LONG).tolist(), "short_factor": stored.pop(SHORT).tolist()}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "attention_factor": 1.25, **factors}
+    config = Phi3Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=259,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        sliding_window=9,
+        pad_token_id=0,
+        original_max_position_embeddings=16,
+        rope_parameters=rope | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 16},
+    )
+    names = {
+        "token_embd": "model.embed_tokens",
+        "output": "lm_head",
+        "output_norm": "model.norm",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_qkv": "self_attn.qkv_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_up": "mlp.gate_up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    model = Phi3ForCausalLM(config)
+    for name, content in stored.items():
+        *block, kind, _ = name.split(".")
+        prefix = f"model.layers.{block[1]}." if block else ""
+        model.get_parameter(f"{prefix}{names[kind]}.weight").data = content
+    folder = converted_once(**phi3())
+    assert read_spec(folder).layer_windows == (9, 9)
+    converted = AutoModelForCausalLM.from_pretrained(str(folder.path), dtype=torch.float32)
+    with torch.inference_mode():
+        for tokens in (12, 40):  # before and after its context in training, where the other factors begin
+            ids = torch.randint(256, (1, tokens), generator=torch.Generator().manual_seed(1))
+            assert torch.equal(converted(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(("layers", "scalar"), [(2, 16), (62, 24)])
