@@ -12,6 +12,7 @@ from teegpu.model import reader
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_config, read_spec, rotary_config, suggested_sampling, unapplied
 from tests.conftest import TinyModel
+from tests.teegpu import families
 
 
 def change(folder: ModelFolder, file: str = "config.json", **values: Any) -> None:
@@ -85,6 +86,39 @@ def test_rope_in_the_older_form_reads_the_same(copied_model) -> None:
     assert read_spec(folder).rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
 
 
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "older", "rope", "window_rope"),
+    [
+        ("gemma3_text", {"rope_theta": 1e6, "rope_local_base_freq": 1e4}, LOCAL | {"rope_theta": 1e6}, LOCAL),
+        (
+            "gemma3_text",
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            LOCAL,
+        ),
+        ("olmo3", {"rope_theta": 5e5}, LOCAL | {"rope_theta": 5e5}, LOCAL | {"rope_theta": 5e5}),
+        (
+            "olmo3",
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0}},
+            {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "beta_fast": 32.0},
+            LOCAL | {"rope_theta": 5e5},
+        ),
+    ],
+)
+def test_angles_of_layers_with_a_window_are_read_in_the_older_form(
+    copied_model, architecture, older, rope, window_rope
+) -> None:
+    folder = copied_model(architecture, **families.WINDOWS)
+    change(folder, rope_parameters=None, **older)
+    spec = read_spec(folder)
+    assert spec.rope.items() >= rope.items()
+    assert spec.window_rope == window_rope
+    assert spec.layer_windows == (7, None)
+
+
 def test_eos_ids_of_both_files_come_once_each(copied_model) -> None:
     folder = copied_model("llama")
     change(folder, eos_token_id=[257, 7])
@@ -124,7 +158,7 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones(copied_mod
         ("qwen3_next", "keep a state"),
         ("falcon_h1", "keep a state"),
         ("qwen3_5_moe", "mixture of experts"),
-        ("granitemoehybrid", "mixture of experts"),
+        ("granitemoe", "mixture of experts"),
         ("gpt_oss", "mixture of experts"),
         ("qwen3_5", "keep a state"),
         ("olmo_hybrid", "keep a state"),
@@ -135,6 +169,24 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones(copied_mod
 def test_what_does_not_fit_is_refused_with_the_reason(copied_model, name, reason) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"'{name}', which is not supported: .*{reason}"):
         read_spec(configured(copied_model("llama"), model_type=name))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"num_local_experts": 8}, "it is a mixture of experts"),
+        ({"num_local_experts": 8, "layer_types": ["attention", "mamba"]}, "it is a mixture of experts"),
+        ({"layer_types": ["attention", "mamba"]}, "some of its layers keep a state"),
+        ({"layer_types": None}, "some of its layers keep a state"),
+    ],
+)
+def test_of_granite_4_dense_models_are_read_alone(copied_model, values, reason) -> None:
+    folder = copied_model("granitemoehybrid", **families.GRANITE_4)
+    assert read_spec(folder).intermediate_size == 48
+    change(folder, **values)
+
+    with pytest.raises(UnsupportedModelError, match=rf"of which dense models are supported alone: {reason}"):
+        read_spec(folder)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +254,16 @@ def test_dimensions_that_can_not_be_are_refused(copied_model, values, message) -
 
     with pytest.raises(ModelError, match=message):
         read_spec(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "\udcff", "\ufeff{}", "[" * 100_000], ids=range(8))
+def test_a_corrupt_file_of_what_need_not_be_there_is_one_clear_line(copied_model, text) -> None:
+    folder = copied_model("llama")
+    (folder.path / "generation_config.json").write_text(text, "utf-8", errors="surrogateescape")
+    for read in (read_spec, suggested_sampling, unapplied):
+        with pytest.raises(ModelError, match=r"generation_config\.json (is not valid JSON|holds no JSON)") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_config_says_how_to_repair(tmp_path) -> None:

@@ -486,6 +486,21 @@ def test_what_is_wrong_with_a_model_in_the_hubs_cache_is_told(tmp_path, tiny_mod
     assert sources.find_hub("a/b", tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    "main", [None, "", "main", "1" * 40, "../../../a", "0" * 39, "\udcff"], ids=["none", *"abcdef"]
+)
+def test_a_hub_cache_that_names_no_revision_of_its_own_has_nothing(tmp_path, tiny_model, main) -> None:
+    """As for the hub's own library: what lies in ``snapshots`` may be of any revision, and half of it."""
+    folder = tmp_path / "hub" / "models--a--b"
+    shutil.copytree(tiny_model("llama").path, folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    if main is not None:
+        (folder / "refs" / "main").write_text(main, errors="surrogateescape")
+    assert sources.find_hub("a/b", tmp_path) is None
+    (folder / "refs" / "main").write_text("0" * 40 + "\n")
+    assert sources.find_hub("a/b", tmp_path) is not None
+
+
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
 def test_passwords_of_addresses_are_not_shown_and_a_proxy_is_named(monkeypatch, variable) -> None:
     for name in ("https_proxy", "http_proxy", "all_proxy", "no_proxy"):

@@ -188,6 +188,23 @@ def test_a_corrupt_tokenizer_is_one_clear_line(copied_model, text) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("special_tokens_map.json", "[]"),
+        ("added_tokens.json", "null"),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("chat_template.jinja", "\udcff"),
+    ],
+)
+def test_a_corrupt_file_beside_the_tokenizer_is_one_clear_line(copied_model, file, text) -> None:
+    folder = copied_model("llama")
+    (folder.path / file).write_text(text, "utf-8", errors="surrogateescape")
+    with pytest.raises(ModelError, match="has no usable tokenizer") as caught:
+        Tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_tokenizer_is_one_clear_line(copied_model) -> None:
     folder = copied_model("llama")
     (folder.path / "tokenizer.json").unlink()
@@ -407,18 +424,23 @@ def test_truncation_and_padding_of_the_file_are_not_for_prompts(copied_model, ch
     assert Tokenizer(folder).encode_raw(text) == before
 
 
-def test_a_token_beyond_the_embedding_is_named(copied_model) -> None:
+@pytest.mark.parametrize(
+    ("index", "changes"),
+    [(272, {}), (272, {"special": False, "normalized": True}), (273, {"lstrip": True}), (1_000_000, {})],
+    ids=str,
+)
+def test_a_token_beyond_the_embedding_is_named(copied_model, index, changes) -> None:
     folder = copied_model("llama")
     path = folder.path / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["added_tokens"].append({**content["added_tokens"][0], "id": 272, "content": "[PAD]"})
+    added = {**content["added_tokens"][0], "id": index, "content": "[PAD]", **changes}
+    content["added_tokens"].append(added)
     path.write_text(json.dumps(content))
     tokenizer = Tokenizer(folder)
     for encode in (tokenizer.encode_raw, tokenizer.encode_chat):
-        with pytest.raises(PromptError, match=r"has token 272 \('\[PAD\]'\), and model .* has 272 tokens"):
+        with pytest.raises(PromptError, match=r"has token \d+ \('\[PAD\]'\), and model .* has 272 tokens"):
             encode("a[PAD]b")
     assert tokenizer.encode_raw("ab")
-    assert tokenizer.special_id("[PAD]") == 272
     assert tokenizer.special_id("a") is None
 
 
@@ -451,14 +473,16 @@ def test_an_answer_goes_on_in_the_middle_of_a_character(cut) -> None:
         assert "\ufffd" not in joined
 
 
-@pytest.mark.parametrize("form", ["list", "dict in files"])
+@pytest.mark.parametrize("form", ["last of a list", "first of a list", "one in a list", "one", "dict in files"])
 def test_the_default_of_several_templates_is_taken(copied_model, form) -> None:
     folder = copied_model("llama")
     (folder.path / "chat_template.jinja").unlink()
-    if form == "list":
+    if form != "dict in files":
         path = folder.path / "tokenizer_config.json"
-        several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": several}))
+        default, other = {"name": "default", "template": "yes"}, {"name": "tool_use", "template": "no"}
+        lists = {"last of a list": [other, default], "first of a list": [default, other], "one in a list": [default]}
+        given = lists.get(form, "yes")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": given}))
     else:
         (folder.path / "chat_template.jinja").write_text("yes")
         (folder.path / "additional_chat_templates").mkdir()
