@@ -79,8 +79,8 @@ class Sampler:
         values = logits if greedy else self.probabilities(logits)
         if not math.isfinite((raw if greedy else values).sum().item()):
             raise BadReplyError(
-                "the next token's probabilities are not numbers: the server's results are false, or out of range (try "
-                "--wire-dtype bf16, and bf16 or fp32 as the server's dtype)"
+                "the next token's probabilities are not numbers: weights, or a server's results, are false, or out of "
+                "range (try --wire-dtype bf16, and bf16 or fp32 as the server's dtype)"
             )
         token = int(values.argmax() if greedy else torch.multinomial(values, 1, generator=self._generator))
         if self._constraint is not None:
@@ -109,7 +109,10 @@ class Sampler:
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The distribution that is drawn from, (vocab,), zero where a filter has removed a token."""
         options = self.options
-        logits = logits / options.temperature
+        scaled = logits / options.temperature
+        if not math.isfinite(scaled.max().item()):  # so low a temperature leaves the likeliest alone
+            scaled = logits.masked_fill(logits < logits.max(), float("-inf"))
+        logits = scaled
         if 0 < options.top_k < logits.shape[-1]:
             smallest = torch.topk(logits, options.top_k).values[-1]
             logits = logits.masked_fill(logits < smallest, float("-inf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_what_no_token_can_be_drawn_from_is_told(value: float, options: Sampling
         Sampler(options)(damaged, [])
 
 
-def test_finite_logits_that_overflow_on_the_way_are_told() -> None:
-    with pytest.raises(BadReplyError, match="not numbers"):
-        Sampler(SamplingOptions(temperature=0.01, seed=1))(torch.full((50,), 3e38), [])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 5e-324])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+@pytest.mark.parametrize("scale", [1.0, -1.0, 3e38])
+def test_the_lowest_temperatures_draw_the_likeliest_token(
+    temperature: float, filters: dict[str, Any], scale: float
+) -> None:
+    values = torch.linspace(0.0, 1.0, 50) * scale
+    token = Sampler(SamplingOptions(temperature=temperature, seed=1, **filters))(values, [])
+    assert token == int(values.argmax())
+
+
+def test_of_logits_that_overflow_equal_ones_are_drawn_alike() -> None:
+    tokens = {Sampler(SamplingOptions(temperature=0.01, seed=seed))(torch.full((4,), 3e38), []) for seed in range(40)}
+    assert tokens == {0, 1, 2, 3}
