@@ -9,6 +9,7 @@ A line of JSON comes in for each request, and one goes out: first what the token
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import resource
@@ -71,6 +72,7 @@ def main(folder: Path, architecture: str) -> int:
             "bytes": texts.token_bytes,
             "spelled": texts.spelled,
             "json": texts.to_json,
+            "tokens": texts.tokens,
         }
         job = jobs[request["job"]]
         _reply(answers, functools.partial(job, request))
@@ -217,6 +219,13 @@ class Texts:
     def to_json(self, _: Mapping[str, Any]) -> str:
         """What a tokenizer.json has."""
         return str(self._backend.to_str())
+
+    def tokens(self, _: Mapping[str, Any]) -> str:
+        """A digest of all tokens and their ids."""
+        found = json.loads(self._backend.to_str())
+        added = [(entry.get("id"), entry.get("content")) for entry in found.get("added_tokens", ())]
+        tokens = found.get("model", {}).get("vocab"), sorted(added, key=str)
+        return hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
 
     def token_bytes(self, request: Mapping[str, Any]) -> list[int]:
         """The bytes that a token stands for, which need not be whole characters; none for an unknown id."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import math
 import os
 import select
 import subprocess
@@ -20,6 +21,8 @@ from typing import Any, Final
 
 from teegpu.children import Child, how_it_ended
 from teegpu.errors import ModelError, PromptError, UsageError
+from teegpu.model import answers
+from teegpu.model.answers import FailedError
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 
@@ -33,19 +36,10 @@ TEXT_SECONDS, CHARACTERS_PER_SECOND = 10.0, 50_000
 """What encoding or decoding may take, and what is added for a longer text: a hundredth of a usual tokenizer's pace."""
 _CHARACTERS_FOR_EACH: Final = 256
 """Of a token, at most: the longest ones are runs of spaces."""
-_MOST_ANSWER_BYTES: Final = 512 << 20
 _ENDING_SECONDS: Final = 1.0  # between its last words and its end
 
 Decode = Callable[[list[list[int]]], list[str]]
 """Lists of token ids → their texts, special tokens left out."""
-
-
-class _FailedError(Exception):
-    """The child's own word of what went wrong. ``refused``: it was the template's purpose."""
-
-    def __init__(self, reason: str, *, refused: bool = False) -> None:
-        super().__init__(reason)
-        self.refused = refused
 
 
 class _Confined:
@@ -59,14 +53,14 @@ class _Confined:
         self._end: Callable[[], Any] = lambda: None
 
     def ask(self, job: str, *, seconds: float, **request: Any) -> Any:
-        """The answer to ``request``. Raises ``_FailedError``."""
+        """The answer to ``request``. Raises ``FailedError``."""
         with self._lock:
             if self._child is None:
                 self._begin()
             return self._asked({"job": job, **request}, seconds)
 
     def begin(self) -> Mapping[str, Any]:
-        """What the tokenizer is. Raises ``_FailedError``."""
+        """What the tokenizer is. Raises ``FailedError``."""
         with self._lock:
             return self._begin()
 
@@ -91,39 +85,56 @@ class _Confined:
         process = self._child.process
         assert process.stdin is not None
         assert process.stdout is not None
+        until = time.monotonic() + seconds
         try:
             if request is not None:
-                process.stdin.write(json.dumps(request, separators=(",", ":")).encode() + b"\n")
-                process.stdin.flush()
-            answer = json.loads(self._line(process.stdout.fileno(), seconds))
-        except BaseException as error:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_ENDING_SECONDS if isinstance(error, (OSError, ValueError)) else 0)
-            self.close()
-            if isinstance(error, (OSError, ValueError)):  # it ended, or wrote what is no answer
-                raise _FailedError(f"it ended {how_it_ended(process.returncode)}") from None
+                _send(process.stdin.fileno(), json.dumps(request, separators=(",", ":")).encode() + b"\n", until)
+            line = _line(process.stdout.fileno(), until, answers.most_bytes(request))
+            return answers.read(line, request)
+        except FailedError:
             raise
-        if "error" in answer:
-            reason = answer["reason"]
-            if answer["error"] == "MemoryError":
-                reason = "it takes more memory than it may"
-            elif not answer["refused"]:
-                reason = f"{answer['error']}: {reason}" if reason else answer["error"]
-            raise _FailedError(reason, refused=answer["refused"])
-        return answer["answer"]
+        except TimeoutError:
+            self.close()
+            raise FailedError(f"it takes longer than {seconds:.0f} s") from None
+        except (OSError, ValueError):  # it ended, or wrote what is no answer
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_ENDING_SECONDS)
+            ended = process.returncode
+            self.close()
+            how = (
+                "it gives another answer than it was asked for" if ended is None else f"it ended {how_it_ended(ended)}"
+            )
+            raise FailedError(how) from None
+        except BaseException:
+            self.close()
+            raise
 
-    def _line(self, descriptor: int, seconds: float) -> bytes:
-        until = time.monotonic() + seconds
-        answer = bytearray()
-        while not answer.endswith(b"\n"):
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                raise _FailedError(f"it takes longer than {seconds:.0f} s")
-            part = os.read(descriptor, 1 << 20)
-            answer += part
-            if not part or len(answer) > _MOST_ANSWER_BYTES:
-                raise ValueError("no whole answer")
-        return bytes(answer)
+
+def _send(descriptor: int, data: bytes, until: float) -> None:
+    """Raises ``TimeoutError`` where the other end does not read: a pipe has room for some, and then waits."""
+    for at in range(0, len(data), select.PIPE_BUF):  # a write of no more never waits once there is room
+        _wait(descriptor, select.POLLOUT, until)
+        os.write(descriptor, data[at : at + select.PIPE_BUF])
+
+
+def _line(descriptor: int, until: float, most_bytes: int) -> bytes:
+    """Raises ``TimeoutError``, or ``ValueError`` where it ends before its line or is longer than ``most_bytes``."""
+    answer = bytearray()
+    while not answer.endswith(b"\n"):
+        _wait(descriptor, select.POLLIN, until)
+        part = os.read(descriptor, 1 << 20)
+        answer += part
+        if not part or len(answer) > most_bytes:
+            raise ValueError("no whole answer")
+    return bytes(answer)
+
+
+def _wait(descriptor: int, event: int, until: float) -> None:
+    waiting = select.poll()  # not select, which knows no descriptor from 1,024 on
+    waiting.register(descriptor, event)
+    left = until - time.monotonic()
+    if left <= 0 or not waiting.poll(math.ceil(left * 1000)):
+        raise TimeoutError
 
 
 class _TemplateError(PromptError):
@@ -143,7 +154,7 @@ class Tokenizer:
         self._confined = _Confined(folder, spec.architecture)
         try:
             described = self._confined.begin()
-        except _FailedError as error:
+        except FailedError as error:
             raise ModelError(f"{folder.path} has no usable tokenizer ({error}){self._why()}: {folder.repair}") from None
         own = described["eos_token_id"]
         ids = spec.eos_token_ids
@@ -166,19 +177,17 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """What a tokenizer.json has."""
-        try:
-            return str(self._confined.ask("json", seconds=TEXT_SECONDS))
-        except _FailedError as error:
-            raise self._fails("be written", error) from None
+        return self._text("json")
 
     def agrees_with(self, other: Tokenizer) -> bool:
         """Whether both have the same tokens under the same ids. Raises ``ModelError``."""
-        return self.vocab_size == other.vocab_size and self._tokens() == other._tokens()
+        return self.vocab_size == other.vocab_size and self._text("tokens") == other._text("tokens")
 
-    def _tokens(self) -> tuple[Any, list[tuple[Any, Any]]]:
-        found = json.loads(self.to_json())
-        added = [(entry.get("id"), entry.get("content")) for entry in found.get("added_tokens", ())]
-        return found.get("model", {}).get("vocab"), sorted(added, key=str)
+    def _text(self, what: str) -> str:
+        try:
+            return str(self._confined.ask(what, seconds=TEXT_SECONDS))
+        except FailedError as error:
+            raise self._fails("be written", error) from None
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token that is written as ``text``, which no decoded text shows; None: there is none."""
@@ -217,7 +226,7 @@ class Tokenizer:
         try:
             given = {"template": self.chat_template, "messages": messages, "tools": tools}
             text = self._confined.ask("chat", seconds=TEMPLATE_SECONDS, **given)
-        except _FailedError as error:
+        except FailedError as error:
             what = "refuses" if error.refused else "fails on"
             raise _TemplateError(f"the chat template of model '{name}' {what} this prompt ({error})") from None
         self._check_length(text)
@@ -254,7 +263,7 @@ class Tokenizer:
         if token not in known:
             try:
                 known[token] = bytes(self._confined.ask(what, token=token, seconds=TEXT_SECONDS))
-            except _FailedError as error:
+            except FailedError as error:
                 raise self._fails("decode these tokens", error) from None
         return known[token]
 
@@ -262,17 +271,17 @@ class Tokenizer:
         seconds = TEXT_SECONDS + len(text) / CHARACTERS_PER_SECOND
         try:
             return list(self._confined.ask("text", text=text, special=special, seconds=seconds))
-        except _FailedError as error:
+        except FailedError as error:
             raise self._fails("encode this text", error) from None
 
     def _decode(self, lists: list[list[int]]) -> list[str]:
         seconds = TEXT_SECONDS + sum(map(len, lists)) / CHARACTERS_PER_SECOND
         try:
             return list(self._confined.ask("decode", ids=lists, seconds=seconds))
-        except _FailedError as error:
+        except FailedError as error:
             raise self._fails("decode these tokens", error) from None
 
-    def _fails(self, what: str, error: _FailedError) -> ModelError:
+    def _fails(self, what: str, error: FailedError) -> ModelError:
         return ModelError(f"the tokenizer in {self._folder.path} can't {what} ({error}): {self._folder.repair}")
 
     def _checked(self, ids: list[int]) -> list[int]:

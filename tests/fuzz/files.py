@@ -1,5 +1,5 @@
-"""What is fuzzed of what strangers write: a model's files, bodies of requests to the endpoint, and what lies on a disk
-that is the host's: records, keys. (What a tokenizer or a template does is bounded by its process, not by a parser.)"""
+"""What is fuzzed of what strangers write: a model's files, what its tokenizer's process answers, bodies of requests
+to the endpoint, and what lies on a disk that is the host's: records, keys."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import zstandard
@@ -20,7 +21,7 @@ from teegpu import endpoints
 from teegpu.api import asked
 from teegpu.api.errors import ApiError
 from teegpu.errors import ConfigError, ModelError, RecordError
-from teegpu.model import gguf_file
+from teegpu.model import answers, gguf_file
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
 from teegpu.model.safetensors_file import DamagedFileError, SafetensorsFile
@@ -134,6 +135,37 @@ def block(data: bytes) -> str:
     return "taken"
 
 
+ASKED: tuple[dict[str, Any] | None, ...] = (
+    None,
+    {"job": "text", "text": "hello", "special": False},
+    {"job": "decode", "ids": [[1], [2, 3]]},
+    {"job": "chat"},
+    {"job": "bytes", "token": 1},
+)
+
+
+def answer(data: bytes) -> str:
+    """The first byte says what was asked; the line of a tokenizer's process follows."""
+    asked = ASKED[data[0] % len(ASKED)] if data else None
+    try:
+        found = answers.read(data[1:], asked)
+    except answers.FailedError as error:
+        _one_line(error)
+        return "failed"
+    except ValueError:
+        return "refused"
+    if asked is None:
+        assert 0 <= found["vocab_size"] < 2**24
+        assert all(0 <= token < 2**24 for token in found["special"].values())
+    elif asked["job"] == "decode":
+        assert len("".join(found).encode()) <= len(data)
+    elif asked["job"] == "chat":
+        assert len(found) <= len(data)
+    else:
+        assert all(0 <= token < (2**24 if asked["job"] == "text" else 256) for token in found)
+    return "taken"
+
+
 def key(data: bytes) -> str:
     """A key's file. No message has anything of it."""
     text = data.decode("utf-8", "replace")
@@ -169,6 +201,7 @@ TARGETS: dict[str, Callable[[bytes], str]] = {
     "config": config,
     "record": record,
     "block": block,
+    "answer": answer,
     "key": key,
     "endpoint": endpoint,
 }
@@ -184,9 +217,18 @@ def seeds() -> dict[str, list[bytes]]:
         "config": [_config()],
         "record": [_record()],
         "block": [msgpack.packb((False, b"\x0a", [(5, "text")])), database.Packer().block([Noted(5, "text")])],
+        "answer": _answers(),
         "key": [_key_text(pair.public.text), _key_text(pair.public.text, "# a key")],
         "endpoint": [b"tcp://10.0.0.1:5555#layers=0-3,key=name,share=1", b"ipc:///run/s", b"tcp://[::1]:5555#share=2"],
     }
+
+
+def _answers() -> list[bytes]:
+    described = {"vocab_size": 9, "eos_token_id": 2, "chat_template": "{{ x }}", "special": {"<s>": 1}, "spells": True}
+    right: tuple[object, ...] = (described, [1, 300], ["a", "\u00e9"], "a \U0001f600\n", [0, 255])
+    said = [{"answer": each} for each in right] + [{"error": "TemplateError", "reason": "why", "refused": True}]
+    lines = [json.dumps(each, separators=(",", ":")).encode() + b"\n" for each in said]
+    return [bytes([number % len(ASKED)]) + line for number, line in enumerate(lines)]
 
 
 def _key_text(*lines: str) -> bytes:

@@ -25,7 +25,7 @@ from teegpu.wire import codec, dtypes
 from teegpu.wire.limits import MAX_STEP_WEIGHTS
 from teegpu.wire.messages import PROTOCOL_VERSION, Health, HealthReport, Hello, Refusal, Result, Welcome
 from teegpu.wire.program import OPS, RING
-from tests.fuzz import attested, files
+from tests.fuzz import attested, files, handshake
 from tests.fuzz.world import (
     DIGEST,
     LIMITS,
@@ -318,6 +318,7 @@ TARGETS: dict[str, Target] = {
     "compressed": compressed,
     **files.TARGETS,
     **attested.TARGETS,
+    **handshake.TARGETS,
 }
 
 
@@ -363,4 +364,5 @@ def seeds() -> dict[str, list[bytes]]:
         "compressed": shrunk,
         **files.seeds(),
         **attested.seeds(),
+        **handshake.seeds(),
     }

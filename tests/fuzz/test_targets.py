@@ -27,11 +27,13 @@ GOOD = {
     "config": {"taken"},
     "record": {"taken"},
     "block": {"taken"},
+    "answer": {"taken", "failed"},
     "key": {"taken"},
     "endpoint": {"taken"},
     "evidence": {"taken"},
     "quote": {"taken"},
     "policy": {"taken"},
+    "greeting": {"greeted", "went on"},
 }
 
 

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
+from teegpu.children import Child
 from teegpu.errors import ModelError, PromptError, UsageError
 from teegpu.model import foreign
+from teegpu.model import tokenizer as tokenizer_module
 from teegpu.model.byte_tokenizer import SMALLEST_VOCABULARY, SPECIAL, byte_tokenizer
 from teegpu.model.folder import ModelFolder
 from teegpu.model.tokenizer import ByteStream, TextStream, Tokenizer
@@ -366,6 +368,34 @@ def test_a_process_that_is_killed_is_begun_again(tiny_model) -> None:
     with pytest.raises(ModelError, match="ended by signal SIGKILL"):
         tokenizer.decode(ids)
     assert tokenizer.decode(ids) == "hello"
+
+
+@pytest.mark.parametrize(
+    ("then", "told"),
+    [
+        ("sys.stdin.readline(); print('[]', flush=True); time.sleep(60)", "another answer than it was asked for"),
+        (
+            "sys.stdin.readline(); print('x' * 2**22, flush=True); time.sleep(60)",
+            "another answer than it was asked for",
+        ),
+        ("sys.stdin.readline(); time.sleep(60)", "it takes longer than 0 s"),
+        ("time.sleep(60)", "it takes longer than 0 s"),
+        ("sys.stdin.close()", "it ended with exit code 0"),
+    ],
+    ids=["no-answer", "too-long", "silent", "does-not-read", "gone"],
+)
+def test_a_process_that_was_taken_over_is_ended(tiny_model, monkeypatch, then, told) -> None:
+    described = '{"answer":{"vocab_size":9,"eos_token_id":null,"chat_template":"","special":{},"spells":false}}'
+    code = f"import sys, time\nprint({described!r}, flush=True)\n{then}"
+    monkeypatch.setattr(tokenizer_module, "Child", lambda arguments, **given: Child(["-c", code], **given))
+    tokenizer = Tokenizer(tiny_model("llama"))
+    monkeypatch.setattr(tokenizer_module, "_ENDING_SECONDS", 0.05 if "sleep" in then else 10.0)
+    if "longer" in told:
+        monkeypatch.setattr(tokenizer_module, "TEXT_SECONDS", 0.2)
+        monkeypatch.setattr(tokenizer_module, "CHARACTERS_PER_SECOND", 10**9)
+    with pytest.raises(ModelError, match=told):
+        tokenizer.encode_plain("a" * 2**20)  # more than a pipe holds
+    assert tokenizer._confined._child is None
 
 
 def test_a_limit_that_was_set_from_outside_stays(tiny_model) -> None:
