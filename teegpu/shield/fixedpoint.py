@@ -26,25 +26,31 @@ MOST: Final = 2**22 - 1
 """The largest whole number that an activation becomes. A matrix with small norms would allow more, and float32's 24
 bits could hold no more than its fourfold."""
 
-_SLACK: Final = 1.0 - 2.0**-20
-"""The norm is summed in float64; step, reciprocal and product are rounded to float32, which loses 2**-24 each."""
+_ROUNDING: Final = 2.0**-24
+"""What a step of float32 loses, as a share."""
+_SLACK: Final = 16
+"""Roundings for norm, step, reciprocal and product, of which there are fewer."""
+_USUAL: Final = (2.0**-40, 2.0**60)
+"""Norms whose squares are far from both ends of float32: there their sum is right but for its rounding."""
 _NOTHING: Final = 2.0**-80
 """A row of a smaller norm is zero. Above it, steps and their reciprocals are normal numbers."""
-_FINITE: Final = 2.0**127
-"""Up to here a step is finite in float32, whatever the matrix."""
 
 
 def room(measure: Measure) -> float:
-    """The largest norm that the whole numbers of a token may have before they are rounded, so that rounding doesn't
-    make a product reach 2**31. At least 1.
+    """The largest norm, as it is computed, that the whole numbers of a token may have before they are rounded, so that
+    no rounding makes a product reach 2**31. At least 1.
+
+    A sum of n squares in float32, in whatever order, is less than the true one by a share of n roundings at most, as no
+    term is negative; its root by half of that. That half is kept as a reserve for the shares of shares.
 
     Raises ``ValueError`` for a matrix so large that no room is left.
     """
     lost = 0.5 * math.sqrt(measure.columns)  # rounding moves a value by half at most
     left = min((_BITS - 1) / max(measure.largest_norm, 1.0) - lost, float(MOST))
+    left *= max(0.0, 1.0 - (measure.columns + _SLACK) * _ROUNDING)
     if left < 1.0:
         raise ValueError(f"a product with {measure.columns} columns of norm {measure.largest_norm:.0f} has no room")
-    return left * _SLACK
+    return left
 
 
 def encode(x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,21 +59,26 @@ def encode(x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, torch.Tenso
 
     A row that is not finite gets zeros and a step that is not finite, and so is what is computed of it.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    least, largest = map(float, norm.aminmax()) if len(norm) > 1 else (float(norm),) * 2
     scale = 1.0 / room(measure)
-    least, largest = map(float, norm.aminmax() if len(norm) > 1 else (norm, norm))
     odd: torch.Tensor | None = None
-    if not _NOTHING <= least <= largest <= _FINITE:  # nor are NaNs
-        step = norm.mul(scale).to(torch.float32)
-        # These have no number of their own to be made whole with: a step that is 0, infinite or NaN.
-        odd = ~((norm >= _NOTHING) & torch.isfinite(step))
-        step = torch.where(norm < _NOTHING, 1.0, step)
-    elif len(norm) > 1:
-        step = norm.mul(scale).to(torch.float32)
-    else:  # a step of decoding, where each operation costs more than what it does; the bits are the same
-        step = torch.full((1, 1), least * scale, dtype=torch.float32)
+    if _USUAL[0] <= least <= largest <= _USUAL[1]:  # nor are NaNs
+        step = norm.mul_(scale)
+    else:
+        step, odd = _unusual_steps(x, norm, scale)
     whole = (x * step.reciprocal()).add_(_MAGIC).view(torch.int32).sub_(_MAGIC_BITS)
     return (whole if odd is None else whole.masked_fill_(odd, 0)), step
+
+
+def _unusual_steps(x: torch.Tensor, norm: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step of each row, and which rows have no number of their own to be made whole with: a step that is 0,
+    infinite or NaN. A row of a usual norm has the step that it would have without the others."""
+    exact = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    usual = (norm >= _USUAL[0]) & (norm <= _USUAL[1])
+    step = torch.where(usual, norm * scale, exact.mul(scale).to(torch.float32))
+    odd = ~((exact >= _NOTHING) & torch.isfinite(step))
+    return torch.where(exact < _NOTHING, 1.0, step), odd
 
 
 def decode(product: torch.Tensor, step: torch.Tensor, measure: Measure) -> torch.Tensor:
