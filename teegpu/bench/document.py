@@ -98,7 +98,7 @@ def read(path: Path, benchmark: str = "") -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} can't be read: {(error.strerror or 'no reason given').lower()}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(
             f"{path} is no result of 'teegpu bench': it is not JSON (write it with --out FILE.json)"
         ) from None

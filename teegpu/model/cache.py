@@ -44,7 +44,7 @@ class ModelCache:
         path = self._models / slug
         try:
             marker = json.loads((path / MARKER).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return path if isinstance(marker, dict) and marker.get("conversion") == CONVERSION else None
 

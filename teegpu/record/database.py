@@ -33,12 +33,14 @@ ROLLS: Final = "rolls"
 VERSION: Final = 1
 _APPLICATION: Final = int.from_bytes(b"tgpu")
 
-_TABLES: Final = """
-BEGIN;
-CREATE TABLE run (status TEXT, blocks INTEGER, meta TEXT NOT NULL, document TEXT);
-CREATE TABLE events (id INTEGER PRIMARY KEY, block BLOB NOT NULL);
-COMMIT;
-"""
+_TABLES: Final = {
+    "run": "CREATE TABLE run (status TEXT, blocks INTEGER, meta TEXT NOT NULL, document TEXT)",
+    "events": "CREATE TABLE events (id INTEGER PRIMARY KEY, block BLOB NOT NULL)",
+}
+"""A file that has anything else is no record: a view in a table's place is a program, which need not end."""
+
+_MOST_VALUE_BYTES: Final = 64 << 20
+"""Of one value that is read: no document or block comes near it."""
 
 _READER_SECONDS: Final = 5.0
 _WRITER_SECONDS: Final = 60.0
@@ -85,7 +87,7 @@ def create(folder: Path, meta: Mapping[str, Any]) -> None:
         connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         connection.execute(f"PRAGMA application_id = {_APPLICATION}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
-        connection.executescript(_TABLES)
+        connection.executescript("; ".join(["BEGIN", *_TABLES.values(), "COMMIT"]))
         connection.execute("INSERT INTO run (meta) VALUES (?)", (as_json(meta),))
     finally:
         connection.close()
@@ -115,13 +117,17 @@ def to_read(folder: Path) -> sqlite3.Connection:
                 f"with that release, or delete it: teegpu report rm {folder.name}"
             )
         raise RecordError(f"run {folder.name}: there is no {FILE} in {folder}")
+    if not path.is_file():  # to open a FIFO would wait for its writer
+        raise RecordError(f"run {folder.name}: {FILE} is not a file")
     uri = f"{path.absolute().as_uri()}?mode=ro"
     with contextlib.ExitStack() as undo:
         try:
             connection = sqlite3.connect(uri, _READER_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
             undo.callback(connection.close)
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_VALUE_BYTES)
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (version,) = connection.execute("PRAGMA user_version").fetchone()
+            tables = dict(connection.execute("SELECT name, sql FROM sqlite_schema LIMIT 9"))
         except FAULTS as error:
             raise unreadable(folder, error) from None
         if application != _APPLICATION or version < VERSION:
@@ -131,6 +137,8 @@ def to_read(folder: Path) -> sqlite3.Connection:
                 f"run {folder.name} was written by a newer teegpu (version {version} of the record, this one reads "
                 f"{VERSION}): read it with that release"
             )
+        if tables != _TABLES:
+            raise RecordError(f"run {folder.name}: {FILE} has other tables than a record, or is damaged")
         undo.pop_all()
     return connection
 
@@ -146,7 +154,10 @@ def as_json(content: Mapping[str, Any]) -> str:
 
 def from_json(text: Any) -> dict[str, Any]:
     """Raises ``ValueError`` for what is no JSON object."""
-    content = json.loads(text) if isinstance(text, str) else None
+    try:
+        content = json.loads(text) if isinstance(text, str) else None
+    except RecursionError:
+        raise ValueError("too many brackets") from None
     if not isinstance(content, dict):
         raise ValueError("not an object")
     return content

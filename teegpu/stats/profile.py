@@ -121,7 +121,7 @@ class Profile:
                 str(value["created_at"]),
                 tuple(_measured(row) for row in value["measured"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"it is damaged ({error!r})") from None
 
     def misfit(self, *, digest: str, runner_threads: int = 0, server: Server | None = None) -> str:
@@ -192,7 +192,7 @@ def read(path: Path) -> Profile:
         return Profile.from_json(json.loads(path.read_bytes()))
     except OSError as error:
         raise ConfigError(f"the profile {path} can't be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the profile {path} can't be used: {error}; 'teegpu tune' makes a new one") from None
 
 

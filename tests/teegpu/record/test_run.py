@@ -214,6 +214,48 @@ def test_the_database_of_something_else(tmp_path: Path) -> None:
         run.meta()
 
 
+ENDLESS = "WITH RECURSIVE t(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM t) SELECT"
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        f"DROP TABLE run; CREATE VIEW run AS {ENDLESS} 1 status, 1 blocks, '' meta, '' document FROM t WHERE x < 0",
+        f"DROP TABLE events; CREATE VIEW events AS {ENDLESS} x id, x'00' block FROM t",
+        "DROP TABLE run; CREATE TABLE run (status, blocks, x, meta AS (printf('%.*c', 900000000, 'x')), document)",
+        "CREATE TABLE more (x)",
+    ],
+    ids=["run", "events", "large", "more"],
+)
+def test_what_is_no_table_of_ours_is_not_read(tmp_path: Path, sql: str) -> None:
+    """A view is a program: one that never ends, or takes all memory."""
+    run = concluded(tmp_path, laps(3))
+    with closing(sqlite3.connect(run.path / database.FILE)) as connection:
+        connection.executescript(sql)
+    assert run.status == "interrupted"
+    for read in (run.meta, run.document, run.events):
+        with pytest.raises(RecordError, match="other tables than a record"):
+            read()
+
+
+def test_a_document_in_too_many_brackets_is_damaged(tmp_path: Path) -> None:
+    run = concluded(tmp_path, laps(3))
+    deep = '{"a":' * 100_000
+    changed(run, "UPDATE run SET meta = ?, document = ?", deep, deep)
+    with pytest.raises(RecordError, match="what was run is damaged"):
+        run.meta()
+    with pytest.raises(ValueError, match="brackets"):
+        run.document()
+
+
+def test_a_record_that_never_comes_is_not_waited_for(tmp_path: Path) -> None:
+    run = concluded(tmp_path, laps(3))
+    (run.path / database.FILE).unlink()
+    os.mkfifo(run.path / database.FILE)
+    with pytest.raises(RecordError, match="is not a file"):
+        run.meta()
+
+
 # Other releases
 
 

@@ -63,6 +63,8 @@ def test_the_command_that_renews_it() -> None:
         ('{"schema": "teegpu.profile/9"}', "schema 'teegpu.profile/9'"),
         ('{"schema": "teegpu.profile/1", "rates": {}}', "schema 'teegpu.profile/1'"),
         ('{"schema": "teegpu.profile/2"}', "damaged"),
+        ("[" * 100_000, "can't be used"),
+        ("1" * 5000, "can't be used"),
     ],
 )
 def test_a_broken_profile(tmp_path: Path, text: str, message: str) -> None:
@@ -74,6 +76,9 @@ def test_a_broken_profile(tmp_path: Path, text: str, message: str) -> None:
 
 def test_a_profile_with_a_wrong_figure(tmp_path: Path) -> None:
     place = tmp_path / "p.json"
+    place.write_text(json.dumps(profile().to_json() | {"runner_threads": float("inf")}))
+    with pytest.raises(ConfigError, match="damaged"):
+        profiles.read(place)
     broken = profile().to_json()
     broken["measured"][0]["ways"][0]["seconds"] = "fast"
     place.write_text(json.dumps(broken))
