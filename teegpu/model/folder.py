@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from teegpu import machine
 from teegpu.errors import ModelError
 
 TEXT_FILES: Final = (
@@ -90,6 +91,8 @@ class ModelFolder:
         with contextlib.ExitStack() as stack:
             try:
                 place = _MEMORY if _has_room(_MEMORY, sum(map(len, files.values()))) else None
+                if place is None and machine.tee_kind() != "none":
+                    raise OSError(f"in a TEE it has to be in {_MEMORY}, as others can change what is on a disk")
                 made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="teegpu-", dir=place)))
                 for name, content in files.items():
                     (made / name).parent.mkdir(exist_ok=True)

@@ -95,6 +95,14 @@ def test_a_copy_goes_where_there_is_room(copied_model, tmp_path, monkeypatch, fr
         assert path.parent == (memory if free else disk)
 
 
+def test_in_a_tee_a_copy_is_never_on_a_disk(copied_model, tmp_path, monkeypatch) -> None:
+    """Who owns the disk would choose the tokenizer of a model whose digest is pinned."""
+    monkeypatch.setattr("teegpu.model.folder._MEMORY", tmp_path / "not there")
+    monkeypatch.setattr("teegpu.machine.tee_kind", lambda: "sgx")
+    with pytest.raises(ModelError, match="in a TEE it has to be in"), copied_model("llama").copied():
+        pass
+
+
 def test_links_lead_to_the_blobs_of_the_hub_cache_and_nowhere_else(tmp_path) -> None:
     snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
     blobs = tmp_path / "models--a--b" / "blobs"
