@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ MOST_CHOICES: Final = 16
 MOST_STOPS: Final = 16
 MOST_LOGPROBS: Final = 20
 MOST_TOOLS: Final = 128
+MOST_DEPTH: Final = 100
 COMPLETION_TOKENS: Final = 16
 """What ``/v1/completions`` makes where a request does not say, as OpenAI's does."""
 
@@ -51,12 +53,27 @@ class Asked:
 def parse(raw: bytes) -> Body:
     """The JSON object in ``raw``."""
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not valid JSON", code="invalid_json") from None
+        body = _read(raw)
+    except ValueError:
+        raise ApiError(400, "the body is not valid JSON, or nested too deep", code="invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
     return body
+
+
+def _read(raw: bytes | str) -> Any:
+    """Raises ``ValueError`` for what is no JSON, or nested deeper than all who write it again can follow."""
+    try:
+        value = json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
+        level = list(itertools.chain.from_iterable(inner))
+        if not level:
+            return value
+    raise ValueError("nested too deep")
 
 
 def chat(body: Body, defaults: SamplingOptions, *, padded: bool) -> Asked:
@@ -226,8 +243,8 @@ def _call(call: Body, where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+            arguments = _read(arguments)
+        except ValueError:
             raise _bad(f"{where}.tool_calls", "has arguments that are not JSON") from None
     return {"type": "function", "id": call.get("id"), "function": {"name": function["name"], "arguments": arguments}}
 

@@ -36,16 +36,34 @@ class Grammars:
             raise ApiError(400, f"the schema is longer than {MOST_SCHEMA_BYTES} bytes", param=param)
         with self._lock:
             if self._made is None:
-                ends = list(self._tokenizer.eos_token_ids)
-                size = self._tokenizer.vocab_size
-                self._made = LLTokenizer(self._tokenizer.to_json(), n_vocab=size, eos_token=ends)
-        matcher = LLMatcher(
-            self._made, LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _SPACE}), log_level=0
-        )
+                self._made = _tokens_of(self._tokenizer)
+        try:
+            made = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _SPACE})
+        except ValueError as error:  # one that is nested too deep, for instance
+            raise _refused(str(error), param) from None
+        matcher = LLMatcher(self._made, made, log_level=0)
         if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())[:200]
-            raise ApiError(400, f"the schema can't be followed ({reason})", param=param, code="invalid_schema")
+            raise _refused(matcher.get_error(), param)
         return Grammar(matcher)
+
+
+def _tokens_of(tokenizer: Tokenizer) -> LLTokenizer:
+    """Raises ``ApiError`` for a tokenizer that llguidance makes nothing of: a model's file says what it is."""
+    described = tokenizer.to_json()
+    try:
+        if not described.startswith("{"):  # it would be taken for the name of a file
+            raise ValueError("it is no JSON object")
+        return LLTokenizer(described, n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.eos_token_ids))
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is none
+            raise
+        told = " ".join(str(error).split())[:200]
+        raise ApiError(400, f"no schema can be followed with the tokenizer of this model ({told})") from None
+
+
+def _refused(reason: str, param: str) -> ApiError:
+    told = " ".join(reason.split())[:200]
+    return ApiError(400, f"the schema can't be followed ({told})", param=param, code="invalid_schema")
 
 
 class Grammar:

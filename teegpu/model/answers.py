@@ -13,7 +13,7 @@ from typing import Any, Final
 MIB: Final = 1 << 20
 _BEGIN, _END, _ERROR = '{"answer":', "}\n", '{"error":'
 _TEXTS: Final = {"chat": 64 * MIB, "json": 256 * MIB, "tokens": MIB}
-_IDS: Final = 1 << 24
+_IDS: Final = 1 << 22
 _MOST_ERROR: Final = 16384
 _BYTES_FOR_EACH: Final = 1024
 """Of an answer for each character or token of what was asked: far more than any normalizer makes of one."""
@@ -102,7 +102,7 @@ def _described(answer: Any) -> bool:
         and answer.keys() == _ENTRIES.keys()
         and all(type(answer[name]) in kinds for name, kinds in _ENTRIES.items())
         and _below(_IDS, [answer["vocab_size"], answer["eos_token_id"] or 0, *answer["special"].values()])
-        and all(map(_whole, answer["special"]))
+        and all(map(is_whole, answer["special"]))
     )
 
 
@@ -110,7 +110,7 @@ def _fits(job: str, request: Mapping[str, Any], answer: Any) -> bool:
     if not isinstance(answer, list):
         return False
     if job == "decode":
-        return len(answer) == len(request["ids"]) and all(isinstance(text, str) and _whole(text) for text in answer)
+        return len(answer) == len(request["ids"]) and all(isinstance(text, str) and is_whole(text) for text in answer)
     return _below(_IDS if job == "text" else 256, answer)
 
 
@@ -118,6 +118,6 @@ def _below(end: int, numbers: list[Any]) -> bool:
     return all(type(number) is int and 0 <= number < end for number in numbers)
 
 
-def _whole(text: str) -> bool:
+def is_whole(text: str) -> bool:
     """Whether ``text`` can be written: no half of a character, which JSON has words for."""
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)

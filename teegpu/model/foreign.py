@@ -64,7 +64,6 @@ def main(folder: Path, architecture: str) -> int:
 
     _reply(answers, load)
     while texts is not None and (line := sys.stdin.buffer.readline()):
-        request = json.loads(line)
         jobs: dict[str, Callable[[Any], Any]] = {
             "chat": texts.chat,
             "text": texts.text,
@@ -74,9 +73,13 @@ def main(folder: Path, architecture: str) -> int:
             "json": texts.to_json,
             "tokens": texts.tokens,
         }
-        job = jobs[request["job"]]
-        _reply(answers, functools.partial(job, request))
+        _reply(answers, functools.partial(_done, jobs, line))
     return 0
+
+
+def _done(jobs: Mapping[str, Callable[[Any], Any]], line: bytes) -> Any:
+    request = json.loads(line)
+    return jobs[request["job"]](request)
 
 
 def _reply(answers: IO[str], job: Callable[[], Any]) -> None:

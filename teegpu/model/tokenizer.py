@@ -54,10 +54,15 @@ class _Confined:
 
     def ask(self, job: str, *, seconds: float, **request: Any) -> Any:
         """The answer to ``request``. Raises ``FailedError``."""
+        asked = {"job": job, **request}
+        try:
+            line = json.dumps(asked, separators=(",", ":")).encode() + b"\n"
+        except RecursionError:  # before the child has begun with it
+            raise FailedError("it is nested too deep") from None
         with self._lock:
             if self._child is None:
                 self._begin()
-            return self._asked({"job": job, **request}, seconds)
+            return self._asked(asked, line, seconds)
 
     def begin(self) -> Mapping[str, Any]:
         """What the tokenizer is. Raises ``FailedError``."""
@@ -74,23 +79,21 @@ class _Confined:
             self._child = child = Child(["-m", "teegpu.model.foreign", str(path), self._architecture], given=given)
             self._end = weakref.finalize(self, child.close, politely=False)  # it has nothing to lose
             try:
-                described: Mapping[str, Any] = self._asked(None, LOAD_SECONDS)
+                described: Mapping[str, Any] = self._asked(None, b"", LOAD_SECONDS)
             except BaseException:
                 self.close()
                 raise
             return described
 
-    def _asked(self, request: Mapping[str, Any] | None, seconds: float) -> Any:
+    def _asked(self, request: Mapping[str, Any] | None, line: bytes, seconds: float) -> Any:
         assert self._child is not None
         process = self._child.process
         assert process.stdin is not None
         assert process.stdout is not None
         until = time.monotonic() + seconds
         try:
-            if request is not None:
-                _send(process.stdin.fileno(), json.dumps(request, separators=(",", ":")).encode() + b"\n", until)
-            line = _line(process.stdout.fileno(), until, answers.most_bytes(request))
-            return answers.read(line, request)
+            _send(process.stdin.fileno(), line, until)
+            return answers.read(_line(process.stdout.fileno(), until, answers.most_bytes(request)), request)
         except FailedError:
             raise
         except TimeoutError:
@@ -268,6 +271,8 @@ class Tokenizer:
         return known[token]
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
+        if not answers.is_whole(text):
+            raise PromptError("the prompt has half of a character (of a surrogate pair, or bytes that are no UTF-8)")
         seconds = TEXT_SECONDS + len(text) / CHARACTERS_PER_SECOND
         try:
             return list(self._confined.ask("text", text=text, special=special, seconds=seconds))

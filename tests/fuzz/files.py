@@ -155,14 +155,14 @@ def answer(data: bytes) -> str:
     except ValueError:
         return "refused"
     if asked is None:
-        assert 0 <= found["vocab_size"] < 2**24
-        assert all(0 <= token < 2**24 for token in found["special"].values())
+        assert 0 <= found["vocab_size"] < 2**22
+        assert all(0 <= token < 2**22 for token in found["special"].values())
     elif asked["job"] == "decode":
         assert len("".join(found).encode()) <= len(data)
     elif asked["job"] == "chat":
         assert len(found) <= len(data)
     else:
-        assert all(0 <= token < (2**24 if asked["job"] == "text" else 256) for token in found)
+        assert all(0 <= token < (2**22 if asked["job"] == "text" else 256) for token in found)
     return "taken"
 
 

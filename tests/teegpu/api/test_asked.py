@@ -142,3 +142,16 @@ def test_what_is_no_object_of_json(raw: bytes) -> None:
     with pytest.raises(ApiError, match="not"):
         asked.parse(raw)
     assert asked.parse(json.dumps({"a": 1}).encode()) == {"a": 1}
+
+
+@pytest.mark.parametrize("deep", ['{"a":' * 200 + "1" + "}" * 200, "[" * 985 + "]" * 985, "[" * 100_000])
+def test_what_is_nested_too_deep_to_be_handed_on_is_refused(deep: str) -> None:
+    with pytest.raises(ApiError, match="nested too deep"):
+        asked.parse(b'{"messages": ' + deep.encode() + b"}")
+    call = {"function": {"name": "f", "arguments": deep}}
+    with pytest.raises(ApiError, match="arguments that are not JSON"):
+        messages({"role": "assistant", "tool_calls": [call]})
+
+
+def test_a_usual_depth_is_taken() -> None:
+    assert asked.parse(b'{"a": ' + b"[" * 90 + b"]" * 90 + b"}")

@@ -245,6 +245,8 @@ def test_errors_as_the_client_knows_them(
         ("/v1/chat/completions", b"{", 400),
         ("/v1/chat/completions", b'{"x": "' + b"x" * (10 << 20) + b'"}', 413),
         ("/v1/completions", {"prompt": [99999]}, 400),
+        ("/v1/completions", {"prompt": "half of a character: \ud800"}, 400),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\udfff"}]}, 400),
         ("/detokenize", {"tokens": [-1]}, 400),
         ("/nothing", {}, 404),
         ("/v1/models", {}, 405),

@@ -370,6 +370,22 @@ def test_a_process_that_is_killed_is_begun_again(tiny_model) -> None:
     assert tokenizer.decode(ids) == "hello"
 
 
+def test_a_conversation_that_is_nested_too_deep_costs_no_process(tiny_model) -> None:
+    tokenizer = Tokenizer(tiny_model("llama"))
+    child = tokenizer._confined._child
+    deep: dict[str, object] = {}
+    for _ in range(sys.getrecursionlimit()):
+        deep = {"a": deep}
+    with pytest.raises(PromptError, match="nested too deep"):
+        tokenizer.encode_messages([{"role": "user", "content": "hello"}], [deep])
+    assert tokenizer._confined._child is child
+
+
+def test_half_of_a_character_is_refused(tiny_model) -> None:
+    with pytest.raises(PromptError, match="half of a character"):
+        Tokenizer(tiny_model("llama")).encode_chat("\ud800")
+
+
 @pytest.mark.parametrize(
     ("then", "told"),
     [
