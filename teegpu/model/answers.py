@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from teegpu.units import printable
+
 MIB: Final = 1 << 20
 _BEGIN, _END, _ERROR = '{"answer":', "}\n", '{"error":'
 _TEXTS: Final = {"chat": 64 * MIB, "json": 256 * MIB, "tokens": MIB}
@@ -93,7 +95,7 @@ def _failure(text: str) -> FailedError:
         reason = "it takes more memory than it may"
     elif not refused:
         reason = f"{kind}: {reason}" if reason else kind
-    return FailedError("".join(letter if letter.isprintable() else "\ufffd" for letter in reason), refused=refused)
+    return FailedError(printable(reason), refused=refused)
 
 
 def _described(answer: Any) -> bool:

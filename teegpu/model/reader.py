@@ -33,6 +33,7 @@ from teegpu.model.arch import (
 from teegpu.model.folder import ModelFolder
 from teegpu.model.spec import BEFORE, GELU_TANH, SILU, ModelSpec
 from teegpu.settings import SETTINGS
+from teegpu.units import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -80,7 +81,7 @@ def read_config(folder: ModelFolder) -> PreTrainedConfig:
         architecture = str(text.get("model_type", TEXT_OF[architecture]))
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"model '{folder.name}' is of architecture '{architecture[:60]}', which is not supported"
+            f"model '{folder.name}' is of architecture '{printable(architecture, 60)}', which is not supported"
             f"{why_not(architecture)}; supported are: {', '.join(ARCHITECTURES)}"
         )
     from huggingface_hub.errors import StrictDataclassError
@@ -114,8 +115,8 @@ def read_spec(folder: ModelFolder) -> ModelSpec:
     activation = getattr(config, row.activation)
     if activation not in _ACTIVATIONS:
         raise UnsupportedModelError(
-            f"model '{folder.name}' uses the activation '{str(activation)[:40]}', which is not supported; supported "
-            f"are: {', '.join(_ACTIVATIONS)}"
+            f"model '{folder.name}' uses the activation '{printable(str(activation), 40)}', which is not supported; "
+            f"supported are: {', '.join(_ACTIVATIONS)}"
         )
     if getattr(config, "use_bidirectional_attention", None):
         raise UnsupportedModelError(
@@ -203,8 +204,8 @@ def read_quantisation(folder: ModelFolder) -> Quantisation | None:
         return quantised.declared(_read_json(folder, "config.json"))
     except quantised.NotReadError as error:
         raise UnsupportedModelError(
-            f"model '{folder.name}' is quantised ({error}), which is not supported; use its original weights (fp32, "
-            f"fp16 or bf16 safetensors), a .gguf file, or one that is quantised as {quantised.READ}"
+            f"model '{folder.name}' is quantised ({printable(str(error))}), which is not supported; use its original "
+            f"weights (fp32, fp16 or bf16 safetensors), a .gguf file, or one that is quantised as {quantised.READ}"
         ) from None
 
 
@@ -308,13 +309,13 @@ def _rope(folder: ModelFolder, config: Any, given: Mapping[str, Any]) -> dict[st
     kind = rope.setdefault("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise UnsupportedModelError(
-            f"model '{folder.name}' uses the rotary embedding '{str(kind)[:40]}', which is not supported; "
+            f"model '{folder.name}' uses the rotary embedding '{printable(str(kind), 40)}', which is not supported; "
             f"supported are: {', '.join(ROPE_TYPES)}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and not ARCHITECTURES[config.model_type].partial:
         raise UnsupportedModelError(
             f"model '{folder.name}' rotates a part of each head only (partial_rotary_factor "
-            f"{rope['partial_rotary_factor']}), which is not supported for the architecture '{config.model_type}'"
+            f"{rope['partial_rotary_factor']!r:.40}), which is not supported for the architecture '{config.model_type}'"
         )
     if kind == "dynamic":
         rope[_ORIGINAL] = config.max_position_embeddings
@@ -415,7 +416,7 @@ def _layer_windows(folder: ModelFolder, config: Any) -> tuple[int | None, ...]:
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         raise UnsupportedModelError(
-            f"model '{folder.name}' has layers of type '{unknown[0]}', which is not supported; "
+            f"model '{folder.name}' has layers of type '{printable(str(unknown[0]), 40)}', which is not supported; "
             "supported are: full_attention, sliding_attention"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -462,4 +463,4 @@ def _read_json(folder: ModelFolder, file: str) -> dict[str, Any]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return printable(" ".join(str(error).split()), 200) or type(error).__name__

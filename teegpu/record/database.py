@@ -23,6 +23,7 @@ import zstandard
 
 from teegpu.errors import RecordError
 from teegpu.record import events as ev
+from teegpu.units import printable
 
 FILE: Final = "run.sqlite"
 PAGE_BYTES: Final = 4096
@@ -144,7 +145,7 @@ def to_read(folder: Path) -> sqlite3.Connection:
 
 
 def unreadable(folder: Path, error: Exception) -> RecordError:
-    return RecordError(f"run {folder.name}: {FILE} can't be read: {error}")
+    return RecordError(f"run {folder.name}: {FILE} can't be read: {printable(str(error))}")
 
 
 def as_json(content: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from teegpu.errors import RecordError
 from teegpu.files import locked
 from teegpu.record import database
 from teegpu.record.events import Event
+from teegpu.units import printable
 
 RUNNING: Final = "running"
 COMPLETE: Final = "complete"
@@ -150,7 +151,7 @@ class EventReader:
                 after = number
                 yield number, block
         except database.FAULTS as error:
-            self.damage.append(f"the events after block {after:,} can't be read: {error}")
+            self.damage.append(f"the events after block {after:,} can't be read: {printable(str(error))}")
             self.close()
             return
         count = concluded[0] if concluded is not None else None

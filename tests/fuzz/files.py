@@ -115,6 +115,7 @@ def record(data: bytes) -> str:
             reader.read()
     except RecordError as error:
         return _one_line(error)
+    assert all(map(str.isprintable, reader.damage))
     return "damaged" if reader.damage else "taken"
 
 

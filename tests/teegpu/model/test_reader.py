@@ -266,6 +266,27 @@ def test_a_corrupt_file_of_what_need_not_be_there_is_one_clear_line(copied_model
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "\x1b[2J"},
+        {"hidden_act": "\x1b]52;c;eA\x07"},
+        {"rope_scaling": {"rope_type": "\x9b31m", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": "\x1b"}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": "\u202e"}},
+        {"layer_types": ["\x1b[2J"]},
+        {"hidden_size": "\x1b[2J"},
+        {"quantization_config": {"quant_method": "\x1b[2J"}},
+    ],
+)
+def test_what_a_config_says_is_no_escape_sequence(copied_model, values) -> None:
+    folder = copied_model("llama")
+    change(folder, **values)
+    with pytest.raises((ModelError, UnsupportedModelError)) as caught:
+        read_spec(folder)
+    assert str(caught.value).isprintable()
+
+
 def test_a_missing_config_says_how_to_repair(tmp_path) -> None:
     with pytest.raises(ModelError, match=r"config\.json is missing: restore the file"):
         read_spec(ModelFolder("mine", tmp_path))

@@ -238,6 +238,16 @@ def test_what_is_no_table_of_ours_is_not_read(tmp_path: Path, sql: str) -> None:
             read()
 
 
+def test_words_of_a_damaged_file_are_no_escapes(tmp_path: Path) -> None:
+    """SQLite quotes what it can't read."""
+    run = concluded(tmp_path, laps(3))
+    path = run.path / database.FILE
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE run (", b"CREATE TABLE run \x1b"))
+    with pytest.raises(RecordError, match="can't be read") as caught:
+        run.meta()
+    assert str(caught.value).isprintable()
+
+
 def test_a_document_in_too_many_brackets_is_damaged(tmp_path: Path) -> None:
     run = concluded(tmp_path, laps(3))
     deep = '{"a":' * 100_000
