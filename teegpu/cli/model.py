@@ -75,7 +75,8 @@ def families(as_json: AsJson = False) -> None:
         typer.echo(families.page(), nl=False)
         return
     found = {}
-    for key, (headings, *rows) in (("families", families.table()), ("refused", families.refused())):
+    tables = {"families": families.table(), "refused_plans": families.refused_plans(), "refused": families.refused()}
+    for key, (headings, *rows) in tables.items():
         found[key] = [dict(zip(headings, row, strict=True)) for row in rows]
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
 

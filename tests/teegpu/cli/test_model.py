@@ -52,6 +52,7 @@ def test_every_architecture_is_in_the_families(capsys: pytest.CaptureFixture[str
     assert {row["fused"] for row in found["families"]} == {"yes", "two products"}
     assert {row["pads"] for row in found["families"]} == {"yes"}
     assert "tells what it is" in found["refused"][0]["because"]
+    assert [row["plan"] for row in found["refused_plans"]] == ["per-op", "batched", "fused"]
 
 
 def test_list_shows_every_entry_within_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
