@@ -48,6 +48,7 @@ from teegpu.settings import (
     ServerSettings,
     ShieldSettings,
 )
+from teegpu.units import printable
 
 __all__ = [
     "PLANS",
@@ -232,21 +233,21 @@ def _read(path: Path) -> Iterator[tuple[str, object]]:
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a valid TOML file: {error}") from None
+        raise ConfigError(f"{path}: not a valid TOML file: {printable(str(error))}") from None
     for section, table in document.items():
         if not isinstance(table, dict):
             home = [key for key in SETTINGS if key.endswith(f".{section}")]
             hint = f"; did you mean it in section [{home[0].split('.')[0]}]?" if home else ""
-            raise ConfigError(f"{path}: '{section}' stands outside of any section{hint}")
+            raise ConfigError(f"{path}: '{printable(section, 60)}' stands outside of any section{hint}")
         for name in table:
             if gone := _gone(f"{section}.{name}"):
                 raise ConfigError(f"{path}: {section}.{name} {gone}")
         if section not in SECTIONS:
-            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, list(SECTIONS))}")
+            raise ConfigError(f"{path}: unknown section [{printable(section, 60)}]{nearest(section, list(SECTIONS))}")
         for name, raw in table.items():
             key = f"{section}.{name}"
             if key not in SETTINGS:
-                raise ConfigError(f"{path}: unknown key '{key}'{nearest(key, list(SETTINGS))}")
+                raise ConfigError(f"{path}: unknown key '{printable(key, 60)}'{nearest(key, list(SETTINGS))}")
             yield key, raw
 
 
@@ -265,7 +266,9 @@ def _variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             raise ConfigError(f"environment variable {variable}: {gone[variable]} {_gone(gone[variable])}")
         if variable not in known:
             hint = nearest(variable, list(known))
-            raise ConfigError(f"environment variable {variable} is no setting{hint}; 'teegpu config show' lists them")
+            raise ConfigError(
+                f"environment variable {printable(variable, 60)} is no setting{hint}; 'teegpu config show' lists them"
+            )
         yield variable, known[variable]
 
 
@@ -274,11 +277,17 @@ def to_toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are a subset of TOML's; only DEL is allowed bare by the one and not by the other
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        # JSON's escapes are a subset of TOML's; what is left bare is fit for a terminal
+        return "".join(map(_escaped, json.dumps(value, ensure_ascii=False)))
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(to_toml(item) for item in value)}]"
     return repr(value)
+
+
+def _escaped(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return f"\\u{ord(letter):04x}" if ord(letter) < 0x10000 else f"\\U{ord(letter):08x}"
 
 
 def updated(text: str, changes: Mapping[str, Value], place: str) -> str:

@@ -17,6 +17,7 @@ from teegpu.attest.binding import MAX_VALUE, SETTINGS
 from teegpu.attest.claims import Claims
 from teegpu.attest.evidence import KINDS, SGX, SIMULATED, SNP, TDX
 from teegpu.errors import ConfigError, nearest
+from teegpu.units import printable
 
 VERSION: Final = 1
 ANY: Final = "any"
@@ -144,13 +145,13 @@ class Policy:
         try:
             raw = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise ConfigError(f"{place}: not a valid TOML file: {error}") from None
+            raise ConfigError(f"{place}: not a valid TOML file: {printable(str(error))}") from None
         top = _section(place, "", {key: value for key, value in raw.items() if not isinstance(value, dict)}, _TOP)
         wanted = {*top["kinds"], "settings"}
         tables = {key: value for key, value in raw.items() if isinstance(value, dict)}
         for name in tables:
             if name not in RULES:
-                raise ConfigError(f"{place}: unknown section [{name}]{nearest(name, list(RULES))}")
+                raise ConfigError(f"{place}: unknown section [{printable(name, 60)}]{nearest(name, list(RULES))}")
             if name not in wanted:
                 raise ConfigError(f"{place}: [{name}] is there, and kinds does not accept it: take one of them out")
         if missing := sorted(wanted - set(tables)):
@@ -170,7 +171,7 @@ def _section(place: str, name: str, table: Mapping[str, object], known: Mapping[
     found = {}
     for key, raw in table.items():
         if key not in known:
-            raise ConfigError(f"{place}: unknown rule '{where}{key}'{nearest(key, list(known))}")
+            raise ConfigError(f"{place}: unknown rule '{where}{printable(key, 60)}'{nearest(key, list(known))}")
         try:
             found[key] = known[key](raw)
         except ValueError as error:

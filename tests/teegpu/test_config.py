@@ -224,8 +224,13 @@ def test_bad_variables(variable: str, text: str, message: str, tmp_path: Path) -
             'run.transport = "pipeline" is not one of zmq, zmq+zstd, pipelined, pipelined+zstd, inprocess, '
             "did you mean 'pipelined'?",
         ),
+        ("[run]\ntransport = '\x9b2J'\n", 'run.transport = "\\u009b2J" is not one of zmq, zmq+zstd, pipelined, '
+         "pipelined+zstd, inprocess"),
+        ('"\\u001b[2J" = 1\n', "'\ufffd[2J' stands outside of any section"),
+        ('["\\u001b[2J"]\n', "unknown section [\ufffd[2J]"),
+        ('[run]\n"\\u001b[2J" = 1\n', "unknown key 'run.\ufffd[2J', did you mean 'run.note'?"),
     ],
-)
+)  # fmt: skip
 def test_bad_files(text: str, message: str, tmp_path: Path) -> None:
     assert refusal(text, tmp_path) == message
 

@@ -64,12 +64,17 @@ def test_every_rule_has_to_be_there_and_no_other(case: Case) -> None:
         ('verify = ["on"]', 'verify = ["yes"]', "'yes', which is not on or off"),
         ('privacy = ["two-server"]', 'privacy = ["reference"]', "is not local, none, two-server or pads"),
         ("version = 1", "version = ", "not a valid TOML file"),
+        ("version = 1", 'version = 1\n"\\u001b[2J" = 1', "unknown rule '\ufffd[2J'"),
+        ("version = 1", '"\\u001b[2J".x = 1\nversion = 1', "unknown section [\ufffd[2J]"),
+        ("version = 1", "version = 1\n\u202e", "not a valid TOML file"),
     ],
 )
 def test_mistakes_are_told(old: str, new: str, said: str) -> None:
     text = written(make(SIMULATED))
     assert old in text
-    assert said in refusal(text.replace(old, new))
+    told = refusal(text.replace(old, new))
+    assert said in told
+    assert told.isprintable()
 
 
 def test_any_program_at_all_is_no_policy() -> None:
