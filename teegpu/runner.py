@@ -394,7 +394,7 @@ class Runner:
             rotary=self._rotary,
             recorder=recorder,
             chunk_tokens=chunk_tokens,
-            overlap=bool(gpus) and all(gpu.can_overlap for gpu in gpus) and prefill_plan.remote,
+            overlap=bool(gpus) and all(gpu.can_overlap for gpu in gpus),
             speculate=run.speculate,
             **options,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from teegpu.remote.calls import drive
 from teegpu.stats.traffic import chunk_edges
 from teegpu.tee.decoder import Decoder, Span, Step, Turn, Want
 from teegpu.tee.drafting import Drafter
+from teegpu.tee.flights import Flights
 from teegpu.tee.kv_cache import KVCache, Slabs, bytes_of
 from teegpu.tee.prefixes import Prefixes
 from teegpu.tee.rotary import Rotary
@@ -78,7 +79,8 @@ class Part:
 class Engine:
     """Generates with ``prefill`` and ``decode``, decoders that share ``rotary`` (and may be one).
 
-    ``overlap`` runs the chunks of a prompt as coroutines. ``prepare`` is told before a sequence begins what all that
+    ``overlap``: the servers' clients can have several requests under way, so the chunks of a prompt run as coroutines,
+    and the parts of a step where that is quicker. ``prepare`` is told before a sequence begins what all that
     run will compute at most: tokens of prompts, of how many prompts, and rows of decode; where it raises a
     ``TeegpuError`` that sequence ends with it. ``drafter`` guesses where the context itself does not.
 
@@ -121,6 +123,8 @@ class Engine:
         self._numbers = itertools.count(1)
         # What became of requests since the last step: written down by the thread that computes.
         self._news: deque[Arrived | Left] = deque()
+        # By whether prompts are read, and by how many sequences there are: 1, 2 to 3, 4 to 7, and so on.
+        self._flights: defaultdict[tuple[bool, int], Flights] = defaultdict(Flights)
         # Of the step under way: see Stepped.
         self._rows: list[tuple[int, int, int]] = []
         # Of the phase of decode that is under way, which goes over many steps.
@@ -482,11 +486,38 @@ class Engine:
             steps = [(self._decode_decoder, [*rows, *chunks])]
         else:
             steps = [(self._decode_decoder, rows), (self._prefill_decoder, chunks)]
+        steps = [(decoder, parts) for decoder, parts in steps if parts]
+        several = len(rows) + len(chunks) > 1 and not self._rotary.depends_on_length
+        if several and self._overlap and any(decoder.plan.remote for decoder, _ in steps):
+            self._in_flights(steps, bool(chunks))
+            return
         for decoder, parts in steps:
-            if parts:
-                self._rotary.prepare(max(max(len(part.sequence.tokens), part.stop) for part in parts))
-                logits = drive(decoder.forward(Step([part.span() for part in parts])))
-                self._take(parts, logits)
+            self._prepare_angles(parts)
+            self._take(parts, drive(decoder.forward(Step([part.span() for part in parts]))))
+
+    def _in_flights(self, steps: list[tuple[Decoder, list[Part]]], reading: bool) -> None:
+        """Computes ``steps``, each whole or in parts that are under way together, as is quickest."""
+        parts = [part for _, several in steps for part in several]
+        rows = sum(len(part.ids) for part in parts)
+        flights = self._flights[reading, len(parts).bit_length()]
+        ways, began_ns = flights.choose(len(parts)), self._record.clock_ns()
+        self._prepare_angles(parts)
+        if ways == 1:
+            logits = [drive(decoder.forward(Step([part.span() for part in mine]))) for decoder, mine in steps]
+        else:
+            steps = [(decoder, mine) for decoder, several in steps for mine in _shared_out(several, rows / ways)]
+            logits = self._overlapped(
+                [
+                    (decoder, Step([part.span() for part in mine], number, Turn()))
+                    for number, (decoder, mine) in enumerate(steps)
+                ]
+            )
+        flights.took(ways, rows, (self._record.clock_ns() - began_ns) / 1e9)
+        for (_, mine), found in zip(steps, logits, strict=True):
+            self._take(mine, found)
+
+    def _prepare_angles(self, parts: list[Part]) -> None:
+        self._rotary.prepare(max(max(len(part.sequence.tokens), part.stop) for part in parts))
 
     def _read_alone(self, sequence: Sequence) -> None:
         """Reads a prompt beside which nothing runs, or as much of it as a step may have."""
@@ -515,7 +546,7 @@ class Engine:
         cache.reserve(edges[-1])
         self._rotary.prepare(len(tokens))
         ids = torch.tensor(tokens, dtype=torch.int64)
-        overlap = self._overlap and len(edges) > 1
+        overlap = self._overlap and self._prefill_decoder.plan.remote and len(edges) > 1
         steps: list[Step] = []
         start = cache.length
         for chunk, stop in enumerate(edges):
@@ -524,7 +555,7 @@ class Engine:
             steps.append(Step([Span(ids[start:stop], start, cache, want)], chunk, turn))
             start = stop
         if overlap:
-            return self._overlapped(steps)
+            return self._overlapped([(self._prefill_decoder, step) for step in steps])[-1]
         logits = None
         for step in steps:
             logits = drive(self._prefill_decoder.forward(step))
@@ -539,16 +570,19 @@ class Engine:
         span = Span(torch.tensor(ids, dtype=torch.int64), cache.length, cache, "all")
         return drive(self._decode_decoder.forward(Step([span])))
 
-    def _overlapped(self, steps: list[Step]) -> torch.Tensor | None:
-        async def run() -> torch.Tensor | None:
+    @staticmethod
+    def _overlapped(steps: list[tuple[Decoder, Step]]) -> list[torch.Tensor | None]:
+        """The logits of each of ``steps``, all of which are under way together."""
+
+        async def run() -> list[torch.Tensor | None]:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._prefill_decoder.forward(step)) for step in steps]
-            return tasks[-1].result()
+                tasks = [group.create_task(decoder.forward(step)) for decoder, step in steps]
+            return [task.result() for task in tasks]
 
         try:
             return asyncio.run(run())
         except BaseExceptionGroup as group:
-            # The first failure is the cause, the others are chunks that it took down.
+            # The first failure is the cause, the others are steps that it took down.
             raise _first(group) from None
 
     # What came of it
@@ -626,6 +660,19 @@ def _place(part: Part) -> tuple[int, int]:
     """Where its keys and values lie: those of neighbours are computed together."""
     cache = part.sequence.held
     return id(cache.slab), cache.slot
+
+
+def _shared_out(parts: list[Part], rows: float) -> list[list[Part]]:
+    """``parts`` in their order, in groups of about ``rows`` rows."""
+    groups: list[list[Part]] = [[]]
+    room = rows
+    for part in parts:
+        if groups[-1] and room < len(part.ids) / 2:
+            groups.append([])
+            room += rows
+        groups[-1].append(part)
+        room -= len(part.ids)
+    return groups
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -19,6 +19,7 @@ from teegpu.model.folder import ModelFolder
 from teegpu.remote.embedded import EmbeddedServer
 from teegpu.runner import Runner
 from teegpu.tee.engine import Capacity
+from teegpu.tee.flights import Flights
 from teegpu.tee.sampling import Sampler, SamplingOptions
 from teegpu.tee.sequence import Sequence
 from tests.conftest import TinyModel
@@ -116,6 +117,16 @@ def test_in_whole_numbers(
 ) -> None:
     count = {"two-server": 2, "reference": 0}.get(str(mode.get("run__privacy")), 1)
     with open_runner(folder, servers[:count], **mode) as runner:
+        assert answers(runner) == whole_numbers
+
+
+def test_parts_of_a_step_that_are_under_way_together(
+    folder: ModelFolder, servers: list[str], whole_numbers: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Flights, "choose", lambda _, most: min(3, most))
+    with open_runner(folder, servers[:1]) as runner:
+        assert answers(runner) == one_by_one(runner)
+    with open_runner(folder, servers, run__privacy="two-server", run__speculate=2) as runner:
         assert answers(runner) == whole_numbers
 
 

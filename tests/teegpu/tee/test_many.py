@@ -14,6 +14,7 @@ from teegpu import facts
 from teegpu.errors import BadReplyError, BusyError, DeadlineError, PromptError, ShieldError, UnmetError
 from teegpu.record.events import Admitted, Arrived, Event, GaveWay, Left, Stepped
 from teegpu.tee.engine import Capacity, Engine
+from teegpu.tee.flights import Flights
 from teegpu.tee.kv_cache import bytes_of
 from teegpu.tee.sampling import Sampler, SamplingOptions
 from teegpu.tee.sequence import Sequence
@@ -101,6 +102,20 @@ def runner(tiny_model: TinyModel, harness: MakeHarness) -> Harness:
 def test_tokens_are_those_of_each_alone(plan: str, runner: Harness) -> None:
     many = runner.engine(plan, chunk_tokens=16, capacity=MANY)
     check(many, runner.engine(plan, chunk_tokens=16), requests(12 if plan == "per-op" else 24, seed=3))
+
+
+@pytest.mark.parametrize("ways", [2, 4])
+@pytest.mark.parametrize("plans", [("attention", "fused"), ("fused", "fused"), ("fused", "local")])
+def test_parts_that_are_under_way_together_change_no_token(
+    plans: tuple[str, str], ways: int, runner: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(Flights, "choose", lambda _, most: min(ways, most))
+    monkeypatch.setattr(Flights, "took", lambda _, ways, rows, seconds: taken.append(ways))
+    prefill, decode = plans
+    many = runner.engine(prefill, chunk_tokens=16, capacity=MANY, overlap=True, decode_plan=decode)
+    check(many, runner.engine(prefill, chunk_tokens=16, decode_plan=decode), requests(10, seed=4))
+    assert max(taken) == ways
 
 
 @pytest.mark.parametrize(
