@@ -84,7 +84,6 @@ def read_config(folder: ModelFolder) -> PreTrainedConfig:
             f"model '{folder.name}' is of architecture '{printable(architecture, 60)}', which is not supported"
             f"{why_not(architecture)}; supported are: {', '.join(ARCHITECTURES)}"
         )
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -92,7 +91,9 @@ def read_config(folder: ModelFolder) -> PreTrainedConfig:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # each family's own code reads a stranger's file: it may raise anything
         reason = _one_line(error)
         raise ModelError(f"{folder.path / 'config.json'} can't be used ({reason}): {folder.repair}") from error
     if isinstance(text, dict):

@@ -237,6 +237,7 @@ def test_a_corrupt_config_is_one_clear_line(copied_model, text) -> None:
     ("values", "message"),
     [
         ({"hidden_size": "large"}, "config.json can't be used"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json can't be used"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_key_value_heads": 3}, "can't share 3 key-value heads"),
         ({"head_dim": 7}, "head_dim"),
