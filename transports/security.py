@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import struct
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,7 @@ def _pack(label: str, raw: bytes) -> str:
 def _unpack(word: str, label: str, where: str) -> bytes:
     try:
         raw = bytes(z85.decode(word.removeprefix(label).encode("ascii")))
-    except (ValueError, KeyError, UnicodeEncodeError):
+    except (ValueError, KeyError, UnicodeEncodeError, struct.error):  # the last one for five letters beyond 2**32
         raw = b""
     key, checksum = raw[:KEY_BYTES], raw[KEY_BYTES:]
     if len(key) != KEY_BYTES or checksum != _checksum(label, key):

@@ -332,7 +332,7 @@ def test_a_file_that_is_written_over_within_one_tick(keys: Keys) -> None:
 def test_what_does_not_belong_into_the_folder(keys: Keys, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     folder = keys.folder
     (folder / "README").write_text("who may connect")
-    (folder / "damaged.pub").write_text("teegpu-public:000")
+    (folder / "damaged.pub").write_text("teegpu-public:" + "#" * 45)
     security.write_pair(keys.mallory, tmp_path / "own" / "m.pub", tmp_path / "own" / "m.key")
     (folder / "secret.pub").write_text((tmp_path / "own" / "m.key").read_text())
     (folder / "open.pub").write_text(keys.mallory.public.text)

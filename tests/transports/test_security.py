@@ -76,7 +76,7 @@ def test_a_character_that_was_changed(pair: KeyPair, place: int) -> None:
         security.parse_public(PUBLIC_LABEL + word[:place] + other + word[place + 1 :], "here")
 
 
-@pytest.mark.parametrize("word", ["", "0" * 40, "0" * 45, "0" * 90, "é" * 45, '"' * 45, "0" * 44])
+@pytest.mark.parametrize("word", ["", "0" * 40, "0" * 45, "0" * 90, "#" * 45, "é" * 45, '"' * 45, "0" * 44])
 def test_a_word_that_is_no_key(word: str) -> None:
     with pytest.raises(BadKeyError, match="here: the key is damaged"):
         security.parse_public(PUBLIC_LABEL + word, "here")
