@@ -24,7 +24,7 @@ from teegpu.model.folder import ModelFolder
 from teegpu.model.manifest import check_pin
 from teegpu.model.reader import read_spec, suggested_sampling, unapplied
 from teegpu.model.spec import ModelSpec
-from teegpu.model.tokenizer import Tokenizer
+from teegpu.model.tokenizer import Confined, Tokenizer
 from teegpu.model.weights import WeightStore
 from teegpu.options import MIB, hidden, local_dtype, verified, whole_numbers, wire_dtype, wire_limits
 from teegpu.record.recorder import Recorder
@@ -83,7 +83,8 @@ class Runner:
     be, which the plan ``auto`` chooses for; ``choice`` is what it came to, or None. ``servers`` are the run's, where
     they were begun already; they are closed with it. ``wrap`` gets each connection to a server; ``capacity`` is for
     many sequences at once, which others ask for (None: one, of the user's), ``draft`` the folder of
-    ``run.draft_model``. Raises ``TeegpuError`` of every kind, and the transports' errors, from ``__init__``.
+    ``run.draft_model``, ``confined`` the tokenizer's process where it was started already.
+    Raises ``TeegpuError`` of every kind, and the transports' errors, from ``__init__``.
     """
 
     def __init__(
@@ -100,9 +101,11 @@ class Runner:
         parts: Parts = PARTS,
         capacity: Capacity | None = None,
         draft: ModelFolder | None = None,
+        confined: Confined | None = None,
     ) -> None:
         self.config = config
         self._draft = draft
+        self._confined = confined
         self._begun = servers
         self._wrap = wrap
         self._parts = parts
@@ -164,7 +167,7 @@ class Runner:
         if (quantisation := self._store.quantisation) is not None:
             self._notify(f"the model's weights are quantised ({quantisation.about}); activations are not")
         self._decide_sampling()
-        self.tokenizer = stack.enter_context(contextlib.closing(Tokenizer(self.folder)))
+        self.tokenizer = stack.enter_context(contextlib.closing(Tokenizer(self.folder, self._confined)))
         # Before weights are loaded and servers are asked: it may be too long for any of that to matter.
         self._longest = self._prompt_tokens(self.tokenizer) if self._prompt_tokens is not None else 0
         local = DTYPES.get(local_dtype(config)) or quickest_dtype()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teegpu import facts
+from teegpu import facts, torchload
 from teegpu.cli import interrupts
 from teegpu.cli.advising import advised
 from teegpu.cli.common import from_transport, message_console
@@ -122,10 +122,11 @@ class Answering:
         """The runner, ready for prompts; ``stack`` closes it. Loading takes seconds, so it is shown."""
         from teegpu.cli.models import find_draft, find_model
 
-        folder = find_model(self._settings, quiet=self._output.quiet)
+        folder = find_model(self._settings, quiet=self._output.quiet).pinned()
         draft = find_draft(self._settings, quiet=self._output.quiet)
         with self._waiting(f"loading {folder.name}"), interrupts.kept():
             from teegpu.model.reader import read_spec
+            from teegpu.model.tokenizer import Confined
             from teegpu.remote.servers import Servers
             from teegpu.shield import modes
 
@@ -143,8 +144,11 @@ class Answering:
             servers = None
             if modes.needs_servers(self._settings):
                 servers = stack.enter_context(contextlib.closing(Servers(self._settings, folder, notify)))
-            # This loads torch, which takes the larger part of a start: a server of ours does the same meanwhile.
-            from teegpu.runner import Runner
+            confined = stack.enter_context(contextlib.closing(Confined(folder)))
+            confined.start()
+            # This takes the larger part of a start: a server of ours and the tokenizer's process load meanwhile.
+            with torchload.importing():
+                from teegpu.runner import Runner
 
             runner = Runner(
                 self._settings,
@@ -155,6 +159,7 @@ class Answering:
                 prompt_tokens=longest,
                 draft=draft,
                 servers=servers,
+                confined=confined,
             )
             return stack.enter_context(runner)
 

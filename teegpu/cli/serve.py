@@ -98,7 +98,7 @@ def _serve_until_told(settings: Config, console: Console, *, embedded: bool) -> 
 
 def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) -> None:
     import transports
-    from teegpu import machine
+    from teegpu import machine, torchload
     from teegpu.cli.models import find_model, shown
     from teegpu.model.reader import read_spec
     from teegpu.options import held_layers, server_options, wire_limits
@@ -113,13 +113,14 @@ def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) ->
     limits = wire_limits(settings)
     # Bind first: a port that is taken should cost neither the time of loading nor that of torch.
     with transports.listen(settings.server.bind, server_options(settings)) as transport:
+        with torchload.importing():
+            import torch
+
+            from teegpu.gpu import server as gpu
+            from teegpu.model.weights import WeightStore
+
         spec = read_spec(folder)
         layers = held_layers(settings, spec.layers)
-        import torch
-
-        from teegpu.gpu import server as gpu
-        from teegpu.model.weights import WeightStore
-
         torch.set_num_threads(settings.server.threads or machine.available_cores())
         with WeightStore(folder, spec) as store, shown(quiet=quiet) as progress:
             executor, identity = gpu.load(

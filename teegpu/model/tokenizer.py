@@ -24,7 +24,7 @@ from teegpu.errors import ModelError, PromptError, UsageError
 from teegpu.model import answers
 from teegpu.model.answers import FailedError
 from teegpu.model.folder import ModelFolder
-from teegpu.model.reader import read_spec
+from teegpu.model.reader import known_config, read_spec
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no complete character (yet)
 
@@ -42,12 +42,17 @@ Decode = Callable[[list[list[int]]], list[str]]
 """Lists of token ids → their texts, special tokens left out."""
 
 
-class _Confined:
-    """The child process, begun when it is needed: also anew, after it had to be ended. Threads take turns."""
+class Confined:
+    """The child process, begun when it is needed: also anew, after it had to be ended. Threads take turns.
 
-    def __init__(self, folder: ModelFolder, architecture: str) -> None:
+    ``start`` begins it ahead of that, without waiting for it, for a ``Tokenizer`` to come. ``close`` ends it.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
         self._folder = folder
-        self._architecture = architecture
+        self._architecture: str = known_config(folder).model_type  # what read_spec needs torch for is not asked here
+        self._copy = contextlib.ExitStack()
+        """What the child reads while it loads."""
         self._lock = threading.Lock()
         self._child: Child | None = None
         self._end: Callable[[], Any] = lambda: None
@@ -69,21 +74,30 @@ class _Confined:
         with self._lock:
             return self._begin()
 
+    def start(self) -> None:
+        """Raises ``ModelError`` where there is no room for it."""
+        given = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "0"}
+        with contextlib.ExitStack() as stack:
+            path = stack.enter_context(self._folder.copied())
+            self._child = child = Child(["-m", "teegpu.model.foreign", str(path), self._architecture], given=given)
+            self._end = weakref.finalize(self, child.close, politely=False)  # it has nothing to lose
+            self._copy = stack.pop_all()
+
     def close(self) -> None:
         self._end()
+        self._copy.close()
         self._child = None
 
     def _begin(self) -> Mapping[str, Any]:
-        given = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "0"}
-        with self._folder.copied() as path:
-            self._child = child = Child(["-m", "teegpu.model.foreign", str(path), self._architecture], given=given)
-            self._end = weakref.finalize(self, child.close, politely=False)  # it has nothing to lose
-            try:
-                described: Mapping[str, Any] = self._asked(None, b"", LOAD_SECONDS)
-            except BaseException:
-                self.close()
-                raise
-            return described
+        if self._child is None:
+            self.start()
+        try:
+            described: Mapping[str, Any] = self._asked(None, b"", LOAD_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+        self._copy.close()
+        return described
 
     def _asked(self, request: Mapping[str, Any] | None, line: bytes, seconds: float) -> Any:
         assert self._child is not None
@@ -148,13 +162,13 @@ class Tokenizer:
     """A model's tokenizer. Reads the folder only; raises ``ModelError`` when there is no usable tokenizer in it.
 
     ``eos_token_ids`` are the config's, generation config's and the tokenizer's own. ``close`` ends its process, as does
-    dropping it.
+    dropping it. ``confined``: that process, where it was started ahead for this folder.
     """
 
-    def __init__(self, folder: ModelFolder) -> None:
+    def __init__(self, folder: ModelFolder, confined: Confined | None = None) -> None:
         self._folder = folder = folder.pinned()
         self._spec = spec = read_spec(folder)
-        self._confined = _Confined(folder, spec.architecture)
+        self._confined = confined or Confined(folder)
         try:
             described = self._confined.begin()
         except FailedError as error:

@@ -42,6 +42,9 @@ PREFERENCE: Final = ("local", "fused", "attention", "batched", "per-op")
 PROBE_SECONDS: Final = 0.5
 """What the plan ``auto`` may spend on asking; on a link so slow that single passes take longer, as long as these do."""
 
+PROBE_SECONDS_EMBEDDED: Final = 0.1
+"""The same beside an embedded server: only plans that offload are weighed, and the first word is waited for."""
+
 AUTO_CHUNKS: Final = (256,)
 TUNE_CHUNKS: Final = (64, 128, 256, 512)
 """Chunks that are tried beside a prompt in one piece. Where both sides share cores and the link is quick, overlapping
@@ -368,9 +371,10 @@ def by_probe(question: Question, probe: Probe) -> Choice:
     prefills = question.prefills()
     remote = next((facts.plan(way.plan) for way in prefills if facts.plan(way.plan).remote), LOCAL)
     # Of each way two passes that count for nothing and two that do; a window's end is run too where there is one.
-    window = probe.window(remote, question.tokens, 4 * len(prefills), PROBE_SECONDS)
-    measured = probe.prefills(prefills, question.tokens, window=window, seconds=PROBE_SECONDS)
-    steps = probe.decodes(question.decodes(), question.position, seconds=PROBE_SECONDS / 2)
+    seconds = PROBE_SECONDS_EMBEDDED if question.embedded else PROBE_SECONDS
+    window = probe.window(remote, question.tokens, 4 * len(prefills), seconds)
+    measured = probe.prefills(prefills, question.tokens, window=window, seconds=seconds)
+    steps = probe.decodes(question.decodes(), question.position, seconds=seconds / 2)
     return choose(question, measured, steps, "probe", "a probe")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +23,7 @@ from teegpu.model import foreign
 from teegpu.model import tokenizer as tokenizer_module
 from teegpu.model.byte_tokenizer import SMALLEST_VOCABULARY, SPECIAL, byte_tokenizer
 from teegpu.model.folder import ModelFolder
-from teegpu.model.tokenizer import ByteStream, TextStream, Tokenizer
+from teegpu.model.tokenizer import ByteStream, Confined, TextStream, Tokenizer
 from tests.conftest import TinyModel
 
 TEXTS = [
@@ -580,3 +581,24 @@ def test_bytes_joined_are_what_decoding_all_gives(spelling: Tokenizer, ids: list
 def spelling(tiny_model: TinyModel) -> Iterator[Tokenizer]:
     with contextlib.closing(Tokenizer(tiny_model("llama"))) as tokenizer:
         yield tokenizer
+
+
+def test_a_process_that_was_started_ahead_is_the_one_that_is_used(tiny_model: TinyModel) -> None:
+    confined = Confined(tiny_model("llama").pinned())
+    confined.start()
+    child = confined._child
+    with contextlib.closing(Tokenizer(tiny_model("llama"), confined)) as tokenizer:
+        assert tokenizer.encode_raw("hello")
+        assert confined._child is child
+
+
+def test_a_process_that_was_started_in_vain_is_ended_and_leaves_no_copy(tiny_model: TinyModel) -> None:
+    confined = Confined(tiny_model("llama").pinned())
+    confined.start()
+    child = confined._child
+    assert child is not None
+    copy = Path(child.process.args[-2])
+    assert copy.is_dir()
+    confined.close()
+    assert child.gone
+    assert not copy.exists()
