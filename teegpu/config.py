@@ -175,7 +175,7 @@ def load(
 
     for path in files(config_file, environ=environ, folder=folder):
         for key, raw in _read(path):
-            take(key, _checked(key, raw, str(path)), str(path), given=path == config_file)
+            take(key, checked(key, raw, f"{path}: {key}"), str(path), given=path == config_file)
 
     for variable, key in _variables(environ):
         given = environ[variable]
@@ -189,7 +189,7 @@ def load(
         if key not in SETTINGS:
             raise KeyError(key)
         if raw is not None:
-            take(key, _checked(key, raw, "the command line"), "flag", given=True)
+            take(key, checked(key, raw, f"the command line: {key}"), "flag", given=True)
 
     chosen: dict[str, dict[str, Value]] = {section: {} for section in SECTIONS}
     for key, value in values.items():
@@ -208,11 +208,12 @@ def _at_least(known: Setting, value: Value, other: Value) -> bool:
     return known.choices.index(str(value)) >= known.choices.index(str(other))
 
 
-def _checked(key: str, raw: object, place: str) -> Value:
+def checked(key: str, raw: object, name: str) -> Value:
+    """``raw`` as a value of the setting ``key``. Raises ``ConfigError``, which calls it ``name``."""
     try:
         return SETTINGS[key].check(raw)
     except ValueError as error:
-        raise ConfigError(f"{place}: {key} = {_shown(raw)} {_gone(f'{key}={raw}') or error}") from None
+        raise ConfigError(f"{name} = {_shown(raw)} {_gone(f'{key}={raw}') or error}") from None
 
 
 def _gone(key: str) -> str:

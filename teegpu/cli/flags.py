@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from teegpu import config
 from teegpu.cli.common import OF_SETTING
 from teegpu.fields import Flag, Setting, Value
 from teegpu.settings import SETTINGS
@@ -50,6 +51,8 @@ def takes_settings(
             flags: Flags = {}
             for name, (key, flag) in taken.items():
                 value = _value(flag, given.pop(name))
+                if value is not None:
+                    value = config.checked(key, value, _names(key, flag)[-1])
                 for each in filter(None, (key, flag.also)):
                     # A setting's own option comes after one that gives it as well.
                     flags[each] = flags.get(each) if value is None else value
@@ -64,12 +67,18 @@ def takes_settings(
 
 def _option(name: str, key: str, flag: Flag, *, panels: bool) -> inspect.Parameter:
     setting = SETTINGS[key]
-    names = flag.names.split() or ["--" + key.split(".")[1].replace("_", "-")]
     option = typer.Option(
-        *names, help=flag.help, metavar=flag.metavar, rich_help_panel=flag.panel if panels and flag.panel else None
+        *_names(key, flag),
+        help=flag.help,
+        metavar=flag.metavar,
+        rich_help_panel=flag.panel if panels and flag.panel else None,
     )
     annotation = Annotated[_type(setting, flag) | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _names(key: str, flag: Flag) -> list[str]:
+    return flag.names.split() or ["--" + key.split(".")[1].replace("_", "-")]
 
 
 def _type(setting: Setting, flag: Flag) -> Any:

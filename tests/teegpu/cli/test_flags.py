@@ -11,6 +11,7 @@ import typer
 from teegpu.cli import main as cli
 from teegpu.cli.flags import Flags, flags_of, takes_settings
 from teegpu.config import load
+from teegpu.errors import ConfigError
 from teegpu.settings import SETTINGS
 from tests.teegpu.cli.conftest import Teegpu
 
@@ -120,3 +121,11 @@ def test_no_option_of_a_command_means_two_things(name: str) -> None:
     for each in vars(command).get("commands", {"": command}).values():
         names = [option for parameter in each.params for option in (*parameter.opts, *parameter.secondary_opts)]
         assert len(names) == len(set(names)), name
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--plan", "fussed"), ("--decode-plan", "fussed"), ("--temperature", "-3")]
+)
+def test_what_is_refused_is_called_what_was_typed(option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{option} = "):
+        given("run", option, value)
