@@ -78,7 +78,7 @@ def test_a_runner_with_one(tiny_model: TinyModel) -> None:
 
 def test_other_tokens_are_refused(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, other = tiny_model("qwen3", num_hidden_layers=3), tiny_model("llama")
-    tokens = iter([("a", []), ("b", [])])
-    monkeypatch.setattr("teegpu.model.tokenizer.Tokenizer._tokens", lambda _: next(tokens))
+    tokens = iter(["a", "b"])
+    monkeypatch.setattr("teegpu.model.tokenizer.Tokenizer._text", lambda *_: next(tokens))
     with pytest.raises(UnsupportedModelError, match=r"^run\.draft_model: tiny-llama has other tokens than tiny-qwen3"):
         open_runner(folder, [], plan="local", run__speculate=3, run__draft_model="x", draft=other)
