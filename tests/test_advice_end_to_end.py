@@ -82,9 +82,10 @@ def run(server: EmbeddedServer, folder: ModelFolder, settings: dict[str, Any], t
     ("rule", "settings"),
     [
         ("overlap", {"run.transport": "zmq", "run.wire_dtype": "fp32", "run.link": "rtt=10ms,bandwidth=100mbit"}),
-        (
+        pytest.param(
             "plan-scores",
             {"run.transport": "zmq", "run.prefill_plan": "batched", "run.link": "rtt=5ms,bandwidth=100mbit"},
+            marks=pytest.mark.extra,
         ),
         ("wire-dtype", {"run.wire_dtype": "fp32", "run.chunk_tokens": 64, "run.link": "rtt=5ms,bandwidth=100mbit"}),
         pytest.param(

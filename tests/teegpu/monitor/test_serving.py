@@ -112,8 +112,9 @@ def test_waiting_and_running_over_time_are_weighted_by_time() -> None:
     assert [load for load in serving.load if any(load)] == [pytest.approx((2.0, 1.0)), pytest.approx((0.4, 0.0))]
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
-@pytest.mark.parametrize("replay", [None, float("inf")])
+@pytest.mark.parametrize(
+    ("size", "replay"), [((80, 24), None), ((120, 40), None), ((200, 60), None), ((120, 40), float("inf"))]
+)
 def test_the_screen_of_an_endpoint(size: tuple[int, int], replay: float | None, tmp_path: Path) -> None:
     async def play(scene: Scene) -> None:
         await scene.press("1")
