@@ -352,7 +352,7 @@ def test_weights_that_can_not_be_read(what: str, teegpu: Teegpu, damaged: Path) 
         (["--device", "cuda:99"], 2, "cuda:99"),
         (["--device", "gpu0"], 2, "gpu0"),
         (["--dtype", "bf61"], 2, "did you mean 'bf16'?"),
-        (["--threads", "-1"], 2, "server.threads"),
+        (["--threads", "-1"], 2, "--threads"),
         (["--model", "smolm2-135m"], 3, "did you mean 'smollm2-135m'?"),
     ],
 )
