@@ -65,7 +65,7 @@ def test_a_link_that_stalls_and_recovers_costs_time_only(
     assert decode["communication_share"] > 0.8
 
 
-@pytest.mark.parametrize("transport", ["zmq", "pipelined"])
+@pytest.mark.parametrize("transport", [pytest.param("zmq", marks=pytest.mark.extra), "pipelined"])
 def test_a_link_that_is_cut_in_prefill_and_stays_so_ends_the_run(transport: str, tiny_model: TinyModel) -> None:
     folder = tiny_model("llama")
     with (
