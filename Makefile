@@ -38,17 +38,14 @@ run: $(VENV)/.runtime
 
 setup: $(VENV)/.dev
 
-# Those that measure times come after the others, by themselves. What fails while others run beside it is tried once
-# more by itself: who reads the first failure knows what to look for, and a busy machine is no fault. 5: none was
-# selected, as ARGS may have it.
+# Those that measure times come after the others, by themselves. What fails is tried once more: who reads the first
+# failure knows what to look for, and a machine that was busy is no fault. 5: none was selected, as ARGS may have it.
+AGAIN := $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not alone and not extra" $(ARGS) \
-	  || case $$? in \
-	    5) ;; \
-	    1) $(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not alone and not extra" $(ARGS) ;; \
-	    *) exit 1 ;; \
-	  esac
-	$(BIN)/python -m pytest -m "alone and not extra" $(ARGS) || test $$? -eq 5
+	  || case $$? in 1) $(AGAIN) -m "not alone and not extra" $(ARGS) ;; 5) ;; *) exit 1 ;; esac
+	$(BIN)/python -m pytest -m "alone and not extra" $(ARGS) \
+	  || case $$? in 1) $(AGAIN) -m "alone and not extra" $(ARGS) ;; 5) ;; *) exit 1 ;; esac
 
 test-all: test
 	$(BIN)/python -m pytest -m extra $(ARGS)

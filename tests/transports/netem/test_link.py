@@ -255,7 +255,7 @@ def test_a_sender_feels_the_link(listener: socket.socket) -> None:
 )
 @pytest.mark.alone
 def test_accuracy(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """RTT within 10 %, or the 0.2 ms that waking up may vary by; bandwidth within 5 %. The machine may be busy, so the
+    """RTT within 10 %, or the 0.3 ms that waking up may vary by; bandwidth within 5 %. The machine may be busy, so the
     best of three attempts counts."""
     wanted = LinkSpec.parse(spec)
     with EmulatedLink(wanted, NOWHERE) as link:
@@ -266,7 +266,7 @@ def test_accuracy(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
             rtt, up, down = deviations(wanted, measured)
             with capsys.disabled():
                 print(f"\nlink {spec}: {measured} (off by {rtt:+.1%}, {up:+.1%}, {down:+.1%}; {load:.0%} of one core)")
-            if abs(rtt) <= max(0.10, 0.2e-3 / wanted.rtt_seconds) and abs(up) <= 0.05 and abs(down) <= 0.05:
+            if abs(rtt) <= max(0.10, 0.3e-3 / wanted.rtt_seconds) and abs(up) <= 0.05 and abs(down) <= 0.05:
                 return
     pytest.fail(
         f"three attempts at {spec}, and the last was off by {rtt:+.1%} (RTT), {up:+.1%} (up), {down:+.1%} (down)"
