@@ -65,6 +65,11 @@ def human_age(seconds: float) -> str:
     return f"{max(0, int(seconds))} s"
 
 
+def one_line(text: object, limit: int = 200) -> str:
+    """What an error of somebody else's says, cut to ``limit``, without line breaks and runs of spaces."""
+    return " ".join(str(text).split())[:limit]
+
+
 def printable(text: str, limit: int = 400) -> str:
     """``text`` from elsewhere, as one line that is fit for a terminal: no control characters, so no escape sequences,
     and nothing that turns its direction around. What is longer than ``limit`` is cut."""

@@ -11,6 +11,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from teegpu.api.errors import ApiError
 from teegpu.model.tokenizer import Tokenizer
+from teegpu.units import one_line
 
 MOST_SCHEMA_BYTES: Final = 64 * 1024
 
@@ -57,13 +58,12 @@ def _tokens_of(tokenizer: Tokenizer) -> LLTokenizer:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is none
             raise
-        told = " ".join(str(error).split())[:200]
+        told = one_line(error)
         raise ApiError(400, f"no schema can be followed with the tokenizer of this model ({told})") from None
 
 
 def _refused(reason: str, param: str) -> ApiError:
-    told = " ".join(reason.split())[:200]
-    return ApiError(400, f"the schema can't be followed ({told})", param=param, code="invalid_schema")
+    return ApiError(400, f"the schema can't be followed ({one_line(reason)})", param=param, code="invalid_schema")
 
 
 class Grammar:
@@ -85,4 +85,4 @@ class Grammar:
     @property
     def failed(self) -> str:
         """Why the answer is not what was asked for; empty where it is, as far as it goes."""
-        return " ".join(self._matcher.get_error().split())[:200] if self._matcher.is_error() else ""
+        return one_line(self._matcher.get_error()) if self._matcher.is_error() else ""

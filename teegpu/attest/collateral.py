@@ -12,6 +12,7 @@ from typing import Final
 from teegpu.attest import amd, intel
 from teegpu.attest.evidence import MAX_BYTES, SIMULATED, SNP, Collateral, Evidence, read_json
 from teegpu.errors import ConfigError, ConnectionFailedError, EvidenceError
+from teegpu.units import one_line
 
 INTEL_URL: Final = "https://api.trustedservices.intel.com"
 AMD_URL: Final = "https://kdsintf.amd.com"
@@ -37,7 +38,7 @@ def fetch(evidence: Evidence, url: str = "") -> Collateral:
 
 
 def _intel(quote: bytes, url: str) -> Collateral:
-    qvl = intel.library()
+    qvl = intel.dcap_qvl()
 
     async def get() -> str:
         async with asyncio.timeout(TIMEOUT_SECONDS):
@@ -49,7 +50,7 @@ def _intel(quote: bytes, url: str) -> Collateral:
     except TimeoutError:
         raise ConnectionFailedError(f"{url} did not answer within {TIMEOUT_SECONDS:g} s") from None
     except (ValueError, RuntimeError) as error:
-        raise ConnectionFailedError(f"{url} has no collateral for this quote: {_line(error)}") from None
+        raise ConnectionFailedError(f"{url} has no collateral for this quote: {one_line(error, 300)}") from None
 
 
 def _amd(report: bytes, beside: Collateral, url: str) -> Collateral:
@@ -71,7 +72,7 @@ def _amd(report: bytes, beside: Collateral, url: str) -> Collateral:
         except urllib.error.HTTPError:
             continue  # it does not know the chip in this line
         except (OSError, ValueError) as error:
-            raise ConnectionFailedError(f"{url} can't be asked: {_line(error)}") from None
+            raise ConnectionFailedError(f"{url} can't be asked: {one_line(error, 300)}") from None
     raise ConnectionFailedError(f"{url} does not know the chip of this report")
 
 
@@ -81,7 +82,3 @@ def _get(url: str) -> bytes:
     if len(body) > MAX_BYTES:
         raise ValueError("an answer that is longer than any should be")
     return body
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -34,7 +34,7 @@ _TDX_TEE_TYPE: Final = 0x81
 def verify(kind: str, quote: bytes, collateral: Collateral, now: int, root: bytes | None = None) -> Claims:
     """What ``quote`` proves at ``now`` (Unix time). ``root`` (DER) stands in for Intel's. Raises ``AttestationError``,
     and ``UsageError`` where dcap-qvl is not installed."""
-    qvl = library()
+    qvl = dcap_qvl()
     found = _tee_type(quote)
     if found != kind:
         raise refusal("kind", f"the quote is of {found}, and the evidence says that it is of {kind}")
@@ -55,15 +55,15 @@ def verify(kind: str, quote: bytes, collateral: Collateral, now: int, root: byte
     return _claims(kind, json.loads(raw), _collateral_at(collateral))
 
 
-def library() -> Any:
+def dcap_qvl() -> Any:
     """dcap-qvl. Raises ``UsageError`` where it is missing."""
     try:
-        import dcap_qvl
+        import dcap_qvl as found
     except ImportError:
         raise UsageError(
             "evidence of TDX and SGX is verified with dcap-qvl, which is not installed: pip install 'teegpu[attest]'"
         ) from None
-    return dcap_qvl
+    return found
 
 
 def _tee_type(quote: bytes) -> str:

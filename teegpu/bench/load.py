@@ -159,7 +159,7 @@ def _told(refusal: bytes) -> str:
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return printable(text)[:200]
+        return printable(text, 200)
 
 
 async def model_of(load: Load) -> str:

@@ -22,6 +22,8 @@ from typing import Any, Final
 
 import torch
 
+from teegpu.units import one_line
+
 SCALED, PACKED, GPTQ, AWQ = "scaled", "packed", "gptq", "awq"
 
 INTEGER, FLOAT = "integer", "float"
@@ -138,7 +140,7 @@ _COMPRESSED: Final = ("int-quantized", "naive-quantized", "float-quantized", "pa
 
 
 def _word(value: object) -> str:
-    return " ".join(str(value).split())[:60]
+    return one_line(value, 60)
 
 
 def _compressed(settings: Mapping[str, Any]) -> Iterator[Scheme]:
