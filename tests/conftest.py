@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,16 @@ def isolated_user_files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Products in the test's process use one thread, unless it sets another number: several processes with tests run
-    side by side, and threads that spin for each other's sake made them take four times as long."""
+def one_thread() -> Iterator[None]:
+    """Products in the test's process use one thread, unless it sets another number, which is gone after it: several
+    processes with tests run side by side, and threads that spin for each other's sake made them take four times as
+    long."""
+    _set_one_thread()
+    yield
+    _set_one_thread()
+
+
+def _set_one_thread() -> None:
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from teegpu import config
 from teegpu.model.folder import ModelFolder
@@ -36,13 +35,6 @@ SHARED: dict[str, Any] = {
     "run.max_tokens": 2,
     "server.dtype": "fp32",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

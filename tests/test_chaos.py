@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from teegpu.cli import main as cli
 from teegpu.model.folder import ModelFolder
@@ -127,13 +126,6 @@ def addresses() -> list[str]:
             probe.bind(("127.0.0.1", port))
             found.append(f"tcp://127.0.0.1:{port}")
     return found
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -40,13 +40,6 @@ PROMPTS = (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def server(smollm2: ModelFolder) -> Iterator[EmbeddedServer]:
     with EmbeddedServer(smollm2, config.load({"server.dtype": "fp32"}), threads=1) as server:

@@ -36,7 +36,6 @@ from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Execute, Welcome
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import LocalServer
-from tests.teegpu.cli.conftest import same_threads as same_threads
 from tests.teegpu.cli.conftest import scratch as scratch
 from transports.base import Incoming
 

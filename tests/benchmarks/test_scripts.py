@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import guards, paired, replay, rpc, soak, transports
 from teegpu.record import events as ev
 from tests.conftest import TinyModel
 
 Run = Callable[..., tuple[str, dict[str, Any]]]
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

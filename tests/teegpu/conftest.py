@@ -33,6 +33,7 @@ from teegpu.tee.weights import TeeWeights
 from teegpu.wire import codec
 from teegpu.wire.limits import Limits
 from teegpu.wire.messages import Execute
+from tests.conftest import TinyModel
 from transports.base import Answered, Client, Incoming, Message, Reply
 
 
@@ -177,6 +178,11 @@ def harness() -> Iterator[MakeHarness]:
     yield make
     for store in stores:
         store.close()
+
+
+@pytest.fixture
+def runner(tiny_model: TinyModel, harness: MakeHarness) -> Harness:
+    return harness(tiny_model("llama"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from teegpu.audit.examine import Audit, Report
 from teegpu.model.folder import ModelFolder
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import LocalServer, ServerFor
-from tests.teegpu.cli.conftest import same_threads as same_threads
 from tests.teegpu.cli.conftest import server_for as server_for
 
 PROMPT_IDS = list(b"The quick brown fox jumps over a lazy dog; and why not?")

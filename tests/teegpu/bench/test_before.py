@@ -127,13 +127,6 @@ def test_a_server_that_can_not_load_its_model_says_so(tiny_model: TinyModel) -> 
 PROMPT = list(range(40, 60))
 
 
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("rope", [None, {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0,
     "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}])  # fmt: skip
 def test_angles_are_the_same_as_from_the_table(tiny_model: TinyModel, rope: dict[str, object] | None) -> None:

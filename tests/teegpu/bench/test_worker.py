@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from teegpu.bench.samples import Sample
 from teegpu.bench.worker import Worker
@@ -15,13 +13,6 @@ from teegpu.config import Config
 from teegpu.errors import ModelError, UsageError
 from teegpu.model.folder import ModelFolder
 from tests.conftest import TinyModel
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def command(folder: ModelFolder, **chosen: Any) -> dict[str, Any]:

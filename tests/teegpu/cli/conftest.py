@@ -19,7 +19,6 @@ from typing import Any
 
 import msgpack
 import pytest
-import torch
 
 import transports
 from teegpu.cli import main as cli
@@ -31,16 +30,6 @@ from teegpu.wire.limits import Limits
 from tests.conftest import TinyModel
 
 DEADLINE_SECONDS = 30.0
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """A command sets torch's threads for its whole process, which here goes on to other tests. Until it does, one:
-    then a server in this process and a runner do not take each other's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # The command, in this process

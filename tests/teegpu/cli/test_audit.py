@@ -10,7 +10,6 @@ import pytest
 from teegpu.model.folder import ModelFolder
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import ServerFor, Teegpu
-from tests.teegpu.cli.conftest import same_threads as same_threads
 
 WORDS = ("xylophone", "marzipan", "quokka", "zeppelin")
 PROMPT = " ".join(WORDS)

@@ -24,11 +24,6 @@ from tests.teegpu.wire.samples import result_of
 Frames = list[memoryview]
 
 
-@pytest.fixture
-def runner(tiny_model: TinyModel, harness: MakeHarness) -> Harness:
-    return harness(tiny_model("llama"))
-
-
 def call(runner: Harness) -> Call:
     """One with two outputs: ``z`` (3, 32) and ``gate_up`` (3, 128)."""
     spec = runner.spec

@@ -13,22 +13,10 @@ from teegpu.remote.calls import Call, drive
 from teegpu.remote.client import GpuClient
 from teegpu.remote.deadline import Deadline
 from teegpu.tee.plans import programs
-from tests.conftest import TinyModel
-from tests.teegpu.conftest import Harness, MakeHarness
 from tests.teegpu.remote.network import World
 from transports.errors import ConnectionLostError
 
 A = "tcp://a:1"
-
-
-@pytest.fixture
-def runner(tiny_model: TinyModel, harness: MakeHarness) -> Harness:
-    return harness(tiny_model("llama"))
-
-
-@pytest.fixture
-def world(runner: Harness) -> World:
-    return World(runner)
 
 
 @pytest.fixture

@@ -24,8 +24,6 @@ from teegpu.remote.connections import Replica
 from teegpu.remote.pool import Pool
 from teegpu.stats.summary import Summary
 from teegpu.tee.plans import CONTEXT, EMBED, LM_HEAD, programs
-from tests.conftest import TinyModel
-from tests.teegpu.conftest import Harness, MakeHarness
 from tests.teegpu.remote.network import TRIP_SECONDS, World
 from transports.errors import (
     BadAddressError,
@@ -38,16 +36,6 @@ from transports.errors import (
 )
 
 A, B, C = "tcp://a:1", "tcp://b:1", "tcp://c:1"
-
-
-@pytest.fixture
-def runner(tiny_model: TinyModel, harness: MakeHarness) -> Harness:
-    return harness(tiny_model("llama"))
-
-
-@pytest.fixture
-def world(runner: Harness) -> World:
-    return World(runner)
 
 
 def call(world: World, layer: int = 0) -> Call:

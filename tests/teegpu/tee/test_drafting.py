@@ -14,11 +14,6 @@ from tests.teegpu.tee.test_many import MANY, Request, alone, check, requests, se
 from tests.teegpu.test_runner_many import open_runner
 
 
-@pytest.fixture
-def runner(tiny_model: TinyModel, harness: MakeHarness) -> Harness:
-    return harness(tiny_model("llama"))
-
-
 def drafter(runner: Harness, other: Harness) -> Drafter:
     return Drafter(other.decoder("local"), other.spec, other.rotary, runner.recorder)
 

@@ -32,11 +32,6 @@ def greedy_reference(model: Any, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.fixture
-def runner(tiny_model: TinyModel, harness: MakeHarness) -> Harness:
-    return harness(tiny_model("llama"))
-
-
 @pytest.mark.parametrize("plan", ["local", "per-op", "batched", "attention", "fused"])
 @pytest.mark.parametrize("chunk_tokens", [7, 64])
 def test_greedy_output_equals_transformers(plan: str, chunk_tokens: int, runner: Harness, reference: Reference) -> None:

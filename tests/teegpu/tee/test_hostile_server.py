@@ -13,7 +13,6 @@ import msgpack
 import numpy as np
 import psutil
 import pytest
-import torch
 import zstandard
 
 import transports
@@ -30,9 +29,8 @@ from teegpu.tee.sampling import Sampler, SamplingOptions
 from teegpu.wire import codec
 from teegpu.wire.limits import MAX_HEADER_BYTES, Limits
 from teegpu.wire.messages import PROTOCOL_VERSION
-from tests.conftest import TinyModel
 from tests.hostile import CutLine, Honest, HostileServer, Parts, positions
-from tests.teegpu.conftest import Harness, MakeHarness, random_ids
+from tests.teegpu.conftest import Harness, random_ids
 from transports import ClientOptions, envelope
 from transports.errors import (
     EnvelopeVersionError,
@@ -50,19 +48,6 @@ GROWTH_BYTES = 64 * 2**20
 TRANSPORTS = ("zmq", "pipelined")
 
 Run = Callable[..., list[int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def runner(tiny_model: TinyModel, harness: MakeHarness) -> Harness:
-    return harness(tiny_model("llama"))
 
 
 @pytest.fixture

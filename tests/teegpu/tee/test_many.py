@@ -93,11 +93,6 @@ def check(many: Engine, single: Engine, asked: list[Request]) -> None:
         assert len(request.made) == len(whole) or request.leaves is not None
 
 
-@pytest.fixture
-def runner(tiny_model: TinyModel, harness: MakeHarness) -> Harness:
-    return harness(tiny_model("llama"))
-
-
 @pytest.mark.parametrize("plan", facts.PLANS)
 def test_tokens_are_those_of_each_alone(plan: str, runner: Harness) -> None:
     many = runner.engine(plan, chunk_tokens=16, capacity=MANY)
