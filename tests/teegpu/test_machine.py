@@ -263,9 +263,10 @@ def test_what_a_user_set_for_openmp_stays(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_once_torch_is_loaded_it_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", machine)  # any module will do
     environ: dict[str, str] = {}
-    machine.share_cores(environ)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", machine)  # any module will do
+        machine.share_cores(environ)
     assert not environ
 
 
