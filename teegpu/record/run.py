@@ -148,6 +148,9 @@ class EventReader:
             for number, block in self._connection.execute(
                 "SELECT id, block FROM events WHERE id > ? ORDER BY id LIMIT ?", (self._last, _BLOCKS_AT_ONCE)
             ):
+                # A damaged tree of pages may have loops, and would go on for ever.
+                if number <= after:
+                    raise sqlite3.DatabaseError("they are not in order")
                 after = number
                 yield number, block
         except database.FAULTS as error:

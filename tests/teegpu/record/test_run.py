@@ -192,6 +192,22 @@ def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
         assert len(events) < 10_000
 
 
+def test_pages_in_a_loop_are_damage(tmp_path: Path) -> None:
+    run = concluded(tmp_path, *(random_laps(500, 500 * number) for number in range(20)))
+    path = run.path / database.FILE
+    with closing(sqlite3.connect(path)) as connection:
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events'").fetchone()
+    content = bytearray(path.read_bytes())
+    page = (root - 1) * database.PAGE_BYTES
+    assert content[page] == 5  # a page of pages: its cells follow, each one's first four bytes are a page's number
+    cell = page + int.from_bytes(content[page + 12 : page + 14])
+    content[page + 8 : page + 12] = content[cell : cell + 4]  # the last page is the first one again
+    path.write_bytes(content)
+    events, damage = read_all(run)
+    assert 0 < len(events) < 10_000
+    assert damage[0].endswith("can't be read: they are not in order")
+
+
 def random_laps(count: int, start: int) -> list[ev.Event]:
     return [ev.Lap(start + at, random.getrandbits(62), ev.TEE, "SILU", 0, 0, 0) for at in range(count)]
 
