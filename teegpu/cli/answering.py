@@ -77,7 +77,7 @@ class Answering:
             text = self._texts if self._prompts.several else "".join(self._texts)
             prompt = {"text": text, "system": self._prompts.system}
             self._recording = stack.enter_context(
-                Recording(self._settings, self._start, self._document(), prompt=prompt, say=self._say)
+                Recording(self._settings, self._start, self._document(), prompt=prompt, say=self._warn)
             )
             if feed is not None and self._recording.folder is not None:
                 feed.run(self._recording.folder.path)
@@ -103,10 +103,14 @@ class Answering:
 
     def _say(self, line: str) -> None:
         if not self._output.quiet:
-            if self._in_a_line and self._console.is_terminal and sys.stdout.isatty():
-                self._console.print()
-            self._in_a_line = False
-            self._console.print(line)
+            self._warn(line)
+
+    def _warn(self, line: str) -> None:
+        """Says also who wants to be told nothing but what is wrong."""
+        if self._in_a_line and self._console.is_terminal and sys.stdout.isatty():
+            self._console.print()
+        self._in_a_line = False
+        self._console.print(line)
 
     def _show(self, text: str) -> None:
         _write(text)

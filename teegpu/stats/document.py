@@ -10,7 +10,7 @@ from typing import Any
 from teegpu import facts
 from teegpu.errors import RecordError
 from teegpu.record.events import DECODE, PREFILL, Event, PhaseBegan, TextMade
-from teegpu.record.run import INTERRUPTED, RunFolder
+from teegpu.record.run import INTERRUPTED, RUNNING, RunFolder
 from teegpu.stats import linkestimate
 from teegpu.stats.linkestimate import LinkFigures
 from teegpu.stats.predict import Link, limit_seconds
@@ -19,6 +19,9 @@ from teegpu.stats.totals import PhaseTotal
 from teegpu.stats.traffic import together
 
 SCHEMA = "teegpu.report/1"
+
+NOT_CONCLUDED = "the run did not conclude it: it was killed, or could write no more"
+"""What is wrong with the record of a run that has ended without a word; why, nobody could write down."""
 
 _READ_EVENTS = 8192
 
@@ -126,7 +129,8 @@ def rebuild(
 def recorded(run: RunFolder) -> dict[str, Any]:
     """The document that ``run`` concluded with, or one made of what there is of it. Raises ``RecordError`` for a record
     that this release can't read."""
-    damage = []
+    damage, failure = [], None
+    status = run.status  # before the rest: it can't be running and then be without its end
     try:
         document = run.document()
     except ValueError:
@@ -134,7 +138,8 @@ def recorded(run: RunFolder) -> dict[str, Any]:
     else:
         if document is not None:
             return document
-    status = run.status  # before the events: it can't be running and then be without its last ones
+        if status != RUNNING:
+            failure = NOT_CONCLUDED
     summary = Summary()
     texts: list[list[str]] = []
     with contextlib.closing(run.events()) as reader:
@@ -153,7 +158,7 @@ def recorded(run: RunFolder) -> dict[str, Any]:
         status,
         output=outputs[0] if len(outputs) == 1 else outputs or None,
         truncated=reader.truncated,
-        failure=None,
+        failure=failure,
         damage=[*damage, *reader.damage],
     )
 

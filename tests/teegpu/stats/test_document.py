@@ -14,7 +14,7 @@ from teegpu.errors import RecordError
 from teegpu.record import events as ev
 from teegpu.record.store import RunStore
 from teegpu.record.writer import RunWriter
-from teegpu.stats.document import SCHEMA, document, phase, rebuild, recorded
+from teegpu.stats.document import NOT_CONCLUDED, SCHEMA, document, phase, rebuild, recorded
 from teegpu.stats.summary import Summary
 from teegpu.stats.totals import PhaseTotal
 from tests.teegpu.record.eventsamples import RUN
@@ -253,12 +253,12 @@ def test_a_run_that_does_not_conclude_is_made_of_its_events(store: RunStore) -> 
     writer.close()
     assert writer.folder.status == "interrupted"
     document = recorded(writer.folder)
-    assert running | {"status": "interrupted"} == document
+    assert running["record"]["failure"] is None
+    assert running | {"status": "interrupted", "record": running["record"] | {"failure": NOT_CONCLUDED}} == document
     assert (document["id"], document["note"], document["model"]["name"]) == ("one", "as it was", "m")
     prefill = document["phases"]["prefill"]
     assert prefill["seconds"] == pytest.approx(0.006)
     assert prefill["tee_seconds"] == pytest.approx(0.004)
-    assert document["record"] == {"truncated": False, "failure": None, "damage": []}
     assert "output" not in document
 
 
