@@ -174,8 +174,8 @@ def load(
             values[key], sources[key] = value, source
 
     for path in files(config_file, environ=environ, folder=folder):
-        for key, raw in _read(path):
-            take(key, checked(key, raw, f"{path}: {key}"), str(path), given=path == config_file)
+        for key, value in _read(path).items():
+            take(key, value, str(path), given=path == config_file)
 
     for variable, key in _variables(environ):
         given = environ[variable]
@@ -225,8 +225,8 @@ def _shown(raw: object) -> str:
     return to_toml(raw) if isinstance(raw, (str, bool, int, float)) else repr(raw)
 
 
-def _read(path: Path) -> Iterator[tuple[str, object]]:
-    """Each key with its raw value. Raises ``ConfigError`` for an unreadable file and unknown names."""
+def _read(path: Path) -> dict[str, Value]:
+    """The value of each key. Raises ``ConfigError`` for an unreadable file, or with all that is wrong in it."""
     import tomllib
 
     try:
@@ -235,21 +235,30 @@ def _read(path: Path) -> Iterator[tuple[str, object]]:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a valid TOML file: {printable(str(error))}") from None
+    values: dict[str, Value] = {}
+    wrong: list[str] = []
     for section, table in document.items():
         if not isinstance(table, dict):
             home = [key for key in SETTINGS if key.endswith(f".{section}")]
             hint = f"; did you mean it in section [{home[0].split('.')[0]}]?" if home else ""
-            raise ConfigError(f"{path}: '{printable(section, 60)}' stands outside of any section{hint}")
-        for name in table:
-            if gone := _gone(f"{section}.{name}"):
-                raise ConfigError(f"{path}: {section}.{name} {gone}")
-        if section not in SECTIONS:
-            raise ConfigError(f"{path}: unknown section [{printable(section, 60)}]{nearest(section, list(SECTIONS))}")
-        for name, raw in table.items():
-            key = f"{section}.{name}"
-            if key not in SETTINGS:
-                raise ConfigError(f"{path}: unknown key '{printable(key, 60)}'{nearest(key, list(SETTINGS))}")
-            yield key, raw
+            wrong.append(f"'{printable(section, 60)}' stands outside of any section{hint}")
+            continue
+        keys = {f"{section}.{name}": raw for name, raw in table.items()}
+        gone = [f"{key} {told}" for key in keys if (told := _gone(key))]
+        wrong += gone
+        if section not in SECTIONS and not gone:
+            wrong.append(f"unknown section [{printable(section, 60)}]{nearest(section, list(SECTIONS))}")
+        for key, raw in keys.items() if section in SECTIONS else ():
+            if key in SETTINGS:
+                try:
+                    values[key] = checked(key, raw, key)
+                except ConfigError as error:
+                    wrong.append(str(error))
+            elif not _gone(key):
+                wrong.append(f"unknown key '{printable(key, 60)}'{nearest(key, list(SETTINGS))}")
+    if wrong:
+        raise ConfigError(f"{path}: {'; '.join(wrong)}")
+    return values
 
 
 def variable_name(key: str) -> str:

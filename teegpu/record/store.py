@@ -165,8 +165,9 @@ def _never_began(run: RunFolder) -> bool:
     if run.status != FAILED:
         return False
     try:
-        return not (run.document() or {}).get("phases")
-    except (RecordError, ValueError):
+        phases = (run.document() or {}).get("phases") or {}
+        return not any(figure for phase in phases.values() for figure in phase.values())
+    except (RecordError, ValueError, AttributeError):  # the last: a document that is none of ours
         return False
 
 

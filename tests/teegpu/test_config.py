@@ -204,6 +204,11 @@ def test_bad_variables(variable: str, text: str, message: str, tmp_path: Path) -
         ("[rnu]\n", "unknown section [rnu], did you mean 'run'?"),
         ("[run]\ntransprot = 'zmq'\n", "unknown key 'run.transprot', did you mean 'run.transport'?"),
         ("[run]\nqqqqqqqqqq = 1\n", "unknown key 'run.qqqqqqqqqq'"),
+        (
+            "[run]\nmax_tokens = 0\nthread = 2\nplan = 'local'\n[rnu]\nx = 1\n",
+            "run.max_tokens = 0 is below the least, 1; unknown key 'run.thread', did you mean 'run.threads'?; "
+            "unknown key 'run.plan', did you mean 'run.link'?; unknown section [rnu], did you mean 'run'?",
+        ),
         ("transport = 'zmq'\n", "'transport' stands outside of any section; did you mean it in section [run]?"),
         ("xyz = 1\n", "'xyz' stands outside of any section"),
         ("[run]\nmax_tokens = '3'\n", 'run.max_tokens = "3" is not a whole number'),

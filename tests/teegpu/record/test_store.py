@@ -174,9 +174,11 @@ def test_a_start_that_failed_is_not_the_last_run(store: RunStore) -> None:
     first = concluded(store, "20260101-100000-aaaaaa", "failed")
     assert store.find("last").id == first.id  # there is no other
     began = create(store, "20260101-110000-bbbbbb")
-    began.finish({"status": "failed", "phases": {"prefill": {}}})
+    began.finish({"status": "failed", "phases": {"prefill": {"seconds": 0.0, "rpc_calls": 3}}})
     began.close()
-    concluded(store, "20260101-120000-cccccc", "failed")
+    refused = create(store, "20260101-120000-cccccc")
+    refused.finish({"status": "failed", "phases": {"prefill": {"seconds": 0.0, "ops": {}}, "decode": {}}})
+    refused.close()
     assert store.find("last").id == began.folder.id
     assert store.find("20260101-12").id == "20260101-120000-cccccc"
 
