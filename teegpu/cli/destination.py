@@ -41,7 +41,7 @@ class Destination:
 
     def write(self, pieces: str | Iterable[str], *, private: bool = False) -> None:
         """Writes the text. A reader of the file never sees half of it, and what was there before stays until then.
-        ``private``: it is for the user alone."""
+        ``private``: it has what was said to a model, so it is for the user alone, who is told."""
         parts = [pieces] if isinstance(pieces, str) else pieces
         if self.path is None:
             for part in parts:
@@ -55,4 +55,5 @@ class Destination:
         except FileExistsError:
             raise self._taken() from None
         if not self._quiet:
-            message_console().print(f"written to {self.path}", soft_wrap=True)
+            told = ", with the text of the run: only you may read it" if private else ""
+            message_console().print(f"written to {self.path}{told}", soft_wrap=True)

@@ -336,7 +336,10 @@ class Monitor(App[str]):
                 self.notify(f"can't write {self._folder / file}: {error.strerror}", severity="error")
                 return
         first, *more = written
-        self.notify(" and ".join([f"written: {self._folder / first}", *more]))
+        told = " and ".join([f"written: {self._folder / first}", *more])
+        if state is not None and state.text_known and not state.text_private:
+            told += ", which may hold the text: only you may read them"
+        self.notify(told)
 
     def _picture(self, title: str) -> str:
         state = self._state

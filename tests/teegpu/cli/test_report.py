@@ -293,7 +293,8 @@ def test_a_file_with_the_text_of_a_run_is_for_the_user_alone(
     path = tmp_path / "saved.json"
     path.write_text(json.dumps(samples.document(output=output)))
     written = tmp_path / "written.json"
-    assert teegpu("report", "show", path, "--out", written).code == 0
+    done = teegpu("report", "show", path, "--out", written)
+    assert (done.code, done.err) == (0, f"written to {written}, with the text of the run: only you may read it\n")
     assert json.loads(written.read_text())["output"] == output
     assert written.stat().st_mode & 0o777 == 0o600
 

@@ -235,6 +235,11 @@ def test_an_export_is_private_and_has_text_only_where_the_record_has_it(
         assert shown.startswith(TEXT[:20])
         await scene.press("e")
         assert scene.text(panel) == shown
+        told = [
+            note.message.endswith("which may hold the text: only you may read them")
+            for note in scene.app._notifications
+        ]
+        assert told == [not private]
 
     perform(play, made, folder=tmp_path)
     found = {path.suffix: path for path in tmp_path.iterdir()}
