@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from teegpu import torchload
 from teegpu.cli import logs
 from teegpu.cli.advising import advised
 from teegpu.cli.common import ConfigFile, from_transport, message_console
@@ -130,7 +131,9 @@ class Recorded:
         """The runner, whose figures go into the record as long as this is open. For the thread that computes."""
         from teegpu.api.serving import capacity
         from teegpu.cli.models import find_draft
-        from teegpu.runner import Runner
+
+        with torchload.importing():
+            from teegpu.runner import Runner
 
         def notify(line: str) -> None:
             self._say(line)
