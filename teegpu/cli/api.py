@@ -103,12 +103,13 @@ class Recorded:
         self._start = Start.now()
         self._document: dict[str, Any] = without_runner(settings, self._start, "failed")
         self._recording = Recording(settings, self._start, self._document, prompt=None, say=say)
-        self._attested = False
+        self._tee: dict[str, Any] = self._document["tee"]
         self.status = "interrupted"
 
     def attests(self, found: Ready) -> None:
         """The endpoint is there: what it proves to who asks is in the record as well."""
-        self._attested = found.genuine
+        self._tee = self._tee | {"attested": found.genuine}
+        self._recording.attested(self._tee)
         self._recording.note(f"attested: {found.attested}")
 
     def __enter__(self) -> Recorded:
@@ -121,8 +122,7 @@ class Recorded:
             ours = error if isinstance(error, TeegpuError) else from_transport(error)
             status, known = "failed", ours is not None
             told = {"error": str(ours) if known else f"{type(error).__name__}: {error}"}
-        tee = self._document["tee"] | {"attested": self._attested}
-        document = self._document | {"status": status, "tee": tee} | told
+        document = self._document | {"status": status, "tee": self._tee} | told
         self._recording.finish(advised(document, self._recording.store), keep_error=known)
         self._recording.__exit__()
 

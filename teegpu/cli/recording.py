@@ -102,6 +102,11 @@ class Recording:
             document = runner.report("running")
             self._writer.update_meta(**{key: document[key] for key in _KNOWN})
 
+    def attested(self, tee: dict[str, Any]) -> None:
+        """Has who reads the record while the run goes on know what is proved of it."""
+        if self._writer is not None:
+            self._writer.update_meta(tee=tee)
+
     def text_to(self, recorder: Recorder, write: Say) -> Say:
         """``write``, which also records what it writes where the text is to be saved."""
         if self._writer is None or not self.save_text:

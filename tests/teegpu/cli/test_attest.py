@@ -20,6 +20,7 @@ from teegpu.attest.evidence import SGX, SNP, TDX, Evidence
 from teegpu.attest.policy import Policy
 from teegpu.attest.simulated import quote as simulated_quote
 from teegpu.attest.verify import claims_of
+from tests.conftest import TinyModel
 from tests.teegpu.attest import pki
 from tests.teegpu.attest.test_verify import BINDING, SAMPLES, SETTINGS, make
 from tests.teegpu.cli.conftest import Start, Teegpu
@@ -140,6 +141,37 @@ def test_a_policy_from_an_endpoint_and_the_proxy_by_it(start: Start, teegpu: Tee
     refusing = teegpu("connect", endpoint.url, "--policy", written_other(policy), "--listen", "127.0.0.1:0")
     assert (refusing.code, "rule 'settings.privacy'" in refusing.err) == (12, True)
     endpoint.close()
+
+
+def test_the_demonstration_of_the_docs(start: Start, teegpu: Teegpu, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """An endpoint, a policy of what it shows, the proxy, and OpenAI's client; then a rule that it breaks."""
+    import openai
+
+    policy = tmp_path / "demo.toml"
+    free = ("--listen", "127.0.0.1:0")
+    given = ("--attest", "simulated", "--plan", "local", "--metrics-listen", "", "--threads", 1)
+    model = tiny_model("llama")
+    endpoint = start("api", *given, *free, "--model", model.path)
+    url = next(line for line in iter(endpoint.line, "") if "ready at https://" in line).split()[-1]
+    assert next(line for line in iter(endpoint.line, "") if "attested" in line).startswith("attested: SIMULATED")
+    assert teegpu("attest", "policy", "new", "--from", url, "--out", policy).code == 0
+
+    proxy = start("connect", url, "--policy", policy, *free)
+    lines = [proxy.line() for _ in range(5)]
+    assert lines[1].startswith("verified: privacy local, verify on, model ")
+    with openai.OpenAI(base_url=lines[4].split()[4] + "/v1", api_key="none", max_retries=0) as client:
+        made = client.completions.with_raw_response.create(model=model.path.name, prompt="abc", max_tokens=4)
+    assert made.headers["x-teegpu-verified"].startswith("simulated; key=")
+    assert made.parse().usage
+    policy.write_text(policy.read_text().replace('privacy = ["local"]', 'privacy = ["two-server"]'))
+    refused = teegpu("connect", url, "--policy", policy, *free)
+    assert (refused.code, refused.err) == (
+        12,
+        "teegpu: refused by rule 'settings.privacy': it runs with privacy local, and the policy accepts two-server\n",
+    )
+    for process in (proxy, endpoint):
+        process.send_signal(signal.SIGTERM)
+        assert process.finish().code == 0
 
 
 def written_other(policy: Path) -> Path:

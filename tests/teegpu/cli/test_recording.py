@@ -16,11 +16,13 @@ import pytest
 import zstandard
 
 from teegpu.cli import recording
+from teegpu.cli.recording import without_runner
 from teegpu.config import load
 from teegpu.model.folder import ModelFolder
 from teegpu.record import events as ev
 from teegpu.record.run import RunFolder
 from teegpu.record.store import RunStore, open_store
+from teegpu.stats import environment
 from teegpu.stats.document import recorded
 from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import LocalServer, Outcome, Start, Teegpu, until
@@ -309,3 +311,13 @@ def test_a_record_that_only_the_run_knows_of(monkeypatch: pytest.MonkeyPatch, st
 
 
 # Measuring it
+
+
+def test_what_is_attested_is_in_a_record_as_soon_as_it_is_known(store: RunStore) -> None:
+    settings, start = load({}), environment.Start.now()
+    with recording.Recording(settings, start, without_runner(settings, start, "failed"), prompt=None, say=print) as one:
+        found = only(store)
+        assert found.meta()["tee"]["attested"] is False
+        one.attested(found.meta()["tee"] | {"attested": True})
+        until(lambda: found.meta()["tee"]["attested"] is True)
+        assert found.status == "running"
