@@ -20,7 +20,7 @@ from teegpu.config import Config
 from teegpu.errors import RecordError, nearest
 from teegpu.files import Lock, expanded, locked, private_folder, user_folder
 from teegpu.record import database
-from teegpu.record.run import FAILED, LOCK, RunFolder
+from teegpu.record.run import FAILED, INTERRUPTED, LOCK, RunFolder
 from teegpu.record.writer import RunWriter
 
 LAST: Final = "last"
@@ -72,7 +72,7 @@ class RunStore:
         return [run for _, run in self._ordered()]
 
     def find(self, name: str) -> RunFolder:
-        """The record that ``name`` means: ``last`` (not one that failed before it had computed anything, if there is
+        """The record that ``name`` means: ``last`` (not one that ended before it had computed anything, if there is
         another), an id, or the beginning of one only. Raises ``RecordError``."""
         runs = self.all()
         if not runs:
@@ -162,10 +162,12 @@ def _looks_like_a_run(path: Path) -> bool:
 
 
 def _never_began(run: RunFolder) -> bool:
-    if run.status != FAILED:
+    if run.status not in (FAILED, INTERRUPTED):
         return False
     try:
-        phases = (run.document() or {}).get("phases") or {}
+        if (document := run.document()) is None:  # what was killed had no time to say what it had computed
+            return False
+        phases = document.get("phases") or {}
         return not any(figure for phase in phases.values() for figure in phase.values())
     except (RecordError, ValueError, AttributeError):  # the last: a document that is none of ours
         return False

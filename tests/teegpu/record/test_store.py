@@ -170,17 +170,20 @@ def test_finding(store: RunStore) -> None:
             store.find(nonsense)
 
 
-def test_a_start_that_failed_is_not_the_last_run(store: RunStore) -> None:
+def test_a_start_that_came_to_nothing_is_not_the_last_run(store: RunStore) -> None:
     first = concluded(store, "20260101-100000-aaaaaa", "failed")
     assert store.find("last").id == first.id  # there is no other
     began = create(store, "20260101-110000-bbbbbb")
     began.finish({"status": "failed", "phases": {"prefill": {"seconds": 0.0, "rpc_calls": 3}}})
     began.close()
-    refused = create(store, "20260101-120000-cccccc")
-    refused.finish({"status": "failed", "phases": {"prefill": {"seconds": 0.0, "ops": {}}, "decode": {}}})
-    refused.close()
+    for name, status in (("20260101-120000-cccccc", "failed"), ("20260101-130000-dddddd", "interrupted")):
+        refused = create(store, name)
+        refused.finish({"status": status, "phases": {"prefill": {"seconds": 0.0, "ops": {}}, "decode": {}}})
+        refused.close()
     assert store.find("last").id == began.folder.id
     assert store.find("20260101-12").id == "20260101-120000-cccccc"
+    create(store, "20260101-140000-eeeeee").close()
+    assert store.find("last").id == "20260101-140000-eeeeee", "it was killed, perhaps in the middle of its work"
 
 
 def test_an_empty_store(store: RunStore) -> None:
