@@ -168,7 +168,8 @@ def _never_began(run: RunFolder) -> bool:
         if (document := run.document()) is None:  # what was killed had no time to say what it had computed
             return False
         phases = document.get("phases") or {}
-        return not any(figure for phase in phases.values() for figure in phase.values())
+        figures = [figure for phase in phases.values() for figure in phase.values()]
+        return not any(figure for figure in figures if isinstance(figure, (int, float)))
     except (RecordError, ValueError, AttributeError):  # the last: a document that is none of ours
         return False
 

@@ -139,6 +139,8 @@ def warnings(documents: Sequence[look.Document]) -> list[str]:
         if status != "complete":
             found.append(f"{_name(document, run)} is {status}: its figures are of a part")
         found += [f"{_name(document, run)}: {remark}" for remark in facts.remarks(document)]
+    if not any(measure.value(document) for measure in MEASURES for document in documents):
+        found.append("nothing was computed in any of them")
     return found
 
 

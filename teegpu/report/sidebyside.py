@@ -63,7 +63,10 @@ def _thresholds(comparison: Comparison) -> list[str]:
 
 
 def grids(comparison: Comparison, *, narrow: bool = False) -> list[Grid]:
-    """Two runs: one table. More: all values side by side, then each run against the first."""
+    """Two runs: one table. More: all values side by side, then each run against the first. None where no run has a
+    figure."""
+    if not comparison["figures"]:
+        return []
     places = range(len(comparison["runs"]))
     tables = []
     if len(places) > 2:

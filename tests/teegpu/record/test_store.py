@@ -178,7 +178,7 @@ def test_a_start_that_came_to_nothing_is_not_the_last_run(store: RunStore) -> No
     began.close()
     for name, status in (("20260101-120000-cccccc", "failed"), ("20260101-130000-dddddd", "interrupted")):
         refused = create(store, name)
-        refused.finish({"status": status, "phases": {"prefill": {"seconds": 0.0, "ops": {}}, "decode": {}}})
+        refused.finish({"status": status, "phases": {"prefill": {"seconds": 0.0, "busy": {"gpu_seconds": 0.0}}}})
         refused.close()
     assert store.find("last").id == began.folder.id
     assert store.find("20260101-12").id == "20260101-120000-cccccc"

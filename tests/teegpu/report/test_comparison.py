@@ -196,6 +196,14 @@ def test_two_runs() -> None:
     assert "passed ttft_seconds>5% (20260102-040000-fedcba)" in shown
 
 
+def test_runs_that_computed_nothing() -> None:
+    empty = document(phases={}, latency={}, link={}, memory={}, limit={}, generated_tokens=0, endpoints=[])
+    shown = table(80, empty, empty)
+    assert "! nothing was computed in any of them" in shown
+    assert "against" not in shown
+    assert "nothing was computed" in compared_markdown(comparison([empty, empty]))
+
+
 @pytest.mark.parametrize("width", [60, 73, 74, 80, 100])
 def test_it_fits(width: int) -> None:
     shown = table(width, document(), other())
