@@ -52,7 +52,8 @@ def takes_settings(
             for name, (key, flag) in taken.items():
                 value = _value(flag, given.pop(name))
                 if value is not None:
-                    value = config.checked(key, value, _names(key, flag)[-1])
+                    long = next(spelled for spelled in _names(key, flag) if spelled.startswith("--"))
+                    value = config.checked(key, value, long)
                 for each in filter(None, (key, flag.also)):
                     # A setting's own option comes after one that gives it as well.
                     flags[each] = flags.get(each) if value is None else value

@@ -100,9 +100,11 @@ def spec_of(shape: Shape, name: str) -> ModelSpec:
     if row is None:
         raise UsageError(f"unknown architecture '{shape.architecture}': choose one of {', '.join(ARCHITECTURES)}")
     least = {"layers": 1, "hidden": 1, "context": 1, "rope_theta": 1, "rms_eps": 1e-12, "vocab": SMALLEST_VOCABULARY}
+    default = asdict(Shape())
     for key, value in asdict(shape).items():
         if not isinstance(value, str) and value < least.get(key, 0):
-            raise UsageError(f"{key}={value} in the shape is too small: {least.get(key, 0)} is the least")
+            wrong = f"the shape says no {key}" if value == default[key] else f"{key}={value} in the shape is too small"
+            raise UsageError(f"{wrong}: {key}={least.get(key, 0)} is the least")
     head_dim = shape.head_dim or (shape.hidden // shape.heads if shape.heads else min(64, shape.hidden))
     heads = shape.heads or max(1, shape.hidden // max(1, head_dim))
     kv_heads = shape.kv_heads or heads
