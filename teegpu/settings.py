@@ -382,10 +382,18 @@ class ServerSettings:
     )
     threads: int = setting(
         0,
-        "Threads that it computes with on the CPU. 0: all cores.",
+        "Threads that it computes with on the CPU, all ranks together. 0: all cores.",
         Flag("serve", "CPU threads; 0: all cores."),
         minimum=0,
         maximum=4096,
+    )
+    ranks: int = setting(
+        1,
+        "Processes that compute together, each with its part of every matrix. On CUDA one for each device, from cuda:0 "
+        "on; on a CPU they share its threads.",
+        Flag("serve", "Processes that each hold a part of every matrix; on CUDA one for each device.", metavar="N"),
+        minimum=1,
+        maximum=64,
     )
     layers: str = setting(
         "",

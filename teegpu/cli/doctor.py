@@ -242,9 +242,10 @@ def server(endpoint: Endpoint, config: Config) -> Iterator[Check]:
     welcome, facts = found.welcome, _facts(text, found)
     first, last = welcome.layers
     part = f", layers {first}-{last}" if last - first + 1 != welcome.dims.get("layers") else ""
+    ranks = f", {welcome.ranks} ranks" if welcome.ranks > 1 else ""
     detail = (
         f"{endpoint.address} answers in {found.rtt_seconds * 1e3:.2f} ms: {welcome.model} ({welcome.digest[:12]}) on "
-        f"{welcome.device} in {welcome.dtype}{part}, version {welcome.software}"
+        f"{welcome.device} in {welcome.dtype}{part}{ranks}, version {welcome.software}"
     )
     yield Check("server", "ok", detail, facts=facts)
     yield Check("load", "warn" if found.health.draining else "ok", load_line(found.health), facts={"endpoint": text})

@@ -11,8 +11,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -112,16 +113,23 @@ def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) ->
         )
     limits = wire_limits(settings)
     # Bind first: a port that is taken should cost neither the time of loading nor that of torch.
-    with transports.listen(settings.server.bind, server_options(settings)) as transport:
+    with contextlib.ExitStack() as stack:
+        transport = stack.enter_context(transports.listen(settings.server.bind, server_options(settings)))
         with torchload.importing():
             import torch
 
             from teegpu.gpu import server as gpu
+            from teegpu.gpu.group import Group
             from teegpu.model.weights import WeightStore
 
         spec = read_spec(folder)
         layers = held_layers(settings, spec.layers)
-        torch.set_num_threads(settings.server.threads or machine.available_cores())
+        threads, ranks = settings.server.threads or machine.available_cores(), settings.server.ranks
+        torch.set_num_threads(max(1, threads // ranks))
+        group = None
+        if ranks > 1:
+            lost = partial(_begin_anew, settings, console, stop, transport.address)
+            group = stack.enter_context(Group(ranks, lost))
         with WeightStore(folder, spec) as store, shown(quiet=quiet) as progress:
             executor, identity = gpu.load(
                 store,
@@ -132,6 +140,7 @@ def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) ->
                 layers=layers,
                 shield=settings.server.shield,
                 weights=settings.server.weights,
+                group=group,
                 progress=lambda share: progress(f"loading {spec.name}", share),
             )
         # The runner of an embedded server has no use for answers any more.
@@ -151,15 +160,36 @@ def _serve(settings: Config, stop: Stop, console: Console, *, embedded: bool) ->
         _tell(settings, console, text, event="end", requests_served=count, requests_refused=refused)
 
 
+def _begin_anew(settings: Config, console: Console, stop: Stop, address: str, reason: str) -> NoReturn:
+    """Where ranks are lost: this process begins again as the same command, at the same ``address``. Clients see a lost
+    connection, and ask again."""
+    again = stop.serving and not stop.asked
+    text = f"{reason}: {'all ranks begin again' if again else 'the server ends'}"
+    _tell(settings, console, text, logging.ERROR, "rank-lost", reason=reason)
+    if not again:
+        os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor > 2:
+            with contextlib.suppress(OSError):  # that of the listing itself
+                os.set_inheritable(descriptor, False)
+    command = [sys.executable, *sys.orig_argv[1:]]
+    # Port 0 has become another one; it may have been asked for in a file.
+    same = [part.replace(settings.server.bind, address) for part in command]
+    os.execv(sys.executable, same if same != command or address == settings.server.bind else [*same, "--bind", address])
+
+
 class Stop:
     """SIGINT and SIGTERM while it is entered: the first one ends the server after what it has to answer, or loading at
-    once (as ``KeyboardInterrupt``); a second one does not wait. ``serving``: whether loading is over.
+    once (as ``KeyboardInterrupt``); a second one does not wait. ``serving``: whether loading is over; ``asked``:
+    whether one came.
     """
 
     def __init__(self) -> None:
         self.serving = False
         self._server: GpuServer | None = None
-        self._asked = False
+        self.asked = False
         self._previous: dict[int, object] = {}
         self._seen = 0
         self._over = threading.Event()
@@ -185,7 +215,7 @@ class Stop:
             os._exit(errors.EXIT_INTERRUPTED)
 
     def _on_signal(self, *_: object) -> None:
-        again, self._asked = self._asked, True
+        again, self.asked = self.asked, True
         if self._server is not None and not again:
             self._server.stop()
         elif not self.serving or again:
@@ -196,7 +226,7 @@ class Stop:
         """Within it, signals end ``server``; one that came before raises ``KeyboardInterrupt``."""
         self._server = server
         # Python drops an exception that a signal raises inside a destructor or a callback of C code: look again.
-        if self._asked:
+        if self.asked:
             raise KeyboardInterrupt
         self.serving = True
         try:
@@ -305,6 +335,7 @@ def _banner(settings: Config, console: Console, address: str, identity: Identity
             "device": identity.device,
             "dtype": identity.dtype,
             "layers": list(identity.layers or (0, identity.spec.layers - 1)),
+            "ranks": identity.ranks,
             "weight_bytes": identity.memory_bytes,
             "ring_bytes": 0 if ring is None else ring.nbytes,
             "shield": settings.server.shield,
@@ -321,6 +352,7 @@ def _banner(settings: Config, console: Console, address: str, identity: Identity
         f"{human_bytes(identity.memory_bytes)} of weights",
         *([f"{human_bytes(ring.nbytes)} of int8 weights"] if ring is not None and ring.made else []),
         f"{identity.threads} CPU thread{'s' * (identity.threads != 1)}",
+        *([f"{identity.ranks} ranks, with as many weights each"] if identity.ranks > 1 else []),
         *_part(identity),
         f"protocol {PROTOCOL_VERSION}",
         f"digest {identity.digest[:12]}",

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Final
 
 import torch
 
 from teegpu.gpu.cuda import Device, Mark
+from teegpu.gpu.ranks import MAKE_RING, Ranks
 from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.weights import DeviceWeights
 from teegpu.kernels import Matrix, convert
@@ -26,7 +28,7 @@ from teegpu.ringkernels import scratch_bytes
 from teegpu.wire.dtypes import narrow, nbytes
 from teegpu.wire.layout import Layout, Row, layout_of
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_BYTES, REMEMBERED_STEPS, Limits
-from teegpu.wire.program import RING, Program, Shape, ShapeError, Step, infer_shapes, report_name
+from teegpu.wire.program import RING, Program, Shape, ShapeError, Step, infer_shapes, report_name, unpack
 
 _REPLY_HEADER_BYTES = 8 * 1024
 _NOT_OFFERED = "this server does not compute shielded products: its server.shield is off"
@@ -34,6 +36,9 @@ _MACS_PER_THREAD = 2**38
 _MACS_ON_CUDA = 2**44
 """Of a program, where ``limits.program_macs`` is 0: some ten seconds of a core, the longest that one program then keeps
 others waiting; an H200 takes less than one."""
+_PRODUCTS = frozenset({"linear", RING})
+_CUT = _PRODUCTS | {"embedding"}
+"""Operations with weights that are cut where there are several ranks."""
 _QUANTISING_BYTES = 12
 """Per value at most, while an output is brought into int8: it is there in fp32, padded, and divided by its scales."""
 
@@ -51,11 +56,13 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compiled:
-    """A checked program for inputs of one shape, the reply's ``layout``, and the bytes of its registers and reply."""
+    """A checked program for inputs of one shape, the reply's ``layout``, and the bytes of its registers and reply.
+    ``shared``: all ranks compute it."""
 
     kernels: tuple[Kernel, ...]
     layout: Layout
     nbytes: int
+    shared: bool
 
 
 @dataclass(slots=True)
@@ -78,7 +85,8 @@ class Executor:
     """Executes programs on one device. One thread at a time.
 
     Tensors come in as the wire gave them (on the CPU, in their wire dtype) and leave as frames for the wire. ``ring``
-    has the matrices for programs in the ring; None: they are refused.
+    has the matrices for programs in the ring; None: they are refused. ``ranks``: those that compute together with this
+    one, each with its part of the weights; the first one runs programs, the others ``follow``.
     """
 
     def __init__(
@@ -88,9 +96,11 @@ class Executor:
         clock: Clock = time.perf_counter,
         *,
         ring: RingWeights | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.weights = weights
         self.ring = ring
+        self._ranks = ranks
         self.limits = limits
         self._clock = clock
         self.working_bytes = 0
@@ -100,10 +110,13 @@ class Executor:
         self._loaded_bytes = weights.nbytes
         self._device = Device(weights.device) if weights.device.type == "cuda" else None
         usual = _MACS_PER_THREAD * torch.get_num_threads() if self._device is None else _MACS_ON_CUDA
-        self._most_macs = limits.program_macs or usual
+        self._most_macs = limits.program_macs or usual * weights.cut.ranks
+        if self._device is not None and ranks is not None:
+            self._device.replays = False  # what ranks tell each other is not recorded
         self._ring_bytes = 0
         """Of int8 weights that were made since."""
         self._compiled: OrderedDict[object, Compiled] = OrderedDict()
+        self._followed = lru_cache(REMEMBERED)(self._unpacked)
 
     def run(self, program: Program, inputs: Mapping[str, Operand], encodings: Mapping[str, str]) -> Execution:
         """Runs ``program`` on ``inputs`` and brings each output into the wire dtype that ``encodings`` names.
@@ -114,14 +127,15 @@ class Executor:
         self._check_kinds(program, inputs)
         compiled = self._compile(program, inputs, encodings)
         self._check_ids(program, inputs)
-        tensors = {name: _expanded(operand) for name, operand in inputs.items()}
+        tensors = {name: _expanded(inputs[name]) for name in program.inputs}
         prepared = self._clock()
         try:
-            if self._device is None:
-                frames, seconds = self._run_cpu(compiled, tensors)
-            else:
-                key = (compiled, *(tensor.dtype for tensor in tensors.values()))
-                frames, seconds = self._device.run(key, compiled.nbytes, tensors, partial(self._queue, compiled))
+            with self._along(program, compiled, tensors):
+                if self._device is None:
+                    frames, seconds = self._run_cpu(compiled, tensors)
+                else:
+                    key = (compiled, *(tensor.dtype for tensor in tensors.values()))
+                    frames, seconds = self._device.run(key, compiled.nbytes, tensors, partial(self._queue, compiled))
         except torch.OutOfMemoryError as error:
             raise ShapeError(
                 "out-of-memory",
@@ -146,12 +160,20 @@ class Executor:
     def _queue(self, compiled: Compiled, inputs: Mapping[str, torch.Tensor], mark: Mark) -> list[torch.Tensor]:
         """Converts ``inputs``, runs the kernels and makes the frames, all on the device of the inputs. Calls ``mark``
         after the first and after each kernel."""
+        registers = self._compute(compiled.kernels, inputs, mark, shared=compiled.shared)
+        return [narrow(registers[name], encoding) for name, _, encoding in compiled.layout.rows]
+
+    def _compute(
+        self, kernels: Sequence[Kernel], inputs: Mapping[str, torch.Tensor], mark: Mark, *, shared: bool
+    ) -> dict[str, torch.Tensor]:
+        if shared and self._ranks is not None:
+            self._ranks.share(inputs.values())
         registers = {name: self._convert(tensor) for name, tensor in inputs.items()}
         mark()
-        for kernel in compiled.kernels:
+        for kernel in kernels:
             registers[kernel.output] = kernel.function(*[registers[name] for name in kernel.inputs])
             mark()
-        return [narrow(registers[name], encoding) for name, _, encoding in compiled.layout.rows]
+        return registers
 
     def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
         dtype = tensor.dtype
@@ -161,15 +183,66 @@ class Executor:
             else convert(tensor, self.weights.dtype)
         )
 
-    def make_ring(self) -> RingWeights:
+    def make_ring(self, progress: Callable[[float], None] = lambda _: None) -> RingWeights:
         """The int8 matrices, made where they are not yet. Raises ``ShapeError`` where they are not offered."""
         if self.ring is None:
             raise ShapeError("not-offered", _NOT_OFFERED)
         if not self.ring.made:
             self._ring_bytes = self.ring.most_bytes
             self._update_working_bytes(0)
-            self.ring.make()
+            if self._ranks is not None and self._ranks.first:
+                self._ranks.make_ring()
+            self.ring.make(progress)
         return self.ring
+
+    # With others
+
+    def follow(self) -> None:
+        """Computes what the first rank runs, its own part of it, for as long as that one is there."""
+        assert self._ranks is not None
+        while True:
+            kind, packed, inputs = self._ranks.receive()
+            if kind == MAKE_RING:
+                self.make_ring()
+                continue
+            known = self._followed if len(packed) <= REMEMBERED_BYTES else self._unpacked
+            program, kernels = known(packed)
+            with torch.inference_mode(), torch.cuda.device(self.weights.device) if self._device else nullcontext():
+                registers = dict(zip(program.inputs, inputs, strict=True))
+                self._compute(kernels, registers, lambda: None, shared=True)
+
+    def _unpacked(self, packed: bytes) -> tuple[Program, tuple[Kernel, ...]]:
+        """A program that the first rank has checked."""
+        program = unpack(packed, max_steps=len(packed), max_registers=len(packed))
+        return program, self._kernels(program)
+
+    def _along(
+        self, program: Program, compiled: Compiled, inputs: Mapping[str, torch.Tensor]
+    ) -> AbstractContextManager[None]:
+        """Within it, other ranks compute the program as well, where they have a part in it."""
+        if self._ranks is None or not compiled.shared:
+            return nullcontext()
+        return self._ranks.running(program.packed, list(inputs.values()))
+
+    def summed(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of what all ranks have of a register."""
+        return part if self._ranks is None else self._ranks.summed(part)
+
+    def _kernels(self, program: Program) -> tuple[Kernel, ...]:
+        """The steps of ``program`` that this rank computes: all, or those that it has a part in, or reads again."""
+        read = {name for step in program.steps for name in step.inputs}
+        kernels = []
+        for step in program.steps:
+            again = step.output in read
+            function = KERNELS[step.op](self, step)
+            if self._ranks is not None:
+                if step.op in _PRODUCTS:
+                    outputs = [(self.weights.shape(name) or ())[0] for name in step.weights]
+                    function = self._ranks.whole(function, outputs, everywhere=again)
+                elif step.op not in _CUT and not again and not self._ranks.first:
+                    continue
+            kernels.append(Kernel(step.output, step.inputs, function, report_name(step)))
+        return tuple(kernels)
 
     # Checking
 
@@ -204,6 +277,8 @@ class Executor:
         needed = held = sum(math.prod(shape) for shape in shapes.values()) * itemsize + reply
         if program.in_ring:
             needed += max(_ring_scratch_bytes(step, shapes) for step in program.steps)
+        if self._ranks is not None:
+            needed += held  # what ranks have of a register, beside it
         needed += _QUANTISING_BYTES * max(
             math.prod(shapes[name]) if encodings[name] == "int8" else 0 for name in program.outputs
         )
@@ -222,11 +297,9 @@ class Executor:
                 "(run.chunk_tokens)",
             )
         self._plan_memory(program, needed)
-        kernels = [
-            Kernel(step.output, step.inputs, KERNELS[step.op](self, step), report_name(step)) for step in program.steps
-        ]
         layout = layout_of(tuple(Row(name, shapes[name], encodings[name]) for name in program.outputs))
-        return Compiled(tuple(kernels), layout, held)
+        shared = any(step.op in _CUT for step in program.steps)
+        return Compiled(self._kernels(program), layout, held, shared)
 
     def _plan_memory(self, program: Program, needed: int) -> None:
         self._needed_bytes = max(self._needed_bytes, needed)
@@ -265,7 +338,7 @@ class Executor:
     def _check_ids(self, program: Program, inputs: Mapping[str, Operand]) -> None:
         """What shapes do not tell. Done on the CPU, before anything is on the device."""
         for name in program.id_registers:
-            vocabulary = self.weights.tensor("embed_tokens").shape[0]
+            vocabulary = (self.weights.shape("embed_tokens") or (0,))[0]
             low, high = torch.aminmax(_expanded(inputs[name]))
             if int(low) < 0 or int(high) >= vocabulary:
                 raise ShapeError("bad-shape", f"a token id is outside of the vocabulary of {vocabulary}")
@@ -305,7 +378,19 @@ def _scale(executor: Executor, step: Step) -> Callable[..., torch.Tensor]:
 
 def _embedding(executor: Executor, step: Step) -> Callable[..., torch.Tensor]:
     table = executor.weights.tensor(step.weights[0])
-    return lambda ids: torch.nn.functional.embedding(ids.to(torch.int64), table)
+    rows = (executor.weights.shape(step.weights[0]) or (0,))[0]
+    if len(table) == rows:
+        return lambda ids: torch.nn.functional.embedding(ids.to(torch.int64), table)
+    first = executor.weights.cut.of(rows).start
+
+    def look_up(ids: torch.Tensor) -> torch.Tensor:
+        # What other ranks hold is zero here.
+        places = ids.to(torch.int64) - first
+        held = (places >= 0) & (places < len(table))
+        found = torch.nn.functional.embedding(places.where(held, 0), table)
+        return executor.summed(found.where(held[:, None], 0))
+
+    return look_up
 
 
 KERNELS: Final[Mapping[str, Callable[[Executor, Step], Callable[..., torch.Tensor]]]] = {

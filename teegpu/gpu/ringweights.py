@@ -17,6 +17,7 @@ import torch
 
 from teegpu import machine, ring
 from teegpu.model.spec import GROUPS, ModelSpec
+from teegpu.model.weights import WHOLE, Cut
 
 log = logging.getLogger("teegpu.gpu")
 
@@ -28,7 +29,7 @@ _ROOMY_BYTES: Final = 5
 class Store(Protocol):
     """The part of a ``WeightStore`` that is needed."""
 
-    def load_whole(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> None: ...
+    def load_whole(self, name: str, weight: torch.Tensor, scale: torch.Tensor, first: int | None = None) -> None: ...
 
 
 class RingWeights:
@@ -36,7 +37,7 @@ class RingWeights:
 
     ``open_store`` opens the model's files, once, when the matrices are made. On a CPU a matrix takes 4 bytes per value
     where that makes products of few rows quicker and memory allows it (all together at most half of what is free),
-    else 1.
+    else 1. ``cut``: the part of each that is held.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class RingWeights:
         *,
         device: torch.device,
         layers: tuple[int, int],
+        cut: Cut = WHOLE,
     ) -> None:
         self.digest = ""
-        """``ring.combined`` of all matrices; empty while they are not made."""
+        """``ring.combined`` of all matrices, uncut, where this is rank 0; empty while they are not made."""
+        self._cut = cut
         self._open_store = open_store
         self._spec = spec
         self._device = device
@@ -81,7 +84,7 @@ class RingWeights:
     @property
     def most_bytes(self) -> int:
         """The most that they will take."""
-        return self._values * (_ROOMY_BYTES if self._roomy else 1)
+        return -(-self._values // self._cut.ranks) * (_ROOMY_BYTES if self._roomy else 1)
 
     @property
     def _roomy(self) -> bool:
@@ -107,19 +110,24 @@ class RingWeights:
 
     def _make_group(self, store: Store, group: tuple[str, ...], roomy: bool, digests: dict[str, bytes]) -> None:
         shapes = [self._spec.weights[name] for name in group]
-        whole = torch.empty((sum(shape[0] for shape in shapes), shapes[0][1]), dtype=torch.int8)
+        held = torch.empty((sum(self._cut.rows(rows) for rows, _ in shapes), shapes[0][1]), dtype=torch.int8)
+        starts: dict[str, int] = {}
         start = 0
         for name, shape in zip(group, shapes, strict=True):
-            part = whole[start : start + shape[0]]
-            scale = torch.empty(shape[0], dtype=torch.float32)
-            store.load_whole(name, part, scale)
-            digests[name] = ring.digest(part, scale)
-            start += shape[0]
-        matrix = self._matrices[group] = ring.RingMatrix(whole.to(self._device), roomy=roomy)
-        start = 0
-        for name, shape in zip(group, shapes, strict=True):
-            self._places[name] = (matrix, start)
-            start += shape[0]
+            part = self._cut.of(shape[0])
+            starts[name], place = start, held[start : start + part.stop - part.start]
+            if self._cut.rank:
+                store.load_whole(name, place, torch.empty(len(place)), part.start)
+            else:  # The digest is of whole matrices, so the first rank reads them whole.
+                whole = place if len(place) == shape[0] else torch.empty(shape, dtype=torch.int8)
+                scale = torch.empty(shape[0])
+                store.load_whole(name, whole, scale)
+                digests[name] = ring.digest(whole, scale)
+                if whole is not place:
+                    place.copy_(whole[part])
+            start += len(place)
+        matrix = self._matrices[group] = ring.RingMatrix(held.to(self._device), roomy=roomy)
+        self._places |= {name: (matrix, start) for name, start in starts.items()}
 
     def matrix(self, *names: str) -> ring.RingMatrix | None:
         """As ``DeviceWeights.matrix``: one projection, or neighbours that share an input. All are made first, where
@@ -128,5 +136,5 @@ class RingWeights:
         found = self._matrices.get(names)
         if found is None and len(names) == 1 and names[0] in self._places:
             merged, start = self._places[names[0]]
-            found = self._matrices[names] = merged.rows(start, start + self._spec.weights[names[0]][0])
+            found = self._matrices[names] = merged.rows(start, start + self._cut.rows(self._spec.weights[names[0]][0]))
         return found

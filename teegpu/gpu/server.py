@@ -18,12 +18,13 @@ import torch
 from teegpu import __version__, machine
 from teegpu.errors import ConfigError, MismatchError, WireError, nearest
 from teegpu.gpu.executor import Executor
+from teegpu.gpu.group import Group
 from teegpu.gpu.load import Busy
 from teegpu.gpu.ringweights import RingWeights
 from teegpu.gpu.weights import DeviceWeights
-from teegpu.kernels import DTYPES, int8_rows, products_in, quickest_dtype
-from teegpu.model.spec import ModelSpec
-from teegpu.model.weights import WeightStore
+from teegpu.kernels import DTYPES, dtype_name, int8_rows, products_in, quickest_dtype
+from teegpu.model.spec import PROJECTIONS, ModelSpec
+from teegpu.model.weights import WHOLE, WeightStore
 from teegpu.options import frame_kinds
 from teegpu.wire import codec
 from teegpu.wire.limits import MAX_LABEL_LENGTH, Limits
@@ -37,7 +38,8 @@ log = logging.getLogger("teegpu.gpu")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the server says of itself in ``Welcome``. ``layers``: the first and the last one held; None: all."""
+    """What the server says of itself in ``Welcome``. ``layers``: the first and the last one held; None: all.
+    ``threads``: of all ``ranks`` together; ``memory_bytes``: of each."""
 
     spec: ModelSpec
     digest: str
@@ -46,6 +48,7 @@ class Identity:
     threads: int
     memory_bytes: int
     layers: tuple[int, int] | None = None
+    ranks: int = 1
 
 
 class GpuServer:
@@ -185,6 +188,7 @@ class GpuServer:
             weight_bytes=me.memory_bytes,
             ring_bytes=0 if self._executor.ring is None else self._executor.ring.nbytes,
             draining=self._stopping,
+            ranks=me.ranks,
         )
 
     def _welcome(self, hello: Hello) -> Welcome:
@@ -212,6 +216,7 @@ class GpuServer:
             },
             layers=me.layers or (0, me.spec.layers - 1),
             ring_digest="" if ring is None else ring.digest,
+            ranks=me.ranks,
         )
 
 
@@ -229,6 +234,23 @@ def pick_device(name: str) -> torch.device:
     if int(parts[1] or 0) >= found:
         raise ConfigError(f"server.device: {name!r} is not here, torch sees {found} CUDA device(s); use cpu or auto")
     return torch.device(name)
+
+
+def pick_ranks(ranks: int, device: torch.device, spec: ModelSpec) -> torch.device:
+    """``device``, or that of the first of ``ranks``. Raises ``ConfigError`` where there can't be as many."""
+    if ranks == 1:
+        return device
+    rows = min(spec.linear_shape(projection)[0] for projection in PROJECTIONS)
+    if ranks > rows:
+        raise ConfigError(f"server.ranks = {ranks}: a matrix of {spec.name} has {rows} rows, which is the most")
+    if device.type == "cpu":
+        return device
+    if str(device) != "cuda":
+        raise ConfigError(f"server.ranks = {ranks} takes the devices from cuda:0 on: give server.device = cuda or cpu")
+    found = torch.cuda.device_count()
+    if ranks > found:
+        raise ConfigError(f"server.ranks = {ranks}: torch sees {found} CUDA device(s), one is needed for each rank")
+    return torch.device("cuda", 0)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -257,13 +279,16 @@ def load(
     layers: tuple[int, int] | None = None,
     shield: str = "auto",
     weights: str = "full",
+    group: Group | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Executor, Identity]:
     """Loads the model, or these ``layers`` of it (the first and the last one), onto the device and returns what serves
     it. The digest is that of the whole model: its files are read for it, but not kept. ``shield``: the int8 weights for
     shielded products are made now (on), when they are asked for (auto), or never (off). ``weights``: full, or int8.
-    Raises ``ModelError``, and ``ConfigError`` for a device, dtype or weights that can't be."""
-    where = pick_device(device)
+    ``group``: the ranks that compute together, of which this is the first. Raises ``ModelError``, and ``ConfigError``
+    for a device, dtype, weights or ranks that can't be."""
+    cut = WHOLE if group is None else group.cut
+    where = pick_ranks(cut.ranks, pick_device(device), spec)
     kind = pick_dtype(dtype, where)
     int8 = weights == "int8"
     if int8 and where.type != "cpu":
@@ -271,16 +296,36 @@ def load(
     if int8 and not int8_rows(kind):
         log.warning("server.weights = int8: this processor has no quick product for them, so nothing is gained")
     told, part = progress or (lambda _: None), 0.5 if shield == "on" else 1.0
+    if group is not None:
+        group.start(
+            model=spec.name,
+            path=str(store.folder.path),
+            device=where.type,
+            dtype=dtype_name(kind),
+            threads=torch.get_num_threads(),
+            layers=layers or (0, spec.layers - 1),
+            int8=int8,
+            ring=shield != "off",
+        )
     held = DeviceWeights(
-        store, spec, device=where, dtype=kind, layers=layers, int8=int8, progress=lambda share: told(part * share)
+        store,
+        spec,
+        device=where,
+        dtype=kind,
+        layers=layers,
+        int8=int8,
+        cut=cut,
+        progress=lambda share: told(part * share),
     )
     label = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
     computes = products_in(kind, int8=int8)
-    identity = Identity(spec, store.digest(), label, computes, torch.get_num_threads(), held.nbytes, held.layers)
-    ring = None if shield == "off" else RingWeights(store.reopen, spec, device=where, layers=held.layers)
-    if ring is not None and shield == "on":
-        ring.make(lambda share: told(part + part * share))
-    return Executor(held, limits, ring=ring), identity
+    threads = cut.ranks * torch.get_num_threads()
+    identity = Identity(spec, store.digest(), label, computes, threads, held.nbytes, held.layers, cut.ranks)
+    ring = None if shield == "off" else RingWeights(store.reopen, spec, device=where, layers=held.layers, cut=cut)
+    executor = Executor(held, limits, ring=ring, ranks=None if group is None else group.meet(where))
+    if shield == "on":
+        executor.make_ring(lambda share: told(part + part * share))
+    return executor, identity
 
 
 def _message(encoded: codec.Encoded) -> Message:

@@ -13,7 +13,7 @@ import torch
 
 from teegpu.kernels import Matrix
 from teegpu.model.spec import GROUPS, ModelSpec
-from teegpu.model.weights import WeightStore, load_matrix
+from teegpu.model.weights import WHOLE, Cut, WeightStore, load_matrix
 
 
 class DeviceWeights:
@@ -21,7 +21,8 @@ class DeviceWeights:
     ``int8`` where that is asked for, on a CPU.
 
     ``layers``, the first and the last one to hold, loads the weights that are placed with these alone (see
-    ``ModelSpec.layer_of``); None loads all. ``progress`` is called with the fraction that is done, 0 to 1. Raises
+    ``ModelSpec.layer_of``); None loads all. ``cut``: the part of each matrix, and of the embedding, that is held; norms
+    are held whole. ``progress`` is called with the fraction that is done, 0 to 1. Raises
     ``ModelError`` for a file that can't be read.
     """
 
@@ -34,9 +35,11 @@ class DeviceWeights:
         dtype: torch.dtype,
         layers: tuple[int, int] | None = None,
         int8: bool = False,
+        cut: Cut = WHOLE,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         self.spec = spec
+        self.cut = cut
         self.layers = layers or (0, spec.layers - 1)
         self.device = device
         self.dtype = dtype
@@ -67,14 +70,16 @@ class DeviceWeights:
             progress((layer + 1 - first) / (last + 1 - first))
 
     def _load_tensor(self, store: WeightStore, spec: ModelSpec, name: str) -> None:
-        self._shapes[name] = spec.weights[name]
-        self._tensors[name] = torch.empty(spec.weights[name], dtype=self.dtype, device=self.device)
-        store.load_into(name, self._tensors[name])
+        self._shapes[name] = shape = spec.weights[name]
+        part = self.cut.of(shape[0]) if len(shape) > 1 else slice(0, shape[0])
+        shape = (part.stop - part.start, *shape[1:])
+        self._tensors[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        store.load_into(name, self._tensors[name], part.start)
         self._bytes += self._tensors[name].nbytes
 
     def _load_matrix(self, store: WeightStore, spec: ModelSpec, names: tuple[str, ...]) -> None:
         shapes = tuple(spec.weights[name] for name in names)
-        matrix = load_matrix(store, spec, names, self.dtype, int8=self.int8, device=self.device)
+        matrix = load_matrix(store, spec, names, self.dtype, int8=self.int8, device=self.device, cut=self.cut)
         self._add_matrix(names, shapes, matrix, owned=True)
 
     def _add_matrix(
@@ -88,25 +93,25 @@ class DeviceWeights:
         for name, shape in zip(names, shapes, strict=True):
             self._shapes[name] = shape
             self._places.setdefault(name, (matrix, start))
-            start += shape[0]
+            start += self.cut.rows(shape[0])
         return matrix
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A norm's weight (hidden,), or the embedding (vocab, hidden)."""
+        """A norm's weight (hidden,), or the part of the embedding (vocab, hidden) that is held."""
         return self._tensors[name]
 
     def matrix(self, *names: str) -> Matrix | None:
-        """One projection, or neighbours that share an input as one matrix, (sum of outs, in). None where ``names`` are
-        not such neighbours, in their order, or no projection."""
+        """The parts that are held of one projection, or of neighbours that share an input as one matrix, (sum of outs,
+        in). None where ``names`` are not such neighbours, in their order, or no projection."""
         found = self._matrices.get(names)
         if found is None and len(names) == 1 and names[0] in self._places:
             merged, start = self._places[names[0]]
             shape = self._shapes[names[0]]
-            found = self._add_matrix(names, (shape,), merged.part(start, start + shape[0]), owned=False)
+            found = self._add_matrix(names, (shape,), merged.part(start, start + self.cut.rows(shape[0])), owned=False)
         return found
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of ``name``, or None for a name that programs may not use, or that is not held here."""
+        """The shape of ``name``, uncut, or None for a name that programs may not use, or that is not held here."""
         return self._shapes.get(name)
 
     def elsewhere(self, name: str) -> bool:

@@ -48,6 +48,30 @@ _Place = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of each matrix that is the share of ``rank``, one of ``ranks``: neighbouring rows, at most one more or
+    less than others have."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, rows: int) -> slice:
+        return slice(self.rank * rows // self.ranks, (self.rank + 1) * rows // self.ranks)
+
+    def rows(self, rows: int) -> int:
+        """How many of ``rows`` are in this part."""
+        part = self.of(rows)
+        return part.stop - part.start
+
+    def others(self) -> list[Cut]:
+        """Those of all ranks, in their order."""
+        return [replace(self, rank=rank) for rank in range(self.ranks)]
+
+
+WHOLE = Cut()
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
     """A weight in the files: ``tensor`` is its name there, ``offset`` is from the first byte of ``file``."""
 
@@ -169,9 +193,11 @@ class WeightStore:
         self.load_into(name, out)
         return out
 
-    def load_into(self, name: str, out: torch.Tensor) -> None:
-        """Copy the weight into ``out``, which has its shape, and any float dtype and device (it may be a slice)."""
-        entry = self._entry(name)
+    def load_into(self, name: str, out: torch.Tensor, first: int | None = None) -> None:
+        """Copy the weight into ``out``, which has its shape, and any float dtype and device (it may be a slice).
+
+        ``first``: only as many rows as ``out`` has, from this one on; a ``checked`` store reads weights whole."""
+        entry = self._part(name, first, out.shape[0])
         if tuple(out.shape) != entry.shape:
             raise ValueError(f"weight '{name}' has shape {entry.shape}, the destination {tuple(out.shape)}")
         offset, scale = adjustment_of(self._spec, name)
@@ -200,12 +226,15 @@ class WeightStore:
         if hasher is not None:
             self._note(entry, hasher.digest())
 
-    def load_whole(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    def load_whole(self, name: str, weight: torch.Tensor, scale: torch.Tensor, first: int | None = None) -> None:
         """The matrix as whole numbers, into ``weight``, int8 (out, in), and ``scale``, fp32 (out,): as the files have
-        it where they hold int8 with a scale for each row, else as ``ring.quantise`` makes it. Equal on all machines."""
-        entry = self._entry(name)
+        it where they hold int8 with a scale for each row, else as ``ring.quantise`` makes it. Equal on all machines.
+        ``first``: as in ``load_into``."""
+        entry = self._part(name, first, weight.shape[0])
         if not (isinstance(entry, _PackedEntry) and entry.packed.whole_numbers):
-            ring.quantise_into(self.load(name), weight, scale)
+            values = torch.empty(entry.shape, dtype=self.stored_dtype(name))
+            self.load_into(name, values, first)
+            ring.quantise_into(values, weight, scale)
             return
         tensors = self._tensors(entry)
         codes, scales = entry.packed.integers(tensors, entry.first, entry.first + entry.shape[0])
@@ -310,6 +339,18 @@ class WeightStore:
             return self._entries[name]
         except KeyError:
             raise ValueError(f"model '{self._folder.name}' has no weight '{name}'") from None
+
+    def _part(self, name: str, first: int | None, rows: int) -> _Entry | _PackedEntry:
+        entry = self._entry(name)
+        if first is None or (first, rows) == (0, entry.shape[0]):
+            return entry
+        if self._checked or not 0 <= first <= first + rows <= entry.shape[0]:
+            raise ValueError(f"rows {first} to {first + rows} of '{name}', {entry.shape}, can't be read alone")
+        shape = (rows, *entry.shape[1:])
+        if isinstance(entry, _PackedEntry):
+            return replace(entry, shape=shape, first=entry.first + first)
+        row_bytes = entry.size_bytes // entry.shape[0]
+        return replace(entry, shape=shape, offset=entry.offset + first * row_bytes, size_bytes=rows * row_bytes)
 
     def _open(self) -> None:
         """Opens the model's one file, or the shards that its index names, which says no more than that."""
@@ -493,22 +534,22 @@ def load_matrix(
     *,
     int8: bool = False,
     device: torch.device | str = "cpu",
+    cut: Cut = WHOLE,
 ) -> Matrix:
     """The matrices ``names``, which share an input, as one, one after the other, for products in ``dtype`` on
-    ``device``; ``int8``: of int8 weights, on a CPU."""
-    shapes = [spec.weights[name] for name in names]
-    whole = torch.empty(
-        (sum(shape[0] for shape in shapes), shapes[0][1]), dtype=torch.int8 if int8 else dtype, device=device
-    )
-    scale = torch.empty(whole.shape[0] if int8 else 0)
+    ``device``; ``int8``: of int8 weights, on a CPU. Of each its part by ``cut``."""
+    parts = [cut.of(spec.weights[name][0]) for name in names]
+    rows, columns = sum(part.stop - part.start for part in parts), spec.weights[names[0]][1]
+    whole = torch.empty((rows, columns), dtype=torch.int8 if int8 else dtype, device=device)
+    scale = torch.empty(rows if int8 else 0)
     start = 0
-    for name, shape in zip(names, shapes, strict=True):
-        part = slice(start, start + shape[0])
+    for name, part in zip(names, parts, strict=True):
+        place = slice(start, start + part.stop - part.start)
         if int8:
-            store.load_whole(name, whole[part], scale[part])
+            store.load_whole(name, whole[place], scale[place], part.start)
         else:
-            store.load_into(name, whole[part])
-        start = part.stop
+            store.load_into(name, whole[place], part.start)
+        start = place.stop
     return Int8Matrix(whole, scale, dtype) if int8 else Matrix(whole)
 
 

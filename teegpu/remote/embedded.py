@@ -143,6 +143,7 @@ def _environment(config: Config) -> dict[str, str]:
     """That of the server, with the settings that both ends of the connection share."""
     return child_environment(config, ("limits.", "compression.")) | {
         variable_name("server.layers"): "",  # the only server of its run holds all
+        variable_name("server.ranks"): "1",
         # It makes its int8 weights before it says that it is ready, and not while a hello waits.
         variable_name("server.shield"): "on" if whole_numbers(config) else "auto",
     }

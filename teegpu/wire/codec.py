@@ -92,6 +92,7 @@ def encode_welcome(message: Welcome) -> Encoded:
         "limits": message.limits,
         "layers": message.layers,
         "ring_digest": message.ring_digest,
+        "ranks": message.ranks,
     }
     return _encode([PROTOCOL_VERSION, "welcome", message.request_id, body])
 
@@ -387,13 +388,14 @@ def _welcome(request_id: int, body: object) -> Welcome:
         limits=_integers(body.get("limits"), "limits"),
         layers=_layers(body.get("layers")),
         ring_digest=_text(body.get("ring_digest"), "ring_digest"),
+        ranks=_integer(body.get("ranks"), "ranks"),
     )
 
 
 _REPORT_TEXTS = ("software", "instance", "model", "digest", "device", "dtype")
 _REPORT_COUNTS = (
     *("clients", "connections", "requests_served", "refused", "in_flight"),
-    *("waiting_requests", "waiting_bytes", "rss_bytes", "weight_bytes", "ring_bytes"),
+    *("waiting_requests", "waiting_bytes", "rss_bytes", "weight_bytes", "ring_bytes", "ranks"),
 )
 _REPORT_NUMBERS = ("uptime_seconds", "busy_share")
 

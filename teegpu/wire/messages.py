@@ -39,7 +39,8 @@ class Welcome:
     ``instance`` is random per server process; ``limits`` are the server's bounds by name. ``layers`` are the first and
     the last layer whose weights it holds: with the first of all goes the embedding, with the last of all the final norm
     and lm_head. The digest is that of the whole model, whatever part of it is held. ``ring_digest`` is
-    ``ring.combined`` of the int8 weights of these layers, in hex; empty while they are not made.
+    ``ring.combined`` of the int8 weights of these layers, in hex; empty while they are not made. ``ranks`` are the
+    processes that compute together, with ``threads`` in all; ``memory_bytes`` is what the weights take in each.
     """
 
     request_id: int
@@ -55,6 +56,7 @@ class Welcome:
     limits: dict[str, int]
     layers: tuple[int, int]
     ring_digest: str = ""
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,8 @@ class HealthReport:
     ``requests_served`` and ``refused`` count since the start. ``in_flight`` requests were taken and not answered yet;
     ``waiting_requests`` of them, with ``waiting_bytes``, wait for their turn. ``busy_share`` is the part of the last 10
     seconds, 0 to 1, in which it worked on requests. ``rss_bytes`` is its resident memory, ``weight_bytes`` that of the
-    weights, ``ring_bytes`` that of their int8 copies for products in the ring (0 while there are none). ``draining``:
-    it ends, and takes no more requests.
+    weights, ``ring_bytes`` that of their int8 copies for products in the ring (0 while there are none): of the first of
+    ``ranks``, where others have as much. ``draining``: it ends, and takes no more requests.
     """
 
     request_id: int
@@ -98,6 +100,7 @@ class HealthReport:
     weight_bytes: int
     ring_bytes: int
     draining: bool
+    ranks: int = 1
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,16 @@ Start = Callable[..., Process]
 def start() -> Iterator[Start]:
     """``start("run", "Hi")`` → a process; whatever is left of it and its group is killed after the test.
 
-    ``closed_stdin``: it has no standard input at all. Other keywords are those of ``Popen``.
+    ``closed_stdin``: it has no standard input at all. ``entry``: what Python runs. Other keywords are those of
+    ``Popen``.
     """
     with contextlib.ExitStack() as stack:
 
-        def make(*args: object, closed_stdin: bool = False, **options: Any) -> Process:
+        def make(
+            *args: object, closed_stdin: bool = False, entry: Sequence[str] = ("-m", "teegpu"), **options: Any
+        ) -> Process:
             options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-            command = [sys.executable, "-m", "teegpu", *map(str, args)]
+            command = [sys.executable, *entry, *map(str, args)]
             if closed_stdin:
                 command = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
             process = stack.enter_context(Process(command, text=True, start_new_session=True, **options))

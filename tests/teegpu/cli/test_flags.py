@@ -41,7 +41,7 @@ def a_value(key: str) -> str:
     if known.choices:
         return next(choice for choice in known.choices if choice != known.default)
     if isinstance(known.default, (int, float)):
-        return str(type(known.default)(1 if known.default != 1 else 0.5))
+        return str(type(known.default)(1 if known.default != 1 else 2 if isinstance(known.default, int) else 0.5))
     return {"server.device": "cpu", "server.layers": "0-3", "model.digest": "ab" * 32}.get(key, "words")
 
 

@@ -90,10 +90,11 @@ def test_layers_that_can_not_be(layers: str, message: str, teegpu: Teegpu, model
     assert message in done.err
 
 
-def test_an_embedded_server_holds_all_layers(
+def test_an_embedded_server_holds_all_layers_in_one_process(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, model: ModelFolder
 ) -> None:
     monkeypatch.setenv("TEEGPU_SERVER_LAYERS", "0-1")
+    monkeypatch.setenv("TEEGPU_SERVER_RANKS", "17")  # more than a matrix has rows
     done = run("--json")
     assert done.code == 0, done.err
     assert len(done.document["output"]["token_ids"]) == 6
