@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import guards, paired, replay, rpc, soak, transports
+from benchmarks import guards, paired, ranks, replay, rpc, soak, transports
 from teegpu.record import events as ev
 from tests.conftest import TinyModel
 
@@ -113,3 +113,10 @@ def test_guards(run: Run) -> None:
     shares = [result["share"] for result in document["results"]]
     assert {result["side"] for result in document["results"]} == {"runner", "server"}
     assert all(share > 0 for share in shares)
+
+
+def test_ranks(run: Run) -> None:
+    out, document = run(ranks, "--rows", 2, "--seconds", 0.01)
+    assert "| fused after MLP | 2 |" in out
+    assert [entry["metrics"]["rows"] for entry in document["results"]] == [2] * 6
+    assert all(len(entry["samples"]) >= 3 for entry in document["results"])
