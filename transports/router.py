@@ -42,6 +42,7 @@ from transports.sockets import (
     has_message,
     keep_alive,
     reserve_descriptors,
+    unforeseeable_names,
 )
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ class RouterServer(Server):
         self._last_client = b""
         self._handed_out_ns = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=_io_threads(options))
+        unforeseeable_names()
         self._socket = self._context.socket(zmq.ROUTER)
         try:
             self._gatekeeper = self._configure()

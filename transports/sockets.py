@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import itertools
@@ -98,6 +99,17 @@ def reserve_descriptors(connections: int) -> None:
             "fewer, or raise the system's limit (ulimit -Hn; LimitNOFILE= of systemd)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+# Names
+
+
+def unforeseeable_names() -> None:
+    """Before a ROUTER is made. zmq gives its connections numbers for names, one after the other from what C's ``rand``
+    says, which it seeds with nothing: the first is the same in each process. A peer may choose its own name, and zmq
+    ends the process where that is the next one's."""
+    with contextlib.suppress(AttributeError, OSError):  # a C library without it
+        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), sys.byteorder))
 
 
 # Monitors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ from pathlib import Path
 import pytest
 
 import transports
-from transports import Message, envelope
+from transports import Message, ServerOptions, envelope
 from transports.errors import BadAddressError, ConnectionLostError
+from transports.router import RouterServer
 
 MIB = 2**20
 DEADLINE_SECONDS = 30.0
@@ -105,13 +107,13 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-def greet(server: Server) -> socket.socket:
+def greet(server: Server, ready: bytes = READY) -> socket.socket:
     """A connection whose ZMTP handshake is done, as zmq's own DEALER does it."""
     peer = socket.create_connection(server.place)
     peer.settimeout(DEADLINE_SECONDS)
     peer.sendall(GREETING)
     take(peer, 64)
-    peer.sendall(b"\x04" + bytes([len(READY)]) + READY)
+    peer.sendall(b"\x04" + bytes([len(ready)]) + ready)
     kind, length = take(peer, 2)
     assert kind == 4
     take(peer, length)
@@ -386,3 +388,38 @@ def test_a_killed_server_s_address_can_be_taken_at_once(
             with pytest.raises(BadAddressError, match=r"another (server|program) listens there"):
                 transports.listen(first.address)
             well(other)
+
+
+FIRST_NAME = 0x6B8B4567
+"""What C's ``rand`` says first where nobody has seeded it, of glibc."""
+
+
+def test_names_that_zmq_would_give_to_others(start: Callable[..., Server]) -> None:
+    """zmq's own are a zero and a number that counts up; it ends the process where the next one's is taken."""
+    server = start()
+    with contextlib.ExitStack() as stack:
+        for ahead in range(32):
+            name = b"\x00" + struct.pack(">I", FIRST_NAME + ahead)
+            identity = b"\x08Identity" + struct.pack(">I", len(name)) + name
+            peer = stack.enter_context(greet(server, READY + identity))
+            peer.sendall(message(1, b"x"))
+        for _ in range(8):
+            well(stack.enter_context(transports.connect("zmq", server.address)))
+
+
+def test_no_two_servers_begin_with_the_same_name() -> None:
+    """Also where something in the process had C's ``rand`` begin at a place that is known."""
+    names = []
+    for _ in range(2):
+        ctypes.CDLL(None).srand(7)
+        with (
+            RouterServer("tcp://127.0.0.1:0", ServerOptions()) as server,
+            transports.connect("zmq", server.address) as client,
+        ):
+            sent = client.begin(Message([b"x"]))
+            incoming = server.next(DEADLINE_SECONDS)
+            assert incoming is not None
+            names.append(incoming.client)
+            server.reply(incoming, Message([b"x"]))
+            sent.wait()
+    assert names[0] != names[1]
