@@ -1,11 +1,15 @@
-"""The systemd units in the documentation are ones that systemd takes, and the image has all that it copies."""
+"""The systemd units in the documentation are ones that systemd takes; the image has all that it copies, and that
+starts."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,12 +38,44 @@ def test_both_sides_have_a_unit() -> None:
     assert set(UNITS) == {"teegpu.service", "teegpu-api.service"}
 
 
-def test_the_image_copies_what_there_is() -> None:
-    lines = (ROOT / "Containerfile").read_text("utf-8").splitlines()
-    copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
-    assert copied
-    for source in copied:
-        assert (ROOT / source).exists(), source
+LINES = (ROOT / "Containerfile").read_text("utf-8").splitlines()
+
+
+def test_what_the_image_copies_is_a_package_that_starts(tmp_path: Path) -> None:
+    """Nothing else of the checkout is in it, and the program is what its entry point names."""
+    for line in LINES:
+        if line.startswith("COPY "):
+            *sources, target = line.split()[1:]
+            for source in sources:
+                if (ROOT / source).is_dir():
+                    shutil.copytree(ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(ROOT / source, tmp_path / target)
+    with (tmp_path / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    for name in (project["project"]["readme"], *project["project"]["license-files"], "constraints.txt"):
+        assert (tmp_path / name).is_file(), name
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(
+        project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    )
+    (entry,) = [json.loads(line.removeprefix("ENTRYPOINT ")) for line in LINES if line.startswith("ENTRYPOINT ")]
+    (arguments,) = [json.loads(line.removeprefix("CMD ")) for line in LINES if line.startswith("CMD ")]
+    module, _, function = project["project"]["scripts"][entry[0]].partition(":")
+    code = f"import sys, {module} as m; assert m.__file__.startswith(sys.argv.pop(1)), m.__file__; m.{function}()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path), *entry[1:], *arguments],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage" in done.stdout
+
+
+def test_the_image_is_built_and_ended_as_the_page_says() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    arguments = {line.split()[1].partition("=")[0] for line in LINES if line.startswith("ARG ")}
+    assert set(re.findall(r"--build-arg (\w+)=", page)) <= arguments
     # It does not run as root, and is told to end as both sides expect.
-    assert "USER teegpu" in lines
-    assert "STOPSIGNAL SIGTERM" in lines
+    users = [found[1] for line in LINES if (found := re.search(r"useradd --uid (\d+)", line))]
+    assert f"The user is {users[0]}" in page
+    assert "USER teegpu" in LINES
+    assert "STOPSIGNAL SIGTERM" in LINES

@@ -6,6 +6,7 @@ another one, so that no kept prefix helps."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import ssl
 import time
@@ -48,7 +49,7 @@ class Took:
     """One request: when it was sent, when text came, in seconds of one clock; and tokens as the endpoint counts, or,
     where it does not, as many as pieces of text came."""
 
-    sent: float
+    sent: float = 0.0
     pieces: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     made: int = 0
@@ -57,34 +58,45 @@ class Took:
 
 async def run(load: Load, clients: int, requests: int, first: int = 0) -> tuple[list[Took], float]:
     """``requests`` requests of ``clients`` clients; what each took, and the seconds of all. ``first``: the number of
-    the first prompt; each number is another prompt."""
-    text = " ".join(" ".join(each.split()) for each in evaluation_texts().values())
+    the first prompt."""
     numbers = iter(range(first, first + requests))
     took: list[Took] = []
 
     async def client() -> None:
         for number in numbers:
-            size = load.prompt_tokens * LETTERS_PER_TOKEN
-            start = number * 997 % max(1, len(text) - size)
-            took.append(await _ask(load, f"{number} {text[start : start + size]}"))
+            took.append(Took())
+            await ask(load, number, took[-1])
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     return took, time.perf_counter() - began
 
 
-async def _ask(load: Load, prompt: str) -> Took:
-    body = {"model": load.model, "prompt": prompt, "max_tokens": load.max_tokens, "temperature": 0, "stream": True}
-    took = await _stream(load, body | _NOT_EVERYWHERE)
+async def ask(load: Load, number: int, took: Took, *, stream: bool = True) -> None:
+    """One request with the prompt of that ``number``; ``took`` is filled as its answer comes."""
+    body = {"model": load.model, "prompt": prompt(load, number), "max_tokens": load.max_tokens, "temperature": 0}
+    body["stream"] = stream
+    await _read(load, body | _NOT_EVERYWHERE, took)
     if took.error.startswith(_REFUSED) and not took.pieces:
-        took = await _stream(load, body)
+        await _read(load, body, took)
     if took.pieces and not took.made:
         took.made = len(took.pieces)
-    return took
 
 
-async def _stream(load: Load, body: dict[str, Any]) -> Took:
-    took = Took(time.perf_counter())
+def prompt(load: Load, number: int) -> str:
+    """Each number's is another one."""
+    text, size = _text(), load.prompt_tokens * LETTERS_PER_TOKEN
+    start = number * 997 % max(1, len(text) - size)
+    return f"{number} {text[start : start + size]}"
+
+
+@functools.cache
+def _text() -> str:
+    return " ".join(" ".join(each.split()) for each in evaluation_texts().values())
+
+
+async def _read(load: Load, body: dict[str, Any], took: Took) -> None:
+    took.sent, took.error = time.perf_counter(), ""
     try:
         async for event in _events(load, body):
             if "error" in event:
@@ -97,7 +109,6 @@ async def _stream(load: Load, body: dict[str, Any]) -> Took:
                 took.pieces.append(time.perf_counter())
     except (OSError, EOFError, ValueError, KeyError, h11.ProtocolError, TimeoutError) as error:
         took.error = f"{type(error).__name__}: {error}"
-    return took
 
 
 async def _events(load: Load, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

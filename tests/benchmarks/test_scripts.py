@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import guards, paired, ranks, replay, rpc, soak, transports
+from benchmarks import guards, paired, ranks, replay, rpc, serving, soak, transports
+from teegpu.errors import TeegpuError, UsageError
 from teegpu.record import events as ev
 from tests.conftest import TinyModel
 
@@ -120,3 +121,74 @@ def test_ranks(run: Run) -> None:
     assert "| fused after MLP | 2 |" in out
     assert [entry["metrics"]["rows"] for entry in document["results"]] == [2] * 6
     assert all(len(entry["samples"]) >= 3 for entry in document["results"])
+
+
+@pytest.mark.extra
+def test_serving(run: Run) -> None:
+    """What was measured in pieces is one result; that of another measurement is no piece of it."""
+    flags = [
+        "clients",
+        "--clients",
+        "1,2",
+        "--repeats",
+        1,
+        "--prompt-tokens",
+        2,
+        "--max-tokens",
+        4,
+        "--other-cores",
+        99,
+    ]
+    for pieces in (1, 2):
+        out, document = run(serving, *flags, "--add")
+        assert f"| 2 | {pieces} |" in out
+        assert [sample["completed"] for sample in document["results"]] == [1, 2] * pieces
+    with pytest.raises(UsageError, match="of another measurement"):
+        run(serving, *flags, "--link", "rtt=1ms", "--add")
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["arrival", "--long-tokens", 20], "while the prompt is read"),
+        (["memory", "--count", 200], "growth after warming up: +"),
+        (["own"], "between two steps"),
+        (["gone"], "in decode, not streaming"),
+    ],
+)
+def test_the_other_parts_of_serving(flags: list[object], told: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "GOING", {"decode": (2, 0.2)})
+    for bound in ("MAX_GROWTH", "MAX_TIMES", "MAX_OWN"):  # a tiny model on a busy machine says nothing of them
+        monkeypatch.setattr(serving, bound, 1e9)
+    out, _ = run(serving, *flags, "--repeats", 1, "--prompt-tokens", 2, "--other-cores", 99)
+    assert told in out
+    assert serving.OVER not in out
+
+
+def test_bounds_of_serving_are_seen() -> None:
+    def over(told: tuple[list[list[str]], list[str]]) -> bool:
+        return any(note.startswith(serving.OVER) for note in told[1])
+
+    def arrival(seconds: float) -> dict[str, Any]:
+        return {"prompt_tokens": 9, "read_seconds": 1.0, "before_seconds": [0.1, 0.1], "during_seconds": [0.1, seconds]}
+
+    assert [over(serving.told_of_arrival([arrival(seconds)])) for seconds in (0.1, 0.9)] == [False, True]
+    readings = [{"requests": n, "failed": 0, "resident_bytes": 100 + (n >= 8)} for n in range(10)]
+    assert not over(serving.told_of_memory([{"readings": readings}]))
+    readings[8]["resident_bytes"] = readings[9]["resident_bytes"] = 110
+    assert over(serving.told_of_memory([{"readings": readings}]))
+    rows = ((1, 1, 1),)
+    events = [
+        ev.Stepped(20, 10, rows, 1, 0, 0), ev.Arrived(25, 7, 4, 9), ev.Stepped(40, 30, ((7, 4, 1),), 2, 0, 0),
+        ev.Stepped(60, 50, ((7, 1, 1),), 2, 0, 0), ev.Stepped(80, 70, ((7, 1, 1),), 2, 0, 0), ev.Left(90, 7, "abort"),
+    ]  # fmt: skip
+    client = {"where": "decode", "stream": True, "sent_ns": 22, "gone_ns": 45}
+    (freed,) = serving.gone_of_events({"clients": [client]}, events)["clients"]
+    assert (freed["freed_seconds"], freed["steps_after"]) == (45e-9, 2)
+    with pytest.raises(TeegpuError, match="at another moment"):
+        serving.gone_of_events({"clients": [client | {"where": "prefill"}]}, events)
+    own = {"began_ns": 0, "ended_ns": 99, "loop_seconds": 1e-9, "text_seconds": [0.0]}
+    found = serving.own_of_events(own, events)
+    assert found["between_seconds"] == [10e-9] * 3
+    assert over(serving.told_of_own([found]))
