@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from teegpu.api import attested
 from teegpu.api.app import Api
@@ -22,6 +22,12 @@ from teegpu.runner import Runner
 from teegpu.tee.engine import Capacity
 
 log = logging.getLogger("teegpu.api")
+
+STEP_SECONDS: Final = 5.0
+"""How long the step that is under way may take when the time for answers is over. It may wait for a GPU server."""
+
+AT_ONCE_SECONDS: Final = 1.0
+"""The same, or a start, where the end is to be at once."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +94,16 @@ class Serving:
         self._signals = 0
         self._answered = 0
         self._ending: asyncio.Task[None] | None = None
+        self._patience_seconds: float | None = None
+        self._left_behind = False
 
     def run(self) -> int:
-        """Serves until it is told to end; how many sequences it computed. Raises what ended it otherwise."""
-        return asyncio.run(self._run())
+        """Serves until it is told to end; how many sequences it computed. Raises what ended it otherwise, and
+        ``KeyboardInterrupt`` where its thread was left behind in the middle of a step or of its start."""
+        answered = asyncio.run(self._run())
+        if self._left_behind:
+            raise KeyboardInterrupt
+        return answered
 
     def end(self) -> None:
         """As a signal does: the first time answers what there is, the second time ends at once. From any thread."""
@@ -125,7 +137,7 @@ class Serving:
         try:
             await self._server.serve([self._listener])
         finally:
-            await asyncio.to_thread(worker.stop)
+            self._left_behind = not await worker.stop(self._patience_seconds)
             if metrics_server is not None:
                 metrics_server.shutdown()
                 metrics_server.server_close()
@@ -156,6 +168,7 @@ class Serving:
     def _on_signal(self) -> None:
         self._signals += 1
         if self._signals > 1 or self._worker.state != READY:
+            self._patience_seconds = AT_ONCE_SECONDS
             self._server.should_exit = self._server.force_exit = True
             return
         self._worker.drain()
@@ -172,6 +185,7 @@ class Serving:
         while self._api.active and loop.time() < until:
             await asyncio.sleep(0.02)
         if self._api.active:
-            await asyncio.to_thread(self._worker.stop)  # what still runs is told so
+            self._patience_seconds = AT_ONCE_SECONDS
+            await self._worker.stop(STEP_SECONDS)  # what still runs is told so
             await asyncio.sleep(0.1)
         self._server.should_exit = True

@@ -5,6 +5,7 @@ What comes of a step goes to the event loop all at once, so that a step of many 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -52,7 +53,7 @@ class Worker:
         self._loop = loop
         self._on_change = on_change
         self._on_request_end = on_request_end
-        self._thread = threading.Thread(target=self._run, name="engine")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)  # it may be left behind
         self._stopping = False
         self._outbox: list[tuple[Queue, Piece]] = []
         self._stepped_ns = time.monotonic_ns()
@@ -70,10 +71,16 @@ class Worker:
         if self.state == READY:
             self.state = DRAINING
 
-    def stop(self) -> None:
-        """Ends the thread after its step; whatever still runs is ended."""
+    async def stop(self, seconds: float | None = None) -> bool:
+        """Ends the thread after its step, or its start; whatever still runs is ended. False where that takes longer
+        than ``seconds``: what it waits for can't be interrupted."""
         self._stopping = True
-        self._thread.join()
+        until = None if seconds is None else self._loop.time() + seconds
+        while self._thread.is_alive():
+            if until is not None and self._loop.time() > until:
+                return False
+            await asyncio.sleep(0.02)
+        return True
 
     @property
     def ready(self) -> Runner:
@@ -156,11 +163,15 @@ class Worker:
     def _flush(self) -> None:
         if self._outbox:
             pieces, self._outbox = self._outbox, []
-            self._loop.call_soon_threadsafe(_deliver, pieces)
+            self._on_loop(_deliver, pieces)
 
     def _change(self, state: str) -> None:
         self.state = state
-        self._loop.call_soon_threadsafe(self._on_change)
+        self._on_loop(self._on_change)
+
+    def _on_loop(self, function: Callable[..., None], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # it is closed: this thread was left behind
+            self._loop.call_soon_threadsafe(function, *arguments)
 
 
 def _deliver(pieces: list[tuple[Queue, Piece]]) -> None:

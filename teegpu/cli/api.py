@@ -104,6 +104,7 @@ class Recorded:
         self._document: dict[str, Any] = without_runner(settings, self._start, "failed")
         self._recording = Recording(settings, self._start, self._document, prompt=None, say=say)
         self._tee: dict[str, Any] = self._document["tee"]
+        self._under_way = False
         self.status = "interrupted"
 
     def attests(self, found: Ready) -> None:
@@ -117,6 +118,9 @@ class Recorded:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if self._under_way:  # the thread that computes was left behind: the record ends as that of a killed process
+            self._recording.__exit__()
+            return
         status, told, known = self.status, {}, True
         if isinstance(error, Exception):
             ours = error if isinstance(error, TeegpuError) else from_transport(error)
@@ -149,7 +153,9 @@ class Recorded:
             draft=find_draft(self._settings),
         ) as runner:
             self._recording.describe(runner)
+            self._under_way = True
             try:
                 yield runner
             finally:
                 self._document = runner.report("interrupted")
+                self._under_way = False

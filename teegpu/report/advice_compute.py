@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from teegpu import facts, machine
-from teegpu.report import advice_local
+from teegpu.report import advice_local, look
 from teegpu.report.advice_reading import LOCAL, Change, Reading, figure
 from teegpu.report.advice_rules import Advice, Rule, percent, worth
 from teegpu.units import human_bytes, human_seconds
@@ -146,6 +146,27 @@ def speculation(run: Reading) -> Iterator[Advice]:
     yield Advice("decode-speculate", text, {"run.speculate": "4"}, 0.0, evidence)
 
 
+def drafting(run: Reading) -> Iterator[Advice]:
+    """Whether the draft model takes longer than its guesses save. Which guesses were its own is not told apart from
+    those of the text so far: it is given all of them."""
+    phase = run.decode
+    took = phase.op_seconds("DRAFT")
+    if not took or not phase.passes:
+        return
+    guesses = look.mapping(phase.data, "speculation")
+    drafted, accepted = (figure(guesses, f"{name}_tokens") for name in ("drafted", "accepted"))
+    step = (phase.seconds - took) / phase.passes
+    saving = took - accepted * step
+    if not worth(run, saving):
+        return
+    text = (
+        f"The draft model took {human_seconds(took)}. {accepted:,.0f} of {drafted:,.0f} guesses were right, which "
+        f"saved {human_seconds(accepted * step)} at most, {human_seconds(step)} each: it does not pay here."
+    )
+    evidence = {"draft_seconds": took, "drafted_tokens": int(drafted), "accepted_tokens": int(accepted)}
+    yield Advice("draft-off", text, {"run.draft_model": ""}, saving, evidence)
+
+
 def offloading(run: Reading, references: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
     """Whether all of it in the TEE would have been quicker."""
     total = 0.0
@@ -200,6 +221,6 @@ def at_the_limit(run: Reading) -> Iterator[Advice]:
 def rules(references: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
     """The rules of this module; ``references`` are stored runs in the TEE alone."""
     return (
-        threads, serialization, tee, gpu, partial(decode_in_the_tee, references=references), speculation,
+        threads, serialization, tee, gpu, partial(decode_in_the_tee, references=references), speculation, drafting,
         partial(offloading, references=references),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from teegpu.report import look
+from teegpu.report.advice_compute import drafting
 from teegpu.report.advice_reading import Phase, Reading, figure
 from teegpu.report.advice_rules import Advice, percent
 from teegpu.units import human_bytes, human_seconds, plural
@@ -25,7 +26,7 @@ FREE_GROWTH: Final = 1.25
 
 def advise(run: Reading) -> list[Advice]:
     """What to change first, first."""
-    return [*_room(run), *_disturbed(run), *_limit(run)]
+    return [*_room(run), *_disturbed(run), *drafting(run), *_limit(run)]
 
 
 def _room(run: Reading) -> Iterator[Advice]:

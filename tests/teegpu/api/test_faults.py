@@ -268,6 +268,34 @@ def test_what_is_not_answered_in_time_is_told_so(start: StartEndpoint) -> None:
     assert endpoint.error is None
 
 
+def test_a_second_signal_waits_for_no_server(start: StartEndpoint, link: EmulatedLink) -> None:
+    """What a step waits for can't be interrupted: it is left behind."""
+    endpoint = start(**remote(link, link__retry_budget_seconds=3600))
+    with connected(endpoint) as connection:
+        connection.sendall(request({"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True}))
+        connection.recv(1)
+        link.cut()
+        endpoint.serving.end()
+        until(lambda: endpoint.serving._worker.state == "draining")
+        endpoint.end()
+    assert isinstance(endpoint.error, KeyboardInterrupt)
+    link.restore()
+    until(lambda: not endpoint.serving._worker._thread.is_alive())
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_waits_for_a_server(end: signal.Signals, start: StartEndpoint) -> None:
+    """The command itself, before it takes any request: its record says that it was interrupted."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-m", "teegpu", "api", "--model", str(start().folder.path), "--listen",
+                   "127.0.0.1:0", "--metrics-listen", "", "--endpoint", server]  # fmt: skip
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process, silent.accept()[0]:
+            process.send_signal(end)
+            assert process.wait(30) == 128 + signal.SIGINT
+    assert open_store(config.load({})).find("last").status == "interrupted"
+
+
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_the_process_with_streams(
     end: signal.Signals, start: StartEndpoint, capsys: pytest.CaptureFixture[str]

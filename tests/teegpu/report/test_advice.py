@@ -66,6 +66,20 @@ def stalled(seconds: float) -> Document:
     return made
 
 
+def drafted(accepted: int) -> Document:
+    """A run in which a draft model took as long as ten steps."""
+    made = copy.deepcopy(
+        run(prompt=64, made=20, speeds=Speeds(rtt=0.02), settings={"speculate": 4, "draft_model": "x"})
+    )
+    phase = made["phases"]["decode"]
+    took = 10 * phase["seconds"] / phase["passes"]
+    phase["ops"]["DRAFT"] = {"count": phase["passes"], "seconds": took}
+    phase["speculation"] = {"drafted_tokens": 40, "accepted_tokens": accepted}
+    for name in ("seconds", "tee_seconds"):
+        phase[name] += took
+    return made
+
+
 SPEAKS: dict[str, Callable[[], tuple[Document, Document]]] = {
     # rule: a run where it must speak, one where it must not
     "plan-rounds": lambda: (
@@ -117,6 +131,7 @@ SPEAKS: dict[str, Callable[[], tuple[Document, Document]]] = {
         run(prompt=64, made=20, speeds=Speeds(rtt=0.02)),
         run(prompt=64, made=20, speeds=Speeds(rtt=0.02), settings={"speculate": 4}),
     ),
+    "draft-off": lambda: (drafted(accepted=2), drafted(accepted=15)),
     "offloading-does-not-pay": lambda: (
         run(prompt=64, made=20, settings=probed(2e-3), speeds=Speeds(**SLOW)),
         run(prompt=64, made=20, server=BESIDE, settings=TWO_CORES, speeds=Speeds(**SLOW)),
@@ -193,6 +208,7 @@ def test_a_rule_is_silent_where_it_must_be(rule: str) -> None:
         ("serialization-bound", {"run.wire_dtype": "fp16"}),
         ("tee-bound", {"run.threads": "16"}),
         ("gpu-bound", {}),
+        ("draft-off", {"run.draft_model": ""}),
         ("offloading-does-not-pay", {"run.prefill_plan": "local", "run.decode_plan": "local"}),
         ("at-the-limit", {}),
     ],
