@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import signal
 import statistics
@@ -410,6 +411,54 @@ def told_of_gone(samples: Samples) -> tuple[list[list[str]], list[str]]:
     return rows, [f"{OVER}{most} steps, where one is promised"] if most > 1 else []
 
 
+# Alone: one client of the endpoint beside 'teegpu run', with the same prompt
+
+
+def alone(given: Any, measured: Measured) -> Iterator[dict[str, Any]]:
+    flags = [
+        *flags_of(given)[2:],
+        "--raw",
+        "--ignore-eos",
+        "--max-tokens",
+        given.max_tokens,
+        "--json",
+        "-q",
+        "--no-record",
+    ]
+    for repeat in range(given.repeats):
+        number = next(measured.numbers)
+        for way in ("run", "api")[:: 1 if repeat % 2 else -1]:
+            if way == "run":
+                text = load.prompt(measured.wanted, number)
+                took = _run(["run", "--config", os.devnull, "--model", measured.folder.path, *flags, text])
+            else:
+                (one,), seconds = asyncio.run(load.run(measured.wanted, 1, 1, number))
+                figures = load.figures(1, [one], seconds)
+                took = {"first_seconds": figures["p50_ttft_ms"] / 1e3, "token_seconds": figures["p50_tpot_ms"] / 1e3}
+            yield {"way": way, **took}
+
+
+def _run(arguments: Sequence[object]) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "teegpu", *map(str, arguments)],
+        capture_output=True, text=True, check=True, env=children.environment(),
+    )  # fmt: skip
+    document = json.loads(done.stdout)
+    decode = document["phases"]["decode"]
+    return {"first_seconds": document["latency"]["ttft_seconds"], "token_seconds": decode["seconds"] / decode["tokens"]}
+
+
+def told_of_alone(samples: Samples) -> tuple[list[list[str]], list[str]]:
+    rows = [["one prompt", "repeats", "first token, ms", "ms a token: median", "min", "max"]]
+    for way in ("run", "api"):
+        mine = [sample for sample in samples if sample["way"] == way]
+        if mine:
+            first = statistics.median(sample["first_seconds"] for sample in mine)
+            token = spread([sample["token_seconds"] for sample in mine])
+            rows.append([way, str(len(mine)), ms(first), *(ms(token[key]) for key in ("median", "min", "max"))])
+    return rows, []
+
+
 # All of it
 
 
@@ -426,6 +475,7 @@ PARTS: Final = {
     "clients": Part(clients, told_of_clients),
     "arrival": Part(arrival, told_of_arrival),
     "memory": Part(memory, told_of_memory, timed=False, settings={"run_prefix_cache_mib": _PREFIX_MIB}),
+    "alone": Part(alone, told_of_alone),
     "own": Part(own, told_of_own, own_of_events),
     "gone": Part(gone, told_of_gone, gone_of_events),
 }
@@ -459,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--requests", type=int, default=1, help="of each client and repeat (clients)")
     add("--prompt-tokens", type=int, default=128)
     add("--max-tokens", type=int, default=64)
-    add("--long-tokens", type=int, default=1024, help="of the prompt that arrives (arrival)")
+    add("--long-tokens", type=int, default=1160, help="about, of the prompt that arrives: 1,024 (arrival)")
     add("--count", type=int, default=10_000, help="requests (memory)")
     add("--link", help="emulate one: rtt=5ms,bandwidth=1gbit")
     add("--privacy", choices=("two-server", "pads"))
@@ -475,7 +525,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             folder = model_of(settings)
         described = {name: value for name, value in vars(given).items() if name not in ("out", "add", "repeats")}
-        samples, new = before(given, described), []
+        samples = before(given, described)
+        new: Samples = []
         with Served(folder, flags_of(given), **part.settings) as served:
             wanted = Load(served.url, folder.name, given.prompt_tokens, given.max_tokens)
             measured = Measured(served, folder, wanted, itertools.count(1000 * len(samples)))

@@ -13,6 +13,9 @@ WAYS: Final = (1, 2, 4)
 TRIALS: Final = 2
 """Steps of each way, of which the quicker one counts: a step now and then has another's work in it."""
 
+HOPELESS: Final = 1.1
+"""Times what fewer parts took: with still more of them it would take longer yet."""
+
 KEPT_STEPS: Final = 128
 MOST_KEPT_STEPS: Final = 4096
 """Before all are tried again: at first, and once the same one has won again and again."""
@@ -26,27 +29,29 @@ class Flights:
 
     def __init__(self) -> None:
         self.best = 1
-        self._left = list(WAYS) * TRIALS
+        self._left = _trials()
         self._seconds: dict[int, float] = {}
         self._keep = KEPT_STEPS
         self._kept = 0
 
     def choose(self, most: int) -> int:
         """How many at once, at ``most``."""
-        return min(self._left[-1] if self._left else self.best, most)
+        return min(self._left[0] if self._left else self.best, most)
 
     def took(self, ways: int, rows: int, seconds: float) -> None:
         """A step of ``rows`` rows, of which ``ways`` parts were under way at once, took ``seconds``."""
         if self._left:
             self._seconds[ways] = min(seconds / rows, self._seconds.get(ways, float("inf")))
-            self._left.pop()
-            if not self._left:
+            tried = self._left.pop(0)
+            over = tried not in self._left and self._seconds[ways] > HOPELESS * min(self._seconds.values())
+            if over or not self._left:
+                self._left.clear()
                 self._decide()
             return
         self._kept += 1
         if self._kept >= self._keep:
             self._kept = 0
-            self._left = list(WAYS) * TRIALS
+            self._left = _trials()
 
     def _decide(self) -> None:
         found, self._seconds = self._seconds, {}
@@ -55,3 +60,7 @@ class Flights:
             best = 1
         self._keep = min(2 * self._keep, MOST_KEPT_STEPS) if best == self.best else KEPT_STEPS
         self.best = best
+
+
+def _trials() -> list[int]:
+    return [ways for ways in WAYS for _ in range(TRIALS)]

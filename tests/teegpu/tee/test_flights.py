@@ -23,9 +23,15 @@ def play(one: Flights, steps: int, seconds: Callable[[int], float], most: int = 
 @pytest.mark.parametrize("quickest", WAYS)
 def test_the_quickest_is_kept(quickest: int) -> None:
     one = Flights()
-    tried = play(one, TRIED, lambda ways: 1.0 if ways == quickest else 2.0)
+    tried = play(one, TRIED, lambda ways: 1.0 if ways == quickest else 1.08)
     assert {ways: tried.count(ways) for ways in tried} == dict.fromkeys(WAYS, TRIALS)
     assert play(one, KEPT_STEPS, lambda _: 1.0) == [quickest] * KEPT_STEPS
+
+
+def test_where_two_cost_much_four_are_not_tried() -> None:
+    one = Flights()
+    chosen = play(one, 2 * TRIALS + KEPT_STEPS, lambda ways: 1.0 if ways == 1 else 1.2)
+    assert chosen == [1] * TRIALS + [2] * TRIALS + [1] * KEPT_STEPS
 
 
 def test_one_slow_step_decides_nothing() -> None:
