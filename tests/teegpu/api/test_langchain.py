@@ -1,5 +1,5 @@
 """langchain-openai as a client. It brings sixteen packages, so it is none of the development tools: where it is
-installed, this runs."""
+installed (``pip install -c constraints.txt langchain-openai``; 1.7.3 was the latest that was tried), this runs."""
 
 from __future__ import annotations
 
