@@ -187,14 +187,13 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Sequences in the places ``first`` to ``last`` of ``slab``, each with one new row, at ``positions`` (rows,) int64.
-    ``places`` (rows,) int64 are these places."""
+    """Sequences in the places ``first`` to ``last`` of ``slab``, each with one new row. ``vectors`` (rows · kv_heads,)
+    int64 are the places of its keys, and of its values, among all vectors of a layer."""
 
     slab: Slab
     first: int
     last: int
-    places: torch.Tensor
-    positions: torch.Tensor
+    vectors: torch.Tensor
     mask: torch.Tensor
     """(rows, 1, 1, longest) of 0 where a sequence has a position, else -inf."""
 
@@ -204,7 +203,9 @@ class Neighbours:
         hidden = torch.arange(max(starts) + 1) > positions[:, None]
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
         last = first + len(starts)
-        return cls(slab, first, last, torch.arange(first, last), positions, mask)
+        kv_heads = slab.keys[0].shape[1]
+        heads = torch.arange(first * kv_heads, last * kv_heads).view(-1, kv_heads)
+        return cls(slab, first, last, (heads * slab.capacity + positions[:, None]).flatten(), mask)
 
     @property
     def longest(self) -> int:
@@ -212,8 +213,8 @@ class Neighbours:
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores (rows, kv_heads, head_dim) keys and values of ``layer``."""
-        self.slab.keys[layer][self.places, :, self.positions] = keys
-        self.slab.values[layer][self.places, :, self.positions] = values
+        for stored, new in ((self.slab.keys[layer], keys), (self.slab.values[layer], values)):
+            stored.view(-1, stored.shape[-1]).index_copy_(0, self.vectors, new.reshape(-1, stored.shape[-1]))
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views (rows, kv_heads, longest, head_dim) of the keys and values of ``layer``."""

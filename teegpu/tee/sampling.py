@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from teegpu.errors import BadReplyError, UnmetError
@@ -76,13 +78,15 @@ class Sampler:
             if bool(torch.isneginf(logits).all()):
                 raise UnmetError("the answer can't be what was asked for: no token would go on with it")
         greedy = options.temperature == 0.0
-        values = logits if greedy else self.probabilities(logits)
+        ids, values = (None, logits) if greedy else self._candidates(logits)
         if not math.isfinite((raw if greedy else values).sum().item()):
             raise BadReplyError(
                 "the next token's probabilities are not numbers: weights, or a server's results, are false, or out of "
                 "range (try --wire-dtype bf16, and bf16 or fp32 as the server's dtype)"
             )
-        token = int(values.argmax() if greedy else torch.multinomial(values, 1, generator=self._generator))
+        token = int(_numpy(values).argmax()) if greedy else self._draw(values)
+        if ids is not None:
+            token = int(ids[token])
         if self._constraint is not None:
             self._constraint.take(token)
         if options.presence_penalty or options.frequency_penalty:
@@ -108,24 +112,55 @@ class Sampler:
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The distribution that is drawn from, (vocab,), zero where a filter has removed a token."""
+        ids, probabilities = self._candidates(logits)
+        return probabilities if ids is None else torch.zeros_like(logits).index_copy(0, ids, probabilities)
+
+    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The ids that filters leave, in any order, and the probability of each. None: all of them.
+
+        Each filter looks at those alone that are left: few, as a rule, where all would be sorted and summed for each
+        token of each sequence."""
         options = self.options
         scaled = logits / options.temperature
-        if not math.isfinite(scaled.max().item()):  # so low a temperature leaves the likeliest alone
+        if not math.isfinite(_numpy(scaled).max()):  # so low a temperature leaves the likeliest alone
             scaled = logits.masked_fill(logits < logits.max(), float("-inf"))
-        logits = scaled
+        left, ids = scaled, None
         if 0 < options.top_k < logits.shape[-1]:
-            smallest = torch.topk(logits, options.top_k).values[-1]
-            logits = logits.masked_fill(logits < smallest, float("-inf"))
+            ids = _those(left, float(torch.topk(left, options.top_k).values[-1]))
+            left = left[ids]
         if options.top_p < 1.0:
-            ordered, order = torch.sort(logits)
-            # What lies below the top_p mass goes; the likeliest token always stays.
-            removed = torch.softmax(ordered, dim=-1).cumsum(dim=-1) <= 1.0 - options.top_p
-            removed[-1] = False
-            logits = logits.masked_fill(torch.zeros_like(removed).scatter(0, order, removed), float("-inf"))
+            # What lies below the top_p mass goes; the likeliest token always stays. Who has less than an even share of
+            # what goes is part of it: only the others have to be sorted.
+            probabilities, below = torch.softmax(left, dim=-1), 1.0 - options.top_p
+            others = _those(probabilities, below / left.shape[-1])
+            ordered, order = torch.sort(probabilities[others])
+            rest = probabilities.sum(dtype=torch.float64) - ordered.sum(dtype=torch.float64)
+            gone = rest + ordered.cumsum(dim=-1, dtype=torch.float64) <= below
+            gone[-1] = False
+            others = others[order[~gone]]
+            left, ids = left[others], others if ids is None else ids[others]
         if options.min_p > 0.0:
-            probabilities = torch.softmax(logits, dim=-1)
-            logits = logits.masked_fill(probabilities < options.min_p * probabilities.max(), float("-inf"))
-        return torch.softmax(logits, dim=-1)
+            probabilities = torch.softmax(left, dim=-1)
+            others = _those(probabilities, options.min_p * float(probabilities.max()))
+            left, ids = left[others], others if ids is None else ids[others]
+        return ids, torch.softmax(left, dim=-1)
+
+    def _draw(self, probabilities: torch.Tensor) -> int:
+        """A place in ``probabilities``, by inversion: one random number, where ``torch.multinomial`` takes one for each
+        place."""
+        upto = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        point = upto[-1] * (1.0 - torch.rand((), dtype=torch.float64, generator=self._generator))  # above 0
+        return int(torch.searchsorted(upto, point))
+
+
+def _numpy(values: torch.Tensor) -> npt.NDArray[np.float32]:
+    """For what numpy does with one thread before torch has woken its own: a vocabulary is no more than that."""
+    return values.numpy()
+
+
+def _those(values: torch.Tensor, least: float) -> torch.Tensor:
+    """Where ``values`` are at least ``least``, or no numbers at all: these are found later."""
+    return torch.from_numpy(np.flatnonzero(~(_numpy(values) < np.float32(least))))
 
 
 def _penalise(logits: torch.Tensor, context: Sequence[int], penalty: float) -> torch.Tensor:

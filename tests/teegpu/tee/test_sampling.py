@@ -36,12 +36,15 @@ def logits(seed: int = 0, vocab: int = 50) -> torch.Tensor:
         ),
     ],
 )
-def test_filters_are_those_of_transformers(seed: int, options: SamplingOptions, filters: list[object]) -> None:
-    scores = logits(seed)[None]
+@pytest.mark.parametrize("vocab", [50, 3000])
+def test_filters_are_those_of_transformers(
+    vocab: int, seed: int, options: SamplingOptions, filters: list[object]
+) -> None:
+    scores = logits(seed, vocab)[None]
     for each in filters:
         scores = each(torch.zeros(1, 0, dtype=torch.int64), scores)
     want = torch.softmax(scores[0], dim=-1)
-    got = Sampler(options).probabilities(logits(seed))
+    got = Sampler(options).probabilities(logits(seed, vocab))
     torch.testing.assert_close(got, want)
     assert ((got == 0) == (want == 0)).all()
 
