@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import guards, paired, ranks, replay, rpc, serving, soak, transports
+from benchmarks import drafting, guards, paired, ranks, replay, rpc, serving, soak, transports
 from teegpu.errors import TeegpuError, UsageError
 from teegpu.record import events as ev
 from tests.conftest import TinyModel
@@ -155,6 +155,7 @@ def test_serving(run: Run) -> None:
         (["memory", "--count", 200], "growth after warming up: +"),
         (["own"], "between two steps"),
         (["gone"], "in decode, not streaming"),
+        (["alone"], "| run | 1 |"),
     ],
 )
 def test_the_other_parts_of_serving(flags: list[object], told: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +165,21 @@ def test_the_other_parts_of_serving(flags: list[object], told: str, run: Run, mo
     out, _ = run(serving, *flags, "--repeats", 1, "--prompt-tokens", 2, "--other-cores", 99)
     assert told in out
     assert serving.OVER not in out
+
+
+@pytest.mark.extra
+def test_drafting(run: Run) -> None:
+    """All layers of the model guess what it says itself, but for rounding; a part of them is a model, too."""
+    out, document = run(
+        drafting, "--layers", "1,2", "--repeats", 1, "--prompt-tokens", 8, "--decode-tokens", 12, "--guesses", 2
+    )
+    assert "| no guesses |" in out
+    by_name = {result["case"]: result["samples"][0] for result in document["results"]}
+    assert by_name["no guesses"]["tokens_a_step"] == 1
+    whole = by_name["and a model of 2 layers"]
+    assert whole["tokens_a_step"] > 1
+    assert 0 < whole["accepted"] <= whole["drafted"]
+    assert by_name["and a model of 1 layers"]["draft_seconds"] > 0
 
 
 def test_bounds_of_serving_are_seen() -> None:
