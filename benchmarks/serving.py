@@ -33,6 +33,7 @@ from teegpu.bench import document as doc
 from teegpu.bench import load
 from teegpu.bench.load import Load, Took
 from teegpu.bench.samples import quantile
+from teegpu.cli.common import sigterm_as_interrupt
 from teegpu.config import Config
 from teegpu.errors import TeegpuError, ThresholdError, UsageError
 from teegpu.model import random
@@ -533,13 +534,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # The first requests make kernels, buffers and the programs that a server remembers.
             asyncio.run(load.run(replace(wanted, max_tokens=4), 4, 4, 10**6))
             others = Others()
-            for sample in part.measure(given, measured):
-                cores = others.cores()
-                left_out = part.timed and cores > given.other_cores
-                script.tell(f"{given.part}: {len(new)}, others {cores:.2f} cores{', left out' * left_out}")
-                if not left_out:
-                    new.append(sample | {"other_cores": cores})
-                others = Others()
+            try:
+                with sigterm_as_interrupt():
+                    for sample in part.measure(given, measured):
+                        cores = others.cores()
+                        left_out = part.timed and cores > given.other_cores
+                        script.tell(f"{given.part}: {len(new)}, others {cores:.2f} cores{', left out' * left_out}")
+                        if not left_out:
+                            new.append(sample | {"other_cores": cores})
+                        others = Others()
+            except KeyboardInterrupt:
+                script.tell(f"interrupted: {len(new)} samples are kept")
     samples += [part.of_events(sample, served.events) for sample in new]
     if not samples:
         raise TeegpuError("nothing was measured: other processes had the cores all the time")
