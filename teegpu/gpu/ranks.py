@@ -37,7 +37,7 @@ _FRAME_BYTES: Final = 2**15
 """Of what is announced at once: a program of a few steps, and inputs of one token. What is longer takes a second
 message."""
 
-_ALIGNED: Final = 16
+_ALIGNED: Final = 64
 """Programs and inputs begin at multiples of so many bytes."""
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)

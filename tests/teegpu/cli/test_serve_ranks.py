@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from teegpu.config import Config
 from teegpu.endpoints import Endpoint
@@ -121,6 +122,20 @@ def test_shielded_products_are_shared_by_ranks(start: Start, teegpu: Teegpu, mod
     assert (said["ranks"], said["threads"], said["ring_bytes"] > 0) == (2, 2, True)
     assert answer("--privacy", "pads", "--endpoint", said["address"]) == answer("--privacy", "reference")
     process.send_signal(signal.SIGINT)
+    assert process.finish().code == 0
+
+
+@pytest.mark.gpu
+def test_two_cuda_devices_are_one_server(
+    start: Start, run: Callable[..., Outcome], model: ModelFolder, server_for: ServerFor
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there are no two CUDA devices here")
+    common = ("--model", model.path, "--bind", "tcp://127.0.0.1:0", "--dtype", "fp32")
+    process = start("serve", *common, "--device", "cuda", "--ranks", 2)
+    address, _ = banner(process)
+    assert tokens(run(address)) == tokens(run(server_for(model).address))
+    process.send_signal(signal.SIGTERM)
     assert process.finish().code == 0
 
 
