@@ -20,6 +20,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from teegpu import ringkernels
+from teegpu.blocks import blocks, spread
 
 SEED_BYTES: Final = 32
 """A key of AES-256."""
@@ -57,25 +58,31 @@ def quantise_into(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tenso
         weight[block], scale[block] = quantise(values[block])
 
 
-def expand(seed: bytes, rows: int, columns: int, *, first: int = 0) -> torch.Tensor:
+def expand(seed: bytes, rows: int, columns: int, *, first: int = 0, plus: torch.Tensor | None = None) -> torch.Tensor:
     """Uniform int32 (rows, columns): the key stream of AES-256 in counter mode under ``seed`` (32 bytes), from row
-    ``first`` on.
+    ``first`` on. With ``plus``, int32 (rows, columns), this is added to it modulo 2**32.
 
     The stream starts at counter 0, so a seed must not be used for two different things. Raises ``ValueError`` for a
     seed of another length.
     """
-    block, skipped = divmod(first * columns * 4, _AES_BYTES)
-    stream = np.empty(skipped + rows * columns * 4, dtype=np.uint8)
-    counter = block.to_bytes(_AES_BYTES, "big")
-    encryptor = Cipher(algorithms.AES256(seed), modes.CTR(counter)).encryptor()
-    view = memoryview(stream)
-    written = 0
-    for start in range(0, stream.nbytes, len(_ZEROS)):
-        piece = view[start : start + len(_ZEROS)]
-        written += encryptor.update_into(_ZEROS[: len(piece)], piece)
-    if written != stream.nbytes:
-        raise RuntimeError(f"a stream of {stream.nbytes} bytes ended after {written}")
-    return torch.from_numpy(stream.view(np.int32)[skipped // 4 :]).view(rows, columns)
+    values = np.empty((rows, columns), dtype=np.int32)
+    added = None if plus is None else plus.numpy()
+
+    def work(part: slice) -> None:
+        counter, skipped = divmod((first + part.start) * columns * 4, _AES_BYTES)
+        encryptor = Cipher(algorithms.AES256(seed), modes.CTR(counter.to_bytes(_AES_BYTES, "big"))).encryptor()
+        encryptor.update(bytes(skipped))
+        for block in blocks(part, columns):
+            stream = memoryview(values[block]).cast("B")
+            for start in range(0, len(stream), len(_ZEROS)):
+                piece = stream[start : start + len(_ZEROS)]
+                if encryptor.update_into(_ZEROS[: len(piece)], piece) != len(piece):
+                    raise RuntimeError(f"a stream of {len(piece)} bytes ended before")
+            if added is not None:
+                np.add(values[block], added[block], out=values[block])
+
+    spread(work, rows, columns)
+    return torch.from_numpy(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +98,22 @@ class Seed:
         if len(self.key) != SEED_BYTES:
             raise ValueError(f"a seed is a key of {SEED_BYTES} bytes, not {len(self.key)}")
 
-    def expand(self) -> torch.Tensor:
-        return expand(self.key, *self.shape)
+    def expand(self, plus: torch.Tensor | None = None) -> torch.Tensor:
+        return expand(self.key, *self.shape, plus=plus)
 
 
 Operand = torch.Tensor | Seed
 """An input of a program: a tensor, or what it is expanded from."""
+
+
+def add(one: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Sums of int32 modulo 2**32, in this thread: to wake torch's takes longer than adding what a cache holds."""
+    return torch.from_numpy(np.add(one.numpy(), other.numpy(), out=None if out is None else out.numpy()))
+
+
+def subtract(one: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Differences, as ``add`` makes sums."""
+    return torch.from_numpy(np.subtract(one.numpy(), other.numpy(), out=None if out is None else out.numpy()))
 
 
 def wrap(values: torch.Tensor) -> torch.Tensor:

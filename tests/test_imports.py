@@ -31,7 +31,7 @@ LAYERS = (
     {"stats"},
     {"wire", "model", "record", "attest", "transports"},
     {
-        *("children", "config", "endpoints", "errors", "facts", "fields", "files", "formats"),
+        *("blocks", "children", "config", "endpoints", "errors", "facts", "fields", "files", "formats"),
         *("kernels", "machine", "operators", "ring", "ringkernels", "settings", "text", "torchload", "units"),
     },
 )

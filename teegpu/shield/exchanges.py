@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 import torch
 
 from teegpu.record.events import TEE
 from teegpu.record.recorder import Recorder
-from teegpu.remote.calls import Call
-from teegpu.ring import SEED_BYTES, Seed
+from teegpu.ring import SEED_BYTES, Seed, add, subtract
 from teegpu.shield.answers import Answer, NamingClient, wrong_product
 from teegpu.shield.freivalds import Checks
 from teegpu.shield.pads import MaskSource
@@ -57,21 +55,18 @@ class TwoServers:
         call = asked.call
         rows, columns = asked.whole.shape
         seed = Seed(os.urandom(SEED_BYTES), (rows, columns))
-        share = seed.expand().add_(asked.whole)
+        share = seed.expand(plus=asked.whole)
         self._recorder.lap(TEE, MASK, call.layer, call.chunk)
-        one, other = await self._both(asked.to_call(share), asked.to_call(seed))
-        name = asked.ring.output
-        product = one[name] - other[name]
-        self._recorder.lap(TEE, UNMASK, call.layer, call.chunk)
-        at_fault = partial(self._at_fault, asked, (share, one), (seed, other))
-        _verify(self._checks, self._recorder, asked, product, at_fault)
-        return product
-
-    async def _both(self, first: Call, second: Call) -> tuple[Answer, Answer]:
         # The seed first: it is on its way in no time, and its server begins.
-        rest = await self._second.begin(second)
-        one = await self._first.run(first)
-        return one, await rest()
+        second = await self._second.begin(asked.to_call(seed))
+        first = await self._first.begin(asked.to_call(share))
+        check = _Check(self._checks, self._recorder, asked)
+        one, other = await first(), await second()
+        name = asked.ring.output
+        product = subtract(one[name], other[name])
+        self._recorder.lap(TEE, UNMASK, call.layer, call.chunk)
+        check.passes(product, lambda: self._at_fault(asked, (share, one), (seed, other)))
+        return product
 
     def _at_fault(self, asked: Asked, first: tuple[torch.Tensor, Answer], second: tuple[Seed, Answer]) -> list[str]:
         (share, one), (seed, other) = first, second
@@ -96,12 +91,14 @@ class Masked:
     async def product(self, asked: Asked) -> torch.Tensor:
         call = asked.call
         mask = self._source.take(asked.ring.linear, asked.whole.shape[0])
-        masked = mask.operand.add_(asked.whole)
+        masked = add(mask.operand, asked.whole, out=mask.operand)
         self._recorder.lap(TEE, MASK, call.layer, call.chunk)
-        answer = await self._client.run(asked.to_call(masked))
-        product = torch.sub(answer[asked.ring.output], mask.correction, out=mask.correction)
+        finish = await self._client.begin(asked.to_call(masked))
+        check = _Check(self._checks, self._recorder, asked)
+        answer = await finish()
+        product = subtract(answer[asked.ring.output], mask.correction, out=mask.correction)
         self._recorder.lap(TEE, UNMASK, call.layer, call.chunk)
-        _verify(self._checks, self._recorder, asked, product, lambda: [answer.address])
+        check.passes(product, lambda: [answer.address])
         return product
 
 
@@ -114,21 +111,32 @@ class Unmasked:
         self._checks = checks
 
     async def product(self, asked: Asked) -> torch.Tensor:
-        answer = await self._client.run(asked.to_call(asked.whole))
+        finish = await self._client.begin(asked.to_call(asked.whole))
+        check = _Check(self._checks, self._recorder, asked)
+        answer = await finish()
         product = answer[asked.ring.output]
-        _verify(self._checks, self._recorder, asked, product, lambda: [answer.address])
+        check.passes(product, lambda: [answer.address])
         return product
 
 
-def _verify(
-    checks: Checks | None, recorder: Recorder, asked: Asked, received: torch.Tensor, at_fault: Callable[[], list[str]]
-) -> None:
-    """Raises ``VerificationError`` where ``received`` is not the product of ``asked``; ``at_fault`` then says whose
-    it is."""
-    if checks is None:
-        return
-    linear = asked.ring.linear
-    wrong = checks.wrong_rows(linear, asked.whole, received)
-    if wrong:
-        raise wrong_product(recorder, linear, wrong, received.shape[0], at_fault())
-    recorder.lap(TEE, VERIFY, asked.call.layer, asked.call.chunk)
+class _Check:
+    """Of the product of ``asked``, which is on its way: what can be computed before it is there, is.
+
+    ``checks``: None where nothing is verified."""
+
+    def __init__(self, checks: Checks | None, recorder: Recorder, asked: Asked) -> None:
+        self._recorder = recorder
+        self._asked = asked
+        self._wrong_rows = None if checks is None else checks.prepare(asked.ring.linear, asked.whole)
+        self._lap()
+
+    def _lap(self) -> None:
+        if self._wrong_rows is not None:
+            self._recorder.lap(TEE, VERIFY, self._asked.call.layer, self._asked.call.chunk)
+
+    def passes(self, received: torch.Tensor, at_fault: Callable[[], list[str]]) -> None:
+        """Raises ``VerificationError`` where ``received`` is not the product; ``at_fault`` then says whose it is."""
+        wrong = self._wrong_rows(received) if self._wrong_rows is not None else []
+        if wrong:
+            raise wrong_product(self._recorder, self._asked.ring.linear, wrong, received.shape[0], at_fault())
+        self._lap()

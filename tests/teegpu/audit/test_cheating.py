@@ -111,7 +111,7 @@ def test_every_lie_is_caught_and_no_truth_is(verified: Verified, kind: str) -> N
         matrix = verified.matrices[linear]
         sent = small(ROWS, matrix.shape[1], numbers)
         honest = matrix.product(sent)
-        assert checks.wrong_rows(linear, sent, honest) == []
+        assert checks.prepare(linear, sent)(honest) == []
         if kind == "other-layer":
             answer = verified.matrices[verified.elsewhere(linear)].product(sent)
         elif kind == "replay":
@@ -127,4 +127,4 @@ def test_every_lie_is_caught_and_no_truth_is(verified: Verified, kind: str) -> N
         wrong = (answer != honest).any(-1).nonzero().flatten().tolist()
         if wrong:
             told += 1
-            assert checks.wrong_rows(linear, sent, answer) == wrong
+            assert checks.prepare(linear, sent)(answer) == wrong
