@@ -251,10 +251,11 @@ _BANDWIDTH: tuple[Column, ...] = (
 _SHIELD: tuple[Column, ...] = (
     ("milliseconds a token", "label", str),
     ("in a chunk", "chunk_seconds_per_token.median", _scaled(1e3, 3)),
-    ("min–max", "chunk_seconds_per_token", _between(1e3, 3)),
+    ("in a batch", "batch_seconds_per_token.median", _scaled(1e3, 3)),
     ("in a step", "step_seconds_per_token.median", _scaled(1e3, 3)),
-    ("min–max", "step_seconds_per_token", _between(1e3, 3)),
-    ("once, s", "seconds_once", fixed(1)),
+    ("leverage: chunk", "chunk_leverage", fixed(2)),
+    ("batch", "batch_leverage", fixed(2)),
+    ("step", "step_leverage", fixed(2)),
 )
 
 _SIDE_BY_SIDE: tuple[Column, ...] = (

@@ -227,6 +227,7 @@ def accuracy(
 def shield(
     shared: Shared,
     rows: Annotated[int, typer.Option(help="Tokens in a chunk of a prompt.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences that generate a token in one step.")] = 16,
     repeats: Annotated[int, typer.Option(help="Repeats of each pass.")] = 5,
     layers: Annotated[int, typer.Option(help="Layers to measure; the others are taken to be like them.")] = 4,
     mode: Annotated[
@@ -239,7 +240,8 @@ def shield(
 ) -> None:
     """Measure what hiding and verifying a token costs the runner, by mode and operation, and what is made ahead.
 
-    Needs no server. The products themselves, computed in the TEE, stand beside it.
+    Needs no server. The products themselves, computed in the TEE, stand beside it; leverage is their processor time
+    over that of what the runner does in their place.
     """
     settings = shared.settings({"run.threads": threads})
     output = shared.output()
@@ -249,7 +251,10 @@ def shield(
             from teegpu.bench.shield import MODES, ShieldBenchmark
 
         conduct(
-            ShieldBenchmark(folder, settings, rows=rows, repeats=repeats, layers=layers, modes=mode or MODES), output
+            ShieldBenchmark(
+                folder, settings, rows=rows, batch=batch, repeats=repeats, layers=layers, modes=mode or MODES
+            ),
+            output,
         )
 
 
