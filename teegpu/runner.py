@@ -520,6 +520,7 @@ class Runner:
     def restart_summary(self) -> None:
         """Begins the figures anew: ``summary`` and ``report`` leave out what has been so far."""
         self.recorder.flush()
+        self.recorder.processor_seconds.clear()
         self.summary = Summary()
 
     def report(self, status: str, *, output: dict[str, Any] | None = None, error: str | None = None) -> dict[str, Any]:
@@ -545,6 +546,7 @@ class Runner:
             tee={"kind": machine.tee_kind(), "attested": False},
             server=self._server(),
             summary=self.summary,
+            processor_seconds=self.recorder.processor_seconds,
             output=output,
             error=error,
             note=self.config.run.note,

@@ -17,6 +17,7 @@ class Recorder:
     outside of ``begin`` and ``end`` is not measured. ``sinks`` get the events in order, in batches of at most
     ``batch``, and at the end of each phase; they must not change the lists. ``log`` is a sink that may also read
     along in ``held``, from another thread; a list that an interrupt kept from the other sinks comes to it once more.
+    ``processor_seconds``: what all threads of this process used in each phase that has ended.
     """
 
     def __init__(
@@ -33,11 +34,14 @@ class Recorder:
         self._events: list[Event] = []
         self._last_ns = 0
         self._phase: str | None = None
+        self._processor_began = 0.0
+        self.processor_seconds: dict[str, float] = {}
 
     def begin(self, phase: str, tokens: int = 0, chunks: int = 1) -> None:
         """Begins a phase (see ``PhaseBegan``); one that is still open ends here, without tokens."""
         self.end(0, 0)
         self._phase = phase
+        self._processor_began = time.process_time()
         self._last_ns = self.clock_ns()
         self.add(PhaseBegan(self._last_ns, phase, tokens, chunks))
 
@@ -47,6 +51,8 @@ class Recorder:
             return
         self.lap(OTHER, "OTHER")
         self.add(PhaseEnded(self._last_ns, self._phase, tokens, passes))
+        used = time.process_time() - self._processor_began
+        self.processor_seconds[self._phase] = self.processor_seconds.get(self._phase, 0.0) + used
         self._phase = None
         self.flush()
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from teegpu import facts, machine
-from teegpu.report import advice_local, look
+from teegpu.report import advice_local, beside, look
 from teegpu.report.advice_reading import LOCAL, Change, Reading, figure
 from teegpu.report.advice_rules import Advice, Rule, percent, worth
 from teegpu.units import human_bytes, human_seconds
@@ -193,6 +193,18 @@ def offloading(run: Reading, references: Sequence[Mapping[str, Any]]) -> Iterato
     yield Advice("offloading-does-not-pay", text, settings, run.seconds - total, evidence)
 
 
+def leverage(run: Reading) -> Iterator[Advice]:
+    """A private run that takes more of the TEE's processors than all in the TEE would."""
+    found = beside.leverage(run.document)
+    if not beside.wanted(run.document) or found is None or found > 1.0:
+        return
+    text = (
+        f"{run.privacy} has a leverage of {found:.2f} here: the TEE's processors work longer for it than for all of "
+        "the model in the TEE. It is worth it above 1: with a larger model, longer prompts, or more sequences at once."
+    )
+    yield Advice("no-leverage", text, {}, 0.0, {"leverage": found})
+
+
 def _hidden(run: Reading) -> str:
     return "" if run.privacy == "none" else "and servers would get nothing at all to see; "
 
@@ -221,6 +233,6 @@ def at_the_limit(run: Reading) -> Iterator[Advice]:
 def rules(references: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
     """The rules of this module; ``references`` are stored runs in the TEE alone."""
     return (
-        threads, serialization, tee, gpu, partial(decode_in_the_tee, references=references), speculation, drafting,
-        partial(offloading, references=references),
+        threads, serialization, tee, gpu, leverage, partial(decode_in_the_tee, references=references), speculation,
+        drafting, partial(offloading, references=references),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from teegpu.formats import NOTHING
 from teegpu.report import facts, look
-from teegpu.report.beside import KINDS, LOCAL
+from teegpu.report.beside import KINDS, LOCAL, leverage
 from teegpu.report.grid import HEADING, TOTAL, Grid, Row
 from teegpu.report.parts import took_place, whole
 from teegpu.stats import traffic
@@ -103,6 +103,11 @@ def _compared(document: look.Document, used: list[str]) -> tuple[list[Row], list
         if any(value is not None for value in known):
             cells = (NOTHING if value is None else human_seconds(value) for value in known)
             rows.append(Row((f"  {labels[kind]}", *cells)))
+            if kind == LOCAL and any(ratios := [leverage(document, [name]) for name in used]):
+                rows.append(Row(("  Leverage", *(NOTHING if each is None else times(each) for each in ratios)), TOTAL))
+                notes.append(
+                    "Leverage: the processor time of all in the TEE over what this run took of it; a mode pays above 1."
+                )
             notes.append(f"{labels[kind]}: run {look.text(other, 'id')} ({look.text(other, 'setup')}), by the token.")
     if not rows and look.text(document, "settings", "privacy") not in ("", "none"):
         notes.append("No run in the clear or in the TEE alone is recorded of this model here to compare with.")

@@ -39,13 +39,14 @@ def document(
     output: dict[str, Any] | None,
     error: str | None = None,
     note: str = "",
+    processor_seconds: Mapping[str, float] | None = None,
     environment: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The document. ``status`` is ``complete``, ``interrupted`` or ``failed`` (then ``error`` says why).
 
-    ``record`` says what is missing from the run's record: ``truncated``, ``failure``, ``damage``. Advice is added by
-    who asks for it.
+    ``processor_seconds``: the runner's, of each phase. ``record`` says what is missing from the run's record:
+    ``truncated``, ``failure``, ``damage``. Advice is added by who asks for it.
     """
     figures = linkestimate.figures(settings.get("link_figures"), summary.link.measured())
     kept = record or {}
@@ -67,7 +68,10 @@ def document(
         "tee": tee,
         "server": server,
         **({"output": output} if output is not None else {}),
-        "phases": {name: phase(summary.phases.get(name, PhaseTotal())) for name in (PREFILL, DECODE)},
+        "phases": {
+            name: phase(summary.phases.get(name, PhaseTotal()), (processor_seconds or {}).get(name))
+            for name in (PREFILL, DECODE)
+        },
         "generated_tokens": summary.generated_tokens,
         "latency": _latency(summary),
         **({"requests": summary.requests.to_json()} if summary.requests else {}),
@@ -260,13 +264,15 @@ def _links(settings: Mapping[str, Any]) -> int:
     return max(1, privacy.servers) if privacy is not None else 1
 
 
-def phase(total: PhaseTotal) -> dict[str, Any]:
-    """One phase as the document has it: sums in seconds and bytes, operations, layers."""
+def phase(total: PhaseTotal, processor_seconds: float | None = None) -> dict[str, Any]:
+    """One phase as the document has it: sums in seconds and bytes, operations, layers. ``processor_seconds``: those of
+    the runner's threads."""
     return {
         "tokens": total.tokens,
         "passes": total.passes,
         "chunks": total.chunks,
         "seconds": total.seconds,
+        **({} if processor_seconds is None else {"processor_seconds": processor_seconds}),
         "tokens_per_second": total.tokens_per_second,
         "rpc_calls": total.rpc_calls,
         "rpc_retries": total.rpc_retries,

@@ -235,3 +235,17 @@ def test_whatever_happens_laps_are_a_line_without_gaps(batch: int, moves: list[t
     assert laps[-1].end_ns == ended.at_ns
     assert all(before.end_ns == after.start_ns for before, after in itertools.pairwise(laps))
     assert sum(lap.end_ns - lap.start_ns for lap in laps) == ended.at_ns - began.at_ns
+
+
+def test_processor_time_is_kept_by_phase() -> None:
+    recorder = Recorder()
+    for phase in (ev.PREFILL, ev.DECODE, ev.PREFILL):
+        recorder.begin(phase)
+        began = time.process_time()
+        while time.process_time() < began + 0.002:
+            pass
+        recorder.end(1, 1)
+    used = recorder.processor_seconds
+    assert used[ev.PREFILL] >= 0.004
+    assert 0.002 <= used[ev.DECODE] < 1.0
+    assert used.keys() == {ev.PREFILL, ev.DECODE}

@@ -124,3 +124,39 @@ def test_all_in_the_tee_is_advised_where_it_is_quicker() -> None:
         phase["seconds"] = 0.2
     told = {advice["id"]: advice["text"] for advice in advise(shielded(), [quick])}
     assert "servers would get nothing at all to see" in told["offloading-does-not-pay"]
+
+
+def with_processor_seconds(made: dict[str, Any], prefill: float | None, decode: float | None) -> dict[str, Any]:
+    for name, seconds in (("prefill", prefill), ("decode", decode)):
+        made["phases"][name] |= {"processor_seconds": seconds, "tokens": made["phases"][name]["tokens"] or 1}
+    return made
+
+
+def test_leverage_is_the_processor_time_of_all_in_the_tee_over_the_runs() -> None:
+    made, local = with_processor_seconds(shielded(), 2.0, 1.0), with_processor_seconds(other("local"), 5.0, 0.5)
+    made |= {"beside": beside.beside(made, [local])}
+    assert beside.leverage(made, ["prefill"]) == pytest.approx(2.5)
+    assert beside.leverage(made) == pytest.approx(5.5 / 3.0)
+    assert cells(made)["Leverage"] == ("2.50×", "0.50×")
+    assert "no-leverage" not in {advice["id"] for advice in advise(made)}
+    shorter = with_processor_seconds(other("local", tokens=512), 5.0, 0.5)
+    made |= {"beside": beside.beside(made, [shorter])}
+    assert beside.leverage(made, ["prefill"]) == pytest.approx(5.0)  # by the token
+
+
+def test_a_mode_without_leverage_is_told_so_in_one_line() -> None:
+    made, local = with_processor_seconds(shielded(), 2.0, 1.0), with_processor_seconds(other("local"), 1.0, 0.5)
+    made |= {"beside": beside.beside(made, [local])}
+    told = {advice["id"]: advice for advice in advise(made)}["no-leverage"]
+    assert told["settings"] == {}
+    assert told["text"].startswith("two-server has a leverage of 0.50 here")
+    assert "\n" not in told["text"]
+
+
+def test_nothing_is_said_of_leverage_where_a_phase_is_not_known() -> None:
+    for theirs, ours in (((None, 0.5), (2.0, 1.0)), ((1.0, 0.5), (2.0, None))):
+        made = with_processor_seconds(shielded(), *ours)
+        made |= {"beside": beside.beside(made, [with_processor_seconds(other("local"), *theirs)])}
+        assert beside.leverage(made) is None
+        assert "no-leverage" not in {advice["id"] for advice in advise(made)}
+    assert beside.leverage(shielded()) is None
