@@ -32,8 +32,8 @@ def blocks(rows: slice, columns: int, values: int = VALUES) -> Iterator[slice]:
 
 def spread(work: Callable[[slice], None], rows: int, columns: int) -> None:
     """Has ``work`` done for all of ``rows``: at once, or for parts of them on as many threads as torch has."""
-    parts = min(torch.get_num_threads(), rows, rows * columns // _WORTH)
-    if parts < 2:
+    parts = min(rows * columns // _WORTH, rows)
+    if parts < 2 or (parts := min(parts, torch.get_num_threads())) < 2:
         work(slice(0, rows))
         return
     edges = [rows * number // parts for number in range(parts + 1)]

@@ -89,7 +89,8 @@ def _steps(values: Floats, scale: float, step: Floats) -> Any:
     with: a step that is 0, infinite or NaN. A row of a usual norm has the same step whatever the others are."""
     x = torch.from_numpy(values)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).numpy()
-    if _USUAL[0] <= norm.min() <= norm.max() <= _USUAL[1]:  # nor are NaNs
+    least, largest = (norm.min(), norm.max()) if len(norm) > 1 else (norm.item(),) * 2
+    if _USUAL[0] <= least <= largest <= _USUAL[1]:  # nor are NaNs
         np.multiply(norm, np.float32(scale), out=step)
         return None
     exact = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).numpy()
