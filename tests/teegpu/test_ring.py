@@ -69,6 +69,18 @@ def test_a_seed_gives_one_stream() -> None:
     assert ring.expand(bytes(32), 1, 4).numpy().tobytes().hex() == "dc95c078a2408989ad48a21492842087"
 
 
+@pytest.mark.parametrize(("rows", "columns", "first"), [(1, 7, 0), (3, 5, 2), (700, 1023, 0), (700, 1023, 3)])
+def test_threads_and_what_is_added_change_nothing_of_a_stream(rows: int, columns: int, first: int) -> None:
+    whole = ring.expand(bytes(32), first + rows, columns)[first:]
+    values = torch.randint(-(2**31), 2**31, (rows, columns), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    torch.set_num_threads(3)
+    assert torch.equal(ring.expand(bytes(32), rows, columns, first=first), whole)
+    found = ring.expand(bytes(32), rows, columns, first=first, plus=values)
+    assert torch.equal(found, ring.wrap(whole.to(torch.float64) + values.to(torch.float64)))
+    assert torch.equal(found, ring.add(values, whole))
+    assert torch.equal(ring.subtract(found, values), whole)
+
+
 def test_a_short_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="key"):
         ring.expand(b"short", 1, 1)

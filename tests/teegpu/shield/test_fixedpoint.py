@@ -114,3 +114,24 @@ def test_a_row_is_the_same_whatever_is_beside_it() -> None:
         alone, alone_step = fixedpoint.encode(x[row : row + 1], measure)
         assert torch.equal(alone, whole[row : row + 1])
         assert torch.equal(alone_step, step[row : row + 1])
+
+
+def test_a_row_is_the_same_bits_alone_and_among_many_on_several_threads() -> None:
+    """Also where one of them is no usual row, in its block or in another one."""
+    generator = torch.Generator().manual_seed(4)
+    rows, columns = 300, 1100
+    x = torch.randn(rows, columns, generator=generator)
+    x[7], x[160, 3], x[299] = 1e-30, float("inf"), 1e-22
+    _, measure = measured(torch.randn(columns, 8, generator=generator).t().contiguous())
+    _, back = measured(torch.randn(columns, 8, generator=generator))
+    torch.set_num_threads(3)
+    whole, step = fixedpoint.encode(x, measure)
+    values = fixedpoint.decode(whole, step, back)
+    for row in (0, 6, 7, 8, 29, 30, 159, 160, 161, 298, 299):
+        alone, own = fixedpoint.encode(x[row : row + 1], measure)
+        assert torch.equal(alone[0], whole[row])
+        assert torch.equal(own[0].view(torch.int32), step[row].view(torch.int32))
+        found = fixedpoint.decode(alone, own, back)
+        assert torch.equal(found[0].view(torch.int32), values[row].view(torch.int32))
+    assert not whole[[7, 160]].any()
+    assert whole[299].any()

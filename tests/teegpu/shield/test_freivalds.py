@@ -51,6 +51,17 @@ def test_every_bit_counts(weight: torch.Tensor, bit: int) -> None:
         assert checks.prepare(LINEAR, sent)(wrong) == [number + 5]
 
 
+def test_rows_are_found_in_each_block_and_on_each_thread() -> None:
+    weight = torch.randint(-127, 128, (1500, 900), generator=generator(1)).to(torch.int8)
+    checks, sent = checks_of(weight, 40), torch.randint(-1000, 1000, (300, 900), generator=generator(2)).int()
+    received = ring.RingMatrix(weight).product(sent)
+    torch.set_num_threads(3)
+    assert checks.prepare(LINEAR, sent)(received) == []
+    lies = [0, 42, 43, 44, 99, 100, 199, 200, 299]
+    received[lies, torch.arange(len(lies)) * 180] += 1
+    assert checks.prepare(LINEAR, sent)(received) == lies
+
+
 def test_errors_that_cancel_each_other_out_are_caught(weight: torch.Tensor) -> None:
     checks, sent = checks_of(weight, 40), fixed(ROWS, IN, 3)
     received = ring.RingMatrix(weight).product(sent)
