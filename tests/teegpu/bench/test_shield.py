@@ -41,8 +41,8 @@ def test_every_mode_and_operation_is_measured(tiny_model: TinyModel) -> None:
     recommended = document["notes"][3]
     for number, mode in enumerate(MODES):
         worth = [each for each in ("chunk", "batch", "step") if entries[f"{mode}: all of it"][f"{each}_leverage"] > 1]
-        told = recommended.partition("more than 1: ")[2].split("; ")[number]
-        assert told == f"{mode} in a {', '.join(worth)}" if worth else f"{mode} nowhere"
+        said = recommended.partition("more than 1: ")[2].split("; ")[number]
+        assert said == (f"{mode} in a {', '.join(worth)}" if worth else f"{mode} nowhere")
     for form in ("table", "md", "csv", "json"):
         assert "VERIFY" in render.render(document, form)
     assert [step.done for step in told] == sorted(step.done for step in told)
