@@ -12,16 +12,11 @@ between machines. So results are the same bits wherever one machine computes the
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from teegpu.blocks import blocks, spread
 from teegpu.shield.quantised import Measure
-
-Floats = npt.NDArray[np.float32]
 
 _BITS: Final = 2**31
 _MAGIC: Final = 1.5 * 2**23
@@ -64,55 +59,28 @@ def encode(x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, torch.Tenso
 
     A row that is not finite gets zeros and a step that is not finite, and so is what is computed of it.
     """
-    values, steps = x.numpy(), np.empty((x.shape[0], 1), dtype=np.float32)
-    shifted = np.empty(x.shape, dtype=np.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    least, largest = map(float, norm.aminmax()) if len(norm) > 1 else (float(norm),) * 2
     scale = 1.0 / room(measure)
-
-    def work(part: slice) -> None:
-        with np.errstate(all="ignore"):  # a row that is not finite is a row like others
-            for rows in blocks(part, x.shape[1]):
-                step, block = steps[rows], shifted[rows]
-                odd = _steps(values[rows], scale, step)
-                np.multiply(values[rows], np.reciprocal(step), out=block)
-                np.add(block, _MAGIC, out=block)
-                whole = block.view(np.int32)
-                np.subtract(whole, _MAGIC_BITS, out=whole)
-                if odd is not None:
-                    whole[odd] = 0
-
-    spread(work, *x.shape)
-    return torch.from_numpy(shifted.view(np.int32)), torch.from_numpy(steps)
-
-
-def _steps(values: Floats, scale: float, step: Floats) -> Any:
-    """Fills in the ``step`` of each row. Returns which rows (None: none) have no number of their own to be made whole
-    with: a step that is 0, infinite or NaN. A row of a usual norm has the same step whatever the others are."""
-    x = torch.from_numpy(values)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).numpy()
-    least, largest = (norm.min(), norm.max()) if len(norm) > 1 else (norm.item(),) * 2
+    odd: torch.Tensor | None = None
     if _USUAL[0] <= least <= largest <= _USUAL[1]:  # nor are NaNs
-        np.multiply(norm, np.float32(scale), out=step)
-        return None
-    exact = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).numpy()
+        step = norm.mul_(scale)
+    else:
+        step, odd = _unusual_steps(x, norm, scale)
+    whole = (x * step.reciprocal()).add_(_MAGIC).view(torch.int32).sub_(_MAGIC_BITS)
+    return (whole if odd is None else whole.masked_fill_(odd, 0)), step
+
+
+def _unusual_steps(x: torch.Tensor, norm: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step of each row, and which rows have no number of their own to be made whole with: a step that is 0,
+    infinite or NaN. A row of a usual norm has the step that it would have without the others."""
+    exact = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
     usual = (norm >= _USUAL[0]) & (norm <= _USUAL[1])
-    np.copyto(step, np.where(usual, norm * np.float32(scale), (exact * scale).astype(np.float32)))
-    odd = ~((exact >= _NOTHING) & np.isfinite(step))
-    step[exact < _NOTHING] = 1.0
-    return odd[:, 0]
+    step = torch.where(usual, norm * scale, exact.mul(scale).to(torch.float32))
+    odd = ~((exact >= _NOTHING) & torch.isfinite(step))
+    return torch.where(exact < _NOTHING, 1.0, step), odd
 
 
 def decode(product: torch.Tensor, step: torch.Tensor, measure: Measure) -> torch.Tensor:
     """int32 (rows, out), the product of what ``encode`` gave with the int8 matrix → fp32 (rows, out)."""
-    whole, steps, scale = product.numpy(), step.numpy(), measure.scale.numpy()
-    values = np.empty(whole.shape, dtype=np.float32)
-
-    def work(part: slice) -> None:
-        with np.errstate(all="ignore"):
-            for rows in blocks(part, whole.shape[1]):
-                block = values[rows]
-                np.copyto(block, whole[rows])
-                np.multiply(block, steps[rows], out=block)
-                np.multiply(block, scale, out=block)
-
-    spread(work, *whole.shape)
-    return torch.from_numpy(values)
+    return product.to(torch.float32).mul_(step).mul_(measure.scale)
