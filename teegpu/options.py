@@ -12,8 +12,9 @@ from teegpu.endpoints import Endpoint
 from teegpu.errors import ConfigError, ShieldError
 from teegpu.facts import AUTO, BF16, FP16, FP32
 from teegpu.keys import client_curve, server_curve
-from teegpu.machine import available_cores
+from teegpu.machine import available_cores, shares_cores
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_TENSORS, Limits
+from transports.addresses import is_local
 from transports.base import ClientOptions, FrameKind, ServerOptions
 
 MIB = 2**20
@@ -36,8 +37,7 @@ def client_options(config: Config, endpoint: Endpoint | None = None) -> ClientOp
     return ClientOptions(
         connect_timeout_seconds=config.link.connect_timeout_seconds,
         reply_timeout_seconds=config.link.reply_timeout_seconds,
-        # With one core, polling would keep it from those who bring the answer.
-        spin_seconds=config.link.spin_seconds if available_cores() > 1 else 0.0,
+        spin_seconds=0.0 if _polling_harms(endpoint) else config.link.spin_seconds,
         window_requests=config.link.window_requests,
         window_bytes=config.link.window_mib * MIB,
         max_message_bytes=config.limits.message_mib * MIB,
@@ -45,6 +45,12 @@ def client_options(config: Config, endpoint: Endpoint | None = None) -> ClientOp
         compression_level=config.compression.level,
         curve=client_curve(config, endpoint),
     )
+
+
+def _polling_harms(endpoint: Endpoint | None) -> bool:
+    """Whether who polls keeps a core from those who bring the answer: a server here that computes on all of them."""
+    beside = endpoint is not None and is_local(endpoint.address) and shares_cores()
+    return beside or available_cores() == 1
 
 
 def server_options(config: Config) -> ServerOptions:

@@ -43,6 +43,11 @@ matrix is then at most this times the norm of the matrix's row (Cauchy-Schwarz),
 we know."""
 
 
+_WORTH_THREADS_BYTES = 2**20
+"""Of keys and values in a layer. Below it one thread has attended by the time that another one would be awake, and that
+one's core is the server's where both are on one machine."""
+
+
 class Turn:
     """The order between the chunks of one prompt: at each layer a chunk waits until the one before has stored its
     keys."""
@@ -213,6 +218,7 @@ class Decoder:
         alone: bool = False,
     ) -> None:
         self._alone = alone or plan.remote_attention
+        self._light = plan.remote and not alone
         self.plan = plan
         self.products = products
         self._spec = spec
@@ -230,6 +236,24 @@ class Decoder:
 
         Stores keys and values in the caches of the spans but leaves their ``length`` to the caller, who knows all
         chunks."""
+        threads = torch.get_num_threads()
+        if threads == 1 or not self._needs_one_thread(work):
+            return await self._forward(work)
+        torch.set_num_threads(1)
+        try:
+            return await self._forward(work)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _needs_one_thread(self, work: Step) -> bool:
+        """Whether what is computed here is a few rows and short contexts. Not where chunks overlap: threads are the
+        process's."""
+        if not self._light or work.turn is not None or work.ids.shape[0] > len(work.queries):
+            return False
+        values = 2 * self._spec.kv_heads * self._spec.head_dim * sum(each.stop for each in work.queries)
+        return values * torch.float32.itemsize < _WORTH_THREADS_BYTES
+
+    async def _forward(self, work: Step) -> torch.Tensor | None:
         if not self.plan.fused:
             logits = await self._forward_plain(work)
         elif self._spec.norms == BEFORE:

@@ -125,21 +125,22 @@ class ExecuteForm:
 
     def __init__(self, code: program.Program, layout: Layout, replies: Sequence[str]) -> None:
         packer = msgpack.Packer()
-        self._before = packer.pack_array_header(6) + packer.pack(PROTOCOL_VERSION) + packer.pack("execute") + _UINT64
         self._behind = b"".join(map(packer.pack, (code.packed, replies, layout.packed)))
         self._layout = layout
 
     def encode(self, request_id: int, operands: Mapping[str, Operand]) -> Encoded:
         """The message with ``operands``, one for each input and of the shape that the layout has for it."""
-        frames: list[Buffer] = [self._before + request_id.to_bytes(8, "big") + self._behind]
+        frames: list[Buffer] = [_EXECUTE + request_id.to_bytes(8, "big") + self._behind]
         for register, _, encoding in self._layout.rows:
             operand = operands[register]
             frames.append(operand.key if isinstance(operand, Seed) else dtypes.encode(operand, encoding))
         return Encoded(frames, self._layout.kinds)
 
 
-_UINT64 = b"\xcf"
-"""What msgpack has before a whole number in 8 bytes."""
+_EXECUTE = b"\x96" + msgpack.packb(PROTOCOL_VERSION) + msgpack.packb("execute") + b"\xcf"
+"""How the header of an ``Execute`` of ours begins: a list of 6, and at the end what msgpack has before a number of 8
+bytes, which is the request's id."""
+_BEHIND_ID = len(_EXECUTE) + 8
 
 
 def encode_result(request_id: int, times: ServerTimes, layout: Layout, frames: Sequence[torch.Tensor]) -> Encoded:
@@ -169,7 +170,8 @@ class Decoder:
         self._remember = remember
         self._programs: OrderedDict[bytes, program.Program] = OrderedDict()
         self._tables: OrderedDict[bytes, Layout] = OrderedDict()
-        self._forms: OrderedDict[tuple[object, ...], _Form] = OrderedDict()
+        self._headers: OrderedDict[bytes, _Form] = OrderedDict()
+        """By what follows the id in a header that was checked: the same bytes say the same again."""
 
     def decode(self, frames: Sequence[memoryview]) -> Message:
         """The message in ``frames``.
@@ -177,12 +179,22 @@ class Decoder:
         Tensors share the frames' memory wherever they can. Raises ``WireError``, or ``VersionError`` for a message of
         another protocol version.
         """
-        header = self._header(frames)
+        head = self._head(frames)
+        behind = head[_BEHIND_ID:] if head.startswith(_EXECUTE) else b""
+        if (known := self._headers.get(behind)) is not None:
+            self._headers.move_to_end(behind)
+            return self._executed(int.from_bytes(head[len(_EXECUTE) : _BEHIND_ID], "big"), known, frames)
+        header = self._header(head)
         kind, request_id, body = header[1], header[2], header[3:]
         if type(request_id) is not int or not 0 <= request_id < 2**64:
             raise WireError("a request id is a whole number below 2**64")
         if kind == "execute":
-            return self._execute(request_id, body, frames)
+            form, lasting = self._execute(body)
+            if lasting and behind:
+                self._headers[behind] = form
+                if len(self._headers) > self._remember:
+                    self._headers.popitem(last=False)
+            return self._executed(request_id, form, frames)
         if kind == "result":
             return self._result(request_id, body, frames)
         if len(frames) != 1:
@@ -200,14 +212,17 @@ class Decoder:
             return Refusal(request_id, code if code in REFUSALS else "internal", text)
         raise WireError(f"a message of kind {_shown(kind)} with {len(body)} fields is none of ours")
 
-    def _header(self, frames: Sequence[memoryview]) -> Header:
+    def _head(self, frames: Sequence[memoryview]) -> bytes:
         if not frames:
             raise WireError("a message has at least one frame")
         if frames[0].nbytes > MAX_HEADER_BYTES:
             raise WireError(f"a header of {frames[0].nbytes} bytes is over the limit of {MAX_HEADER_BYTES}")
         if sum(frame.nbytes for frame in frames) > self.limits.message_bytes:
             raise WireError(f"a message is over the limit of {self.limits.message_bytes} bytes (limits.message_mib)")
-        header = unpack(frames[0], "a header")
+        return bytes(frames[0])
+
+    def _header(self, head: bytes) -> Header:
+        header = unpack(head, "a header")
         if not isinstance(header, list) or not header or type(header[0]) is not int:
             raise WireError("a header is a list that starts with the protocol version")
         if header[0] != PROTOCOL_VERSION:
@@ -216,7 +231,8 @@ class Decoder:
             raise WireError("a header has at least a version, a kind, a request id and a body")
         return header
 
-    def _execute(self, request_id: int, body: Header, frames: Sequence[memoryview]) -> Execute:
+    def _execute(self, body: Header) -> tuple[_Form, bool]:
+        """And whether it is one to be remembered."""
         if len(body) != 3:
             raise WireError("an execute message has a program, reply encodings and a tensor table")
         packed, replies, table = body
@@ -224,16 +240,10 @@ class Decoder:
             raise WireError("a program and a tensor table travel as bytes")
         if not isinstance(replies, list) or not all(type(encoding) is str for encoding in replies):
             raise WireError(f"a reply encoding is one of {', '.join(dtypes.TENSORS)}")
-        key = (packed, table, *replies)
-        form = self._forms.get(key)
-        if form is None:
-            form = self._form(packed, replies, table)
-            if len(key) - 2 <= REMEMBERED_TENSORS and packed in self._programs and table in self._tables:
-                self._forms[key] = form
-                if len(self._forms) > self._remember:
-                    self._forms.popitem(last=False)
-        else:
-            self._forms.move_to_end(key)
+        form = self._form(packed, replies, table)
+        return form, len(replies) <= REMEMBERED_TENSORS and packed in self._programs and table in self._tables
+
+    def _executed(self, request_id: int, form: _Form, frames: Sequence[memoryview]) -> Execute:
         code, layout, encodings, reply_encodings = form
         tensors = dict(zip(layout.registers, self._operands(layout, frames), strict=True))
         return Execute(request_id, code, tensors, encodings, reply_encodings)

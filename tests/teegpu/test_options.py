@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from teegpu import options
 from teegpu.config import load
-from teegpu.options import local_dtype
+from teegpu.endpoints import Endpoint
+from teegpu.options import client_options, local_dtype
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,21 @@ from teegpu.options import local_dtype
 )
 def test_who_asks_for_fp32_gets_it_from_local_too(flags: dict[str, str], told: str) -> None:
     assert local_dtype(load(flags)) == told
+
+
+@pytest.mark.parametrize(
+    ("address", "shared", "cores", "polls"),
+    [
+        ("unix:///run/gpu", True, 2, False),
+        ("tcp://127.0.0.1:5555", True, 2, False),
+        ("tcp://gpu.example:5555", True, 2, True),
+        ("unix:///run/gpu", False, 8, True),
+        ("tcp://gpu.example:5555", False, 1, False),
+    ],
+)
+def test_nobody_polls_on_a_core_that_the_answer_needs(
+    address: str, shared: bool, cores: int, polls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "available_cores", lambda: cores)
+    monkeypatch.setattr(options, "shares_cores", lambda: shared)
+    assert bool(client_options(load({}), Endpoint(address)).spin_seconds) is polls

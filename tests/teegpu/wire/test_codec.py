@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from teegpu.errors import MismatchError
+from teegpu.errors import MismatchError, WireError
 from teegpu.wire import codec, dtypes
 from teegpu.wire.limits import MAX_LABEL_LENGTH, MAX_TEXT_LENGTH, REMEMBERED_STEPS, REMEMBERED_TENSORS, Limits
 from teegpu.wire.messages import (
@@ -187,6 +188,41 @@ def test_programs_that_are_remembered_are_bounded() -> None:
     assert gone == program_of(97, small)
 
 
+def test_what_follows_the_id_is_parsed_once_and_no_other_bytes_pass_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, frames = decoder(), received(execute())
+    first = seen.decode(frames)
+    head, at = bytearray(frames[0]), codec._BEHIND_ID - 8
+    head[at : at + 8] = b"\xff" * 8
+    parsed: list[str] = []
+    unpack = codec.unpack
+    monkeypatch.setattr(codec, "unpack", lambda packed, what: (parsed.append(what), unpack(packed, what))[1])
+    second = seen.decode([memoryview(head), *frames[1:]])
+    assert isinstance(first, Execute)
+    assert isinstance(second, Execute)
+    assert second.request_id == 2**64 - 1
+    assert second.program is first.program
+    assert all(torch.equal(second.tensors[name], first.tensors[name]) for name in first.tensors)
+    assert not parsed
+    for index in {*range(len(head))} - {*range(at, at + 8)}:
+        changed = bytearray(head)
+        changed[index] ^= 1
+        parsed.clear()
+        with contextlib.suppress(WireError, MismatchError):
+            seen.decode([memoryview(changed), *frames[1:]])
+        assert parsed
+    with pytest.raises(WireError, match="takes"):
+        seen.decode([memoryview(head), *(frame[:-1] for frame in frames[1:])])
+
+
+def test_headers_that_are_remembered_are_bounded() -> None:
+    small = codec.Decoder(LIMITS, remember=4)
+    for rows in range(1, 50):
+        code = single(["x"], linear("y", "x", "w"))
+        call = Execute(1, code, {"x": torch.ones(rows, 1)}, {"x": "fp32"}, {"y": "fp32"})
+        small.decode(received(codec.encode_execute(call)))
+    assert len(small._headers) == 4
+
+
 def test_what_no_runner_sends_is_not_remembered() -> None:
     seen = codec.Decoder(Limits())
     names = [f"r{index}" for index in range(REMEMBERED_STEPS + 2)]
@@ -198,6 +234,7 @@ def test_what_no_runner_sends_is_not_remembered() -> None:
     many = {f"t{index}": torch.ones(1) for index in range(REMEMBERED_TENSORS + 1)}
     seen.decode(received(result_of(many, dict.fromkeys(many, "fp32"))))
     assert not seen._programs
+    assert not seen._headers
     assert not [layout for layout in seen._tables.values() if len(layout.rows) > 1]
 
 
