@@ -28,10 +28,10 @@ def test_who_asks_for_fp32_gets_it_from_local_too(flags: dict[str, str], told: s
 @pytest.mark.parametrize(
     ("address", "shared", "cores", "polls"),
     [
-        ("unix:///run/gpu", True, 2, False),
+        ("ipc:///run/gpu", True, 2, False),
         ("tcp://127.0.0.1:5555", True, 2, False),
         ("tcp://gpu.example:5555", True, 2, True),
-        ("unix:///run/gpu", False, 8, True),
+        ("ipc:///run/gpu", False, 8, True),
         ("tcp://gpu.example:5555", False, 1, False),
     ],
 )

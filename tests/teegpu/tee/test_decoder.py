@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from teegpu import facts
 from teegpu.errors import BadReplyError
 from teegpu.model.folder import ModelFolder
-from teegpu.remote.calls import drive
+from teegpu.remote.calls import Call, drive
 from teegpu.tee.decoder import Span, Step
 from teegpu.tee.kv_cache import KVCache
 from tests.conftest import TinyModel
@@ -273,3 +274,43 @@ def test_exclusive_times_add_up_to_the_wall(plan: str, tiny_model: TinyModel, ha
         phase.network_seconds + phase.server_seconds + phase.gpu_seconds, rel=1e-6
     )
     assert all(layer.network_seconds >= 0 for layer in phase.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("plan", "light_bytes", "threads"),
+    [
+        ("fused", 2**20, {8: 2, 1: 1}),
+        ("attention", 2**20, {8: 2, 1: 1}),
+        ("local", 2**20, {8: 2, 1: 2}),
+        ("fused", 64, {8: 2, 1: 2}),
+    ],
+)
+def test_a_light_step_leaves_the_other_cores_to_the_server(
+    plan: str,
+    light_bytes: int,
+    threads: dict[int, int],
+    tiny_model: TinyModel,
+    harness: MakeHarness,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One row after a short context, of which others compute the products; and the number is as before afterwards."""
+    monkeypatch.setattr("teegpu.tee.decoder._WORTH_THREADS_BYTES", light_bytes)
+    runner = harness(tiny_model("llama"))
+    decoder, seen = runner.decoder(plan), {}
+    inner = decoder.products.run
+
+    async def run(call: Call) -> dict[str, torch.Tensor]:
+        seen[next(iter(call.inputs.values())).shape[0]] = torch.get_num_threads()
+        return await inner(call)
+
+    decoder.products.run = run  # type: ignore[method-assign]
+    cache = KVCache(runner.spec, capacity=4)
+    torch.set_num_threads(2)
+    with torch.inference_mode():
+        for start, stop in pairwise([0, 8, 9]):
+            cache.reserve(stop)
+            runner.rotary.prepare(stop)
+            drive(decoder.forward(Step([Span(random_ids(stop)[start:], start, cache, "last")])))
+            cache.advance(stop)
+            assert torch.get_num_threads() == 2
+    assert seen == threads
