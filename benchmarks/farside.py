@@ -23,7 +23,7 @@ from teegpu.bench import child
 from teegpu.errors import ConnectionFailedError
 from transports import security
 from transports.base import FrameKind, Message, Server, ServerOptions
-from transports.security import CurveClient, CurveServer
+from transports.security import ServerKeys
 from transports.sockets import has_message, send_parts
 
 LENGTH = struct.Struct("<Q")
@@ -51,8 +51,8 @@ def question(size: int) -> Message:
 class Echo:
     """The near side of a bare echo. ``sizes`` are (frame sizes up, frame sizes down) in bytes for each number.
 
-    ``reach`` makes of the far side's address where to connect. ``keys``: with CURVE, whoever knows the far side's key
-    being welcome. It waits as the runner's transports do: polling for ``spin_seconds``, then asleep.
+    ``reach`` makes of the far side's address where to connect. ``keys``: with zmq's CURVE, whoever knows the far side's
+    key being welcome. It waits as the runner's transports do: polling for ``spin_seconds``, then asleep.
     """
 
     def __init__(
@@ -77,7 +77,10 @@ class Echo:
         self._socket.linger = 0
         self._socket.set_hwm(_NO_LIMIT)
         if keys:
-            CurveClient(security.new_pair(), security.parse_public(found["public"], "the echo")).apply(self._socket)
+            own, server = security.new_pair(), security.parse_public(found["public"], "the echo")
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, server.raw)
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, own.public.raw)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, own.secret)
         self._socket.connect(reach(found["address"]))
 
     def seconds(self, number: int, count: int = 1) -> float:
@@ -109,9 +112,9 @@ def handle(command: dict[str, Any]) -> dict[str, Any]:
 def _mirrors(command: dict[str, Any]) -> dict[str, Any]:
     """Servers at the addresses in ``open`` without keys, at those in ``keys`` with them."""
     pair = security.new_pair()
-    keys = CurveServer(pair, Path(command["clients"]))
+    keys = ServerKeys(pair, Path(command["clients"]))
     found: dict[str, Any] = {"public": pair.public.text}
-    for kind, options in (("open", ServerOptions()), ("keys", ServerOptions(curve=keys))):
+    for kind, options in (("open", ServerOptions()), ("keys", ServerOptions(keys=keys))):
         servers = [transports.listen(address, options) for address in command[kind]]
         for server in servers:
             threading.Thread(target=mirror, args=(server,), daemon=True, name="mirror").start()

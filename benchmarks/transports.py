@@ -1,4 +1,5 @@
-"""Round trip and throughput of each transport by size, with keys and without, beside bare zmq with the same bytes.
+"""Round trip and throughput of each transport by size, with keys and without, beside bare zmq with the same bytes, and
+with its own encryption, CURVE, where there are keys.
 
 As many bytes go up as down, of random fp16 values. The throughput is each way, of a batch, in flight together where the
 transport can. Ways take turns, round by round, so that what drifts hits all alike. Needs no model.
@@ -24,9 +25,11 @@ from teegpu.units import human_bytes
 from transports import security
 from transports.base import Client, ClientOptions
 from transports.netem.link import EmulatedLink, LinkSpec
-from transports.security import CurveClient
+from transports.security import ClientKeys
 
 BARE: Final = "bare zmq"
+KEYED: Final = {BARE: ", CURVE"}
+"""What is said of each way with keys; of the others that they have them."""
 SIZES: Final = (1024, 64 * 1024, 2**20, 8 * 2**20)
 BATCH_BYTES: Final = 32 * 2**20
 BATCH_REQUESTS: Final = 32
@@ -100,10 +103,10 @@ def opened(
 
     ask = {"do": "mirrors", "open": [address("open")], "keys": [address("keys")], "clients": str(folder)}
     found = far.ask(ask)
-    curve = CurveClient(own, security.parse_public(found["public"], "the far side"))
+    own_keys = ClientKeys(own, security.parse_public(found["public"], "the far side"))
     ways: list[Way] = []
     for keys in (False, True):
-        options = ClientOptions(spin_seconds=spin_seconds, curve=curve if keys else None)
+        options = ClientOptions(spin_seconds=spin_seconds, keys=own_keys if keys else None)
         there = reach(found["keys" if keys else "open"][0])
         clients = {
             name: stack.enter_context(transports.connect(name, there, options))
@@ -149,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(figures)
         trip, rate = figures["round_trip_seconds"], figures["bytes_per_second"]
         rows.append([
-            f"{human_bytes(way.size)}, {way.name}{', keys' if way.keys else ''}",
+            f"{human_bytes(way.size)}, {way.name}{KEYED.get(way.name, ', keys') if way.keys else ''}",
             ms(trip["median"]), ms(trip["p95"]), ms(trip["min"]), f"{rate['median'] / 1e6:,.1f}",
             f"{rate['min'] / 1e6:,.1f}–{rate['max'] / 1e6:,.1f}", f"{figures['of_bare']:.1%}",
         ])  # fmt: skip

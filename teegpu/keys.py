@@ -18,7 +18,7 @@ from teegpu.errors import ConfigError, nearest
 from teegpu.files import expanded, user_folder
 from transports import security
 from transports.errors import BadKeyError
-from transports.security import PUBLIC_SUFFIX, SECRET_SUFFIX, CurveClient, CurveServer, KeyPair, PublicKey
+from transports.security import PUBLIC_SUFFIX, SECRET_SUFFIX, ClientKeys, KeyPair, PublicKey, ServerKeys
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,99}", re.ASCII)
 
@@ -100,7 +100,7 @@ def public(name: str) -> PublicKey:
 # ---- what the settings mean
 
 
-def client_curve(config: Config, endpoint: Endpoint | None = None) -> CurveClient | None:
+def client_keys(config: Config, endpoint: Endpoint | None = None) -> ClientKeys | None:
     """The keys of a connection to ``endpoint``; None where it has none, as with a run's own server: that listens in a
     folder which nobody else can enter.
 
@@ -123,10 +123,10 @@ def client_curve(config: Config, endpoint: Endpoint | None = None) -> CurveClien
             "NAME' makes a pair; then run --client-key NAME)"
         )
     where = "run.endpoints, key=" if endpoint.key else "link.server_key"
-    return CurveClient(_secret(link.client_key, "link.client_key"), _public(wanted, where))
+    return ClientKeys(_secret(link.client_key, "link.client_key"), _public(wanted, where))
 
 
-def server_curve(config: Config) -> CurveServer | None:
+def server_keys(config: Config) -> ServerKeys | None:
     """The keys of the server; None where it has none. Raises ``ConfigError`` and ``BadKeyError``."""
     server = config.server
     if not server.key:
@@ -137,7 +137,7 @@ def server_curve(config: Config) -> CurveServer | None:
             )
         return None
     clients = expanded(server.auth_dir, "server.auth_dir") if server.auth_dir else None
-    return CurveServer(_secret(server.key, "server.key"), clients)
+    return ServerKeys(_secret(server.key, "server.key"), clients)
 
 
 def _secret(value: str, setting: str) -> KeyPair:

@@ -11,7 +11,7 @@ from teegpu.config import Config
 from teegpu.endpoints import Endpoint
 from teegpu.errors import ConfigError, ShieldError
 from teegpu.facts import AUTO, BF16, FP16, FP32
-from teegpu.keys import client_curve, server_curve
+from teegpu.keys import client_keys, server_keys
 from teegpu.machine import available_cores, shares_cores
 from teegpu.wire.limits import REMEMBERED, REMEMBERED_TENSORS, Limits
 from transports.addresses import is_local
@@ -43,7 +43,7 @@ def client_options(config: Config, endpoint: Endpoint | None = None) -> ClientOp
         max_message_bytes=config.limits.message_mib * MIB,
         max_frames=config.limits.frames,
         compression_level=config.compression.level,
-        curve=client_curve(config, endpoint),
+        keys=client_keys(config, endpoint),
     )
 
 
@@ -65,7 +65,7 @@ def server_options(config: Config) -> ServerOptions:
         hello_timeout_seconds=config.limits.hello_timeout_seconds,
         idle_timeout_seconds=config.limits.idle_timeout_seconds,
         compression_level=config.compression.level,
-        curve=server_curve(config),
+        keys=server_keys(config),
     )
 
 

@@ -1,12 +1,14 @@
 """Who may connect to a server: the allow-list, and the thread that answers zmq when it asks.
 
-zmq hands every CURVE handshake to a handler (ZAP, inproc://zeromq.zap.01) after the client has proved that it has the
-key that it shows. ``Gatekeeper`` is that handler. It compares the key with the allow-list, which it reads anew when the
-folder has changed, and it tells the log, at a bounded rate, who was turned away.
+The first message of the key exchange (``noise``) comes as the password of zmq's own handshake, and zmq hands that to a
+handler (ZAP, inproc://zeromq.zap.01) before the client can send anything else. ``Gatekeeper`` is that handler. It opens
+the message with the server's key, compares the client's with the allow-list, which it reads anew when the folder has
+changed, and tells the log, at a bounded rate, who was turned away. Whom it lets in may still have recorded that message
+somewhere: that it has the key is proved by what it sends next.
 
-zmq can't end one established connection by its key. So the key of a connection travels with each of its messages
-(``User-Id``, which zmq sets and a client can't), and ``RouterServer`` asks ``admits`` for each: a client that was taken
-off the list stays connected until it leaves, and gets nothing but refusals.
+``User-Id``, which zmq sets on what comes over a connection and a client can't, says which exchange it goes on with:
+``claim`` gives its keys, once. An established connection can't be ended by its key. So ``RouterServer`` asks ``admits``
+for each message: a client that was taken off the list stays connected until it leaves, and gets nothing but refusals.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 
-from transports.errors import BadKeyError
-from transports.security import PUBLIC_SUFFIX, CurveServer, PublicKey, read_public, writable_by_others
+from transports.errors import BadKeyError, SealError
+from transports.noise import Responder
+from transports.sealing import PROTOCOL, Session
+from transports.security import PUBLIC_SUFFIX, PublicKey, ServerKeys, read_public, writable_by_others
 from transports.sockets import Wakeup, inner_address, read_event
 
 log = logging.getLogger(__name__)
@@ -43,6 +48,12 @@ MAX_FILES = 65536
 
 ZAP_VERSION = b"1.0"
 ZAP_OK, ZAP_REFUSED, ZAP_ERROR = b"200", b"400", b"500"
+"""zmq tells a client the number, and nothing else: its key is not allowed, or what it says can't be opened."""
+
+ZAP_DOMAIN = b"teegpu"
+
+MAX_PLEDGES = 4096
+"""Exchanges that have begun, and whose connection has said nothing yet. Beyond, the oldest is forgotten."""
 
 Signature = tuple[tuple[str, int, int, int, int], ...]
 
@@ -171,6 +182,17 @@ class FailureLog:
                 del self._kinds[kind]
 
 
+@dataclass(frozen=True, slots=True)
+class Pledge:
+    """A key exchange that has begun: whose it says that it is (the hexadecimal digits of the key), the ``answer`` to
+    send, and what will be sealed with. ``since`` is a reading of ``time.monotonic``."""
+
+    client: str
+    answer: bytes
+    session: Session
+    since: float
+
+
 class Gatekeeper:
     """Answers zmq's questions about the clients of ``socket`` in a thread of its own, until ``close``.
 
@@ -179,8 +201,16 @@ class Gatekeeper:
     """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], options: CurveServer
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        socket: zmq.Socket[bytes],
+        options: ServerKeys,
+        hello_timeout_seconds: float,
     ) -> None:
+        self._own = options.own
+        self._pledges: dict[str, Pledge] = {}
+        self._numbers = itertools.count(1)
+        self._hello_seconds = hello_timeout_seconds
         self.failures = FailureLog(lambda line: log.warning("%s", line))
         self._cuts = FailureLog(lambda line: log.info("%s", line))
         self._list = AllowList(options.clients) if options.clients is not None else None
@@ -195,7 +225,10 @@ class Gatekeeper:
             # A socket has one monitor, and that is the guard's: it hands on the handshakes that failed.
             self.handshakes = inner_address("handshakes")
             self._monitor.bind(self.handshakes)
-            options.apply(socket)
+            socket.setsockopt(zmq.PLAIN_SERVER, 1)
+            socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+            # Without it zmq lets everybody in where no handler answers.
+            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         except BaseException:
             self._release()
             raise
@@ -203,8 +236,13 @@ class Gatekeeper:
         self._thread.start()
 
     def admits(self, user: str) -> bool:
-        """Whether the client with the key ``user`` (hexadecimal, from a message's ``User-Id``) may still be served."""
+        """Whether the client with the key ``user`` (hexadecimal digits) may still be served."""
         return self._list is None or user in self._list.names
+
+    def claim(self, user_id: str) -> Pledge | None:
+        """The exchange that a connection's ``User-Id`` stands for. Once: a second session with the same keys would use
+        the same numbers again."""
+        return self._pledges.pop(user_id, None)
 
     def close(self) -> None:
         """From now on no handshake is answered. ``socket`` is still to be closed, and only after this."""
@@ -242,9 +280,9 @@ class Gatekeeper:
             # The other side may have seen first that it is of no use; or somebody looked whether the port is open.
             self._cuts.failed("a connection ended before any key was shown: a client without keys, or no client at all")
         elif cause == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            self.failures.failed("turned away: a client that uses no keys (link.server_key on its side)")
-        elif cause == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
-            self.failures.failed("turned away: a client that expects another key of this server, or has a broken one")
+            self.failures.failed(
+                "turned away: a client that uses no keys (link.server_key on its side), or is of an older release"
+            )
         else:
             self.failures.failed("turned away: something that is not a client of teegpu")
 
@@ -260,9 +298,19 @@ class Gatekeeper:
 
     def _judge(self, question: list[bytes]) -> tuple[bytes, bytes, bytes]:
         version, _, _, address, _, mechanism, *credentials = question
-        if version != ZAP_VERSION or mechanism != b"CURVE" or [len(each) for each in credentials] != [32]:
-            return ZAP_ERROR, b"not a CURVE handshake", b""
-        key = PublicKey(credentials[0])
+        if version != ZAP_VERSION or mechanism != b"PLAIN" or len(credentials) != 2:
+            return ZAP_ERROR, b"not a handshake of ours", b""
+        name, message = credentials
+        if name != PROTOCOL:
+            self.failures.failed("turned away: a client of another release, or something that is none")
+            return ZAP_ERROR, b"another release", b""
+        exchange = Responder(self._own.secret, PROTOCOL)
+        try:
+            exchange.read(message)
+        except SealError:
+            self.failures.failed("turned away: a client that expects another key of this server, or has a broken one")
+            return ZAP_ERROR, b"another key", b""
+        key = PublicKey(exchange.client)
         user = key.raw.hex()
         where = address.decode("ascii", "replace")
         if self._list is not None:
@@ -271,4 +319,15 @@ class Gatekeeper:
                 self.failures.failed(f"turned away: {where or 'a local client'} with key {key}, which is not allowed")
                 return ZAP_REFUSED, b"key not allowed", b""
             log.debug("client %s connected from %s (key %s)", self._list.names[user], where, key)
-        return ZAP_OK, b"OK", user.encode()
+        return ZAP_OK, b"OK", self._pledge(user, exchange).encode()
+
+    def _pledge(self, user: str, exchange: Responder) -> str:
+        now = time.monotonic()
+        for number, pledge in list(self._pledges.items()):
+            if now - pledge.since <= self._hello_seconds and len(self._pledges) < MAX_PLEDGES:
+                break  # those after it are younger
+            self._pledges.pop(number, None)
+        answer, sending, receiving = exchange.write()
+        number = str(next(self._numbers))
+        self._pledges[number] = Pledge(user, answer, Session(sending, receiving), now)
+        return number

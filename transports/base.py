@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from transports.security import CurveClient, CurveServer
+    from transports.security import ClientKeys, ServerKeys
 
 Buffer = bytes | bytearray | memoryview
 
@@ -89,7 +89,7 @@ class ClientOptions:
     ``connect_timeout_seconds`` bounds the first exchange with a server, ``reply_timeout_seconds`` every later one (per
     request; its clock starts when the request is handed to the socket). ``spin_seconds`` is how long a blocking receive
     polls before it sleeps. ``window_requests`` and ``window_bytes`` bound what an overlapping client has in flight.
-    ``curve`` are its keys; None: nothing is encrypted, and the server may be anybody.
+    ``keys`` are its own and the server's; None: nothing is encrypted, and the server may be anybody.
     """
 
     connect_timeout_seconds: float = 10.0
@@ -100,7 +100,7 @@ class ClientOptions:
     max_message_bytes: int = 2 * 2**30
     max_frames: int = 64
     compression_level: int = 1
-    curve: CurveClient | None = None
+    keys: ClientKeys | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class ServerOptions:
 
     Of more than ``max_client_connections`` of a key, or than ``max_clients`` connections in use, the one that was idle
     longest makes room. A connection over which no whole message came within ``hello_timeout_seconds`` is ended; what is
-    remembered of a client that has been silent for ``idle_timeout_seconds`` is forgotten. ``curve`` are its keys and
+    remembered of a client that has been silent for ``idle_timeout_seconds`` is forgotten. ``keys`` are its own and
     those of its clients; None: nothing is encrypted, and whoever reaches it may use it.
     """
 
@@ -123,7 +123,7 @@ class ServerOptions:
     hello_timeout_seconds: float = 30.0
     idle_timeout_seconds: float = 3600.0
     compression_level: int = 1
-    curve: CurveServer | None = None
+    keys: ServerKeys | None = None
 
 
 class Sent(Awaitable[Reply]):

@@ -26,12 +26,13 @@ from transports.errors import (
     FrameError,
     LimitError,
     ReplyTimeoutError,
+    SealError,
     TransportError,
 )
 from transports.exchange import Exchange
 from transports.inflow import STRAY_BYTES
 from transports.reach import why_silent
-from transports.sockets import FRAMING_BYTES, receive_parts, send_parts
+from transports.sockets import FRAMING_BYTES, receive_parts
 
 if TYPE_CHECKING:
     from transports.compression import Bandwidth, Compressor
@@ -195,10 +196,10 @@ class DealerClient(Client):
         connection.inflow.awaited_bytes += exchange.max_reply_bytes + FRAMING_BYTES
         if not connection.handshaken:
             exchange.parts = parts
-            if connection.retry_at_ns:
-                return exchange  # it is sent with the next attempt
+            if connection.retry_at_ns or connection.keys is not None:
+                return exchange  # it is sent with the next attempt, or when both sides have proved their keys
         try:
-            send_parts(connection.socket, parts)
+            connection.send(parts)
         except BaseException as error:
             if isinstance(error, zmq.ZMQError):
                 # zmq gives up where the two sides do not agree on keys, and then takes nothing to send.
@@ -210,6 +211,8 @@ class DealerClient(Client):
             self._fail(self._lost("could not be sent to"))
             if isinstance(error, zmq.ZMQError):
                 raise ConnectionLostError(f"can't send to {self.endpoint}: {error.strerror}") from error
+            if isinstance(error, SealError):
+                raise ConnectionLostError(f"can't send to {self.endpoint} over this connection: {error}") from error
             raise
         return exchange
 
@@ -274,10 +277,20 @@ class DealerClient(Client):
         if connection.inflow.excess:  # a part of the stream is missing: what is whole may be so by chance
             self._check_connection(connection)
             return
+        connection.inflow.settle()
+        try:
+            opened = connection.opened(parts)
+        except SealError as error:
+            text = str(error)
+            self._fail(self._lost("was given up, as a message that came over it can't be opened", text))
+            return
+        if opened is None:
+            self._go_on(connection)
+            return
+        parts = opened
         received_ns = time.perf_counter_ns()
         bytes_down = sum(map(len, parts))
-        connection.inflow.settle()
-        request_id = envelope.peek_request_id(parts[0])
+        request_id = envelope.peek_request_id(parts[0]) if parts else None
         if request_id is None:
             text = f"{self.endpoint} sent something that is not a reply; is it a teegpu server of the same release?"
             self._fail(lambda: FrameError(text))
@@ -298,6 +311,16 @@ class DealerClient(Client):
         except TransportError as error:
             exchange.error = error
         self._finish(exchange)
+
+    def _go_on(self, connection: Connection) -> None:
+        """After a message of the exchange of keys: send what has waited for its end."""
+        if connection.denied:
+            self._check_connection(connection)
+        elif connection.handshaken:
+            with contextlib.suppress(zmq.Again):  # it is lost again: the monitor tells
+                for exchange in self._in_flight.values():
+                    connection.send(exchange.parts)
+                    exchange.parts = ()
 
     def _drop_stray(self, connection: Connection, nbytes: int) -> None:
         """A reply to a request that was given up, or to none of ours. Without a bound, they could keep us for ever."""
@@ -392,9 +415,11 @@ class DealerClient(Client):
 
     def _reopen(self, connection: Connection) -> None:
         connection.reopen()
+        if connection.keys is not None:
+            return
         with contextlib.suppress(zmq.Again):  # this attempt has failed already: the monitor tells, and another follows
             for exchange in self._in_flight.values():
-                send_parts(connection.socket, exchange.parts)
+                connection.send(exchange.parts)
 
     def _expire(self, now_ns: int) -> None:
         for exchange in [entry for entry in self._in_flight.values() if entry.deadline_ns <= now_ns]:
@@ -421,11 +446,11 @@ class DealerClient(Client):
             f"(start one with 'teegpu serve --bind {self.endpoint}', or set run.endpoints)"
         )
 
-    def _lost(self, what: str) -> ErrorMaker:
+    def _lost(self, what: str, why: str = "") -> ErrorMaker:
         count = len(self._in_flight)
+        why = why or "the server ended, the network failed, or a message exceeded the server's limits.message_mib"
         return lambda: ConnectionLostError(
-            f"the connection to {self.endpoint} {what} with {count} request{'s' * (count != 1)} in flight: the server "
-            f"ended, the network failed, or a message exceeded the server's limits.message_mib"
+            f"the connection to {self.endpoint} {what} with {count} request{'s' * (count != 1)} in flight: {why}"
         )
 
     def _fail(self, make_error: ErrorMaker) -> None:

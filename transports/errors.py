@@ -10,7 +10,8 @@
     ├── ConnectionLostError        the connection ended while a request was in flight, or the client is closed
     ├── ReplyTimeoutError          the server is connected, but this reply did not come in time
     ├── FrameError                 the peer broke the framing: bad envelope, bad compressed data, a false length
-    │   └── EnvelopeVersionError       the peer's envelope is of another version
+    │   ├── EnvelopeVersionError       the peer's envelope is of another version
+    │   └── SealError                  a message of a link with keys can't be opened, or none can be sealed any more
     └── LimitError                 a message exceeds a limit of ours; nothing was sent or allocated
 
 ``ConnectError``, ``ConnectionLostError`` and ``ReplyTimeoutError`` are faults of the link: a request may be sent again,
@@ -65,6 +66,10 @@ class FrameError(TransportError):
 
 
 class EnvelopeVersionError(FrameError):
+    pass
+
+
+class SealError(FrameError):
     pass
 
 

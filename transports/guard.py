@@ -18,10 +18,6 @@ duplicate (the number can't come to mean another connection then), and shuts the
 
 zmq then sees the end of the stream and frees what it gathered. Over ipc the kernel counts no bytes: what has to do with
 them does not apply there, and the rest does. The socket's file lets in nobody but its own user.
-
-Where zmq has several threads (with keys), one may hand over a connection's messages, or its end, before the other has
-told that it was accepted. A connection whose message came first is taken for what it is once zmq tells of it, and one
-that zmq tells of too late for no other: its number may be that of another connection then.
 """
 
 from __future__ import annotations
@@ -36,6 +32,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -48,9 +45,12 @@ from transports.sockets import (
     identity,
     monitor,
     read_event,
+    received_bytes,
     resident_bytes,
-    tcp_counts,
 )
+
+if TYPE_CHECKING:
+    from transports.sealing import Session
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +73,7 @@ SPARE_CONNECTIONS = 64
 """Beyond the clients allowed: those that have not said anything yet."""
 
 HANDSHAKE_BYTES = 4096
-"""A CURVE handshake of ours has some 600 in all."""
-
-_PROVEN_BYTES = 64 + 170 + 32
-"""A server with keys that has sent more has let the client in: before its READY it sends its greeting and WELCOME, and
-in place of READY at most a word of error."""
+"""That of a client of ours has some 300 in all."""
 
 _SOURCE = int(zmq.SRCFD)
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_ACCEPT_FAILED
@@ -87,8 +83,8 @@ _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.E
 class Peer:
     """A connection. ``kernel_id`` is the kernel's name for it, ``number`` counts them, for logs; ``client`` is zmq's
     name for it once it has sent something, and ``account`` whose it is. ``requests`` of it are in the server,
-    ``refused_bytes`` were refused since the last that was not; ``seen`` is when its last message came. ``proven``: its
-    key is one that is allowed."""
+    ``refused_bytes`` were refused since the last that was not; ``seen`` is when its last message came. ``proven``: it
+    has shown to have a key that is allowed, as the router sees by what opens with its ``session``."""
 
     socket: sockets.socket
     kernel_id: int
@@ -101,8 +97,8 @@ class Peer:
     requests: int = 0
     refused_bytes: int = 0
     seen: float = 0.0
-    tcp: bool = True
     proven: bool = True
+    session: Session | None = None
     settled_messages: int = 0
     settled_bytes: int = 0
     unfinished: int = 0
@@ -147,8 +143,6 @@ class Guard:
         self._clock = clock
         self._peers: dict[int, Peer] = {}
         self._clients: dict[bytes, Peer] = {}
-        self._early: dict[int, tuple[bytes, bytes]] = {}
-        """Account and client whose message has come over a descriptor of which zmq has not told yet."""
         self._numbers = itertools.count(1)
         self._trimming = 0
         self._watched = socket
@@ -183,7 +177,6 @@ class Guard:
                     extra={"event": "accept-failed", "reason": os.strerror(value)},
                 )
             else:
-                self._early.pop(value, None)
                 peer = self._peers.pop(value, None)
                 if peer is not None:
                     self._forget(peer)
@@ -196,7 +189,6 @@ class Guard:
                 self._handed_on.send_multipart(parts, NOBLOCK)
 
     def _accepted(self, fd: int) -> None:
-        account, client = self._early.pop(fd, (b"", b""))
         try:
             socket = duplicate(fd)
         except OSError:
@@ -210,12 +202,7 @@ class Guard:
             return
         peer = Peer(socket, kernel_id, next(self._numbers), _address_of(socket), self._clock())
         self._peers[fd] = peer
-        peer.tcp = socket.family != sockets.AF_UNIX
-        peer.proven = not (self._keyed and peer.tcp)
-        if client:
-            self._give(peer, account, client)
-            self.admit(peer)
-            peer.messages, peer.seen = 1, peer.accepted
+        peer.proven = not self._keyed
         most = self._max_clients + SPARE_CONNECTIONS
         alive = [each for each in self._peers.values() if not each.ended]
         silent = [each for each in alive if not each.messages]
@@ -265,17 +252,12 @@ class Guard:
         except zmq.ZMQError:
             return None
         peer = self._peers.get(fd)
-        if peer is not None:
-            self._give(peer, account, client)
-            peer.proven = True
-        elif self._keyed:
-            self._early[fd] = account, client
-        return peer
-
-    def _give(self, peer: Peer, account: bytes, client: bytes) -> None:
+        if peer is None or (self._keyed and peer.proven):
+            return None
         self._clients.pop(peer.client, None)
         peer.client, peer.account, peer.messages = client, account, 0
         self._clients[client] = peer
+        return peer
 
     def sweep(self, *, paused: bool) -> float:
         """Look after all connections; returns the seconds until this is to be done again. Whatever has arrived whole
@@ -319,11 +301,9 @@ class Guard:
 
     def _count(self, peer: Peer) -> None:
         """Bring ``peer.unfinished`` up to date: bytes that zmq has read since the last whole message."""
-        counts = tcp_counts(peer.socket)
-        if counts is None:
+        received = received_bytes(peer.socket)
+        if received is None:
             return
-        received, acknowledged = counts
-        peer.proven = peer.proven or acknowledged > _PROVEN_BYTES
         if peer.messages != peer.settled_messages:
             peer.settled_messages = peer.messages
             peer.settled_bytes = received

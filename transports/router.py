@@ -17,22 +17,20 @@ none of its replies is ended, as is one that goes on with what is refused, and t
 from __future__ import annotations
 
 import logging
-import os
 import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import zmq
 
 from transports import envelope
 from transports.base import Buffer, Compression, Incoming, Message, Server, ServerLoad, ServerOptions
-from transports.errors import FrameError, LimitError, TransportError
+from transports.errors import FrameError, LimitError, SealError, TransportError
 from transports.fairqueue import FairQueue
 from transports.guard import SPARE_CONNECTIONS, SWEEP_SECONDS, Guard, Peer
-from transports.security import CURVE_OVERHEAD_BYTES
 from transports.sockets import (
     NOBLOCK,
     NOBLOCK_MORE,
@@ -73,17 +71,9 @@ REFUSAL_BYTES = 64 * 1024
 """What a request that is refused counts beside its own bytes. A connection whose requests are refused in a row, until
 they count as much as a client may hold, is ended: reading them is work, and it is done while others wait."""
 
-IO_THREADS_WITH_KEYS = 4
-
 QUICK_ANSWER_NS = 3_000_000
 SHARE_REQUESTS = 32
 """See ``RouterServer._should_share``."""
-
-
-def _io_threads(options: ServerOptions) -> int:
-    """zmq's threads. Each connection is served by one of them, which also encrypts and decrypts: with keys that is most
-    of its work, so that the connections of several clients are spread over several threads."""
-    return 1 if options.curve is None else min(IO_THREADS_WITH_KEYS, len(os.sched_getaffinity(0)))
 
 
 class _Request:
@@ -118,6 +108,7 @@ class RouterServer(Server):
         self._gatekeeper: Gatekeeper | None = None
         self._client_bandwidth: float | None = None
         self._largest_compressed = 0
+        self._largest_sealed = 0
         self._queue: FairQueue[_Request] = FairQueue(
             max_clients=options.max_clients,
             max_client_requests=options.max_client_requests,
@@ -140,7 +131,7 @@ class RouterServer(Server):
         self._share_left = 0
         self._last_client = b""
         self._handed_out_ns = 0
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=_io_threads(options))
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         unforeseeable_names()
         self._socket = self._context.socket(zmq.ROUTER)
         try:
@@ -168,14 +159,16 @@ class RouterServer(Server):
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, options.max_client_requests + REFUSALS_QUEUED)
         socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE_MESSAGES)
-        socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes + (CURVE_OVERHEAD_BYTES if options.curve else 0))
+        socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)
         socket.setsockopt(zmq.HANDSHAKE_IVL, max(1, int(options.hello_timeout_seconds * 1000)))
         keep_alive(socket)
-        if options.curve is None:
+        if options.keys is None:
             return None
         from transports.admission import Gatekeeper
+        from transports.sealing import overhead_bytes
 
-        return Gatekeeper(self._context, socket, options.curve)
+        socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes + overhead_bytes(options.max_frames))
+        return Gatekeeper(self._context, socket, options.keys, options.hello_timeout_seconds)
 
     def _make_guard(self) -> Guard:
         options = self.options
@@ -187,7 +180,7 @@ class RouterServer(Server):
             max_account_bytes=options.max_client_bytes,
             max_message_bytes=options.max_message_bytes,
             max_unfinished_bytes=self._max_waiting_bytes + options.max_message_bytes,
-            keyed=options.curve is not None,
+            keyed=options.keys is not None,
             hello_timeout_seconds=options.hello_timeout_seconds,
             queued_messages=RECEIVE_QUEUE_MESSAGES,
             explained_bytes=lambda: self._queue.held_bytes,
@@ -313,6 +306,8 @@ class RouterServer(Server):
             self._client_bandwidth = request.head.measured or None
             self._largest_compressed = max(self._largest_compressed, sum(lengths))
             frames, codecs, itemsizes, up = self._need_compressor().compress(frames, message.kinds)
+        if self._gatekeeper is not None:
+            self._largest_sealed = max(self._largest_sealed, sum(map(len, frames)))
         measured = time.perf_counter_ns() - request.arrived_ns
         head = envelope.pack(request.head.request_id, lengths, codecs, itemsizes, measured=measured)
         self._answer(request, [head, *frames])
@@ -408,15 +403,11 @@ class RouterServer(Server):
             self._mid_message = True
             first, parts = self._receive()
             self._mid_message = False
-            client = bytes(parts[0])
-            account = client
-            if self._gatekeeper is not None:
-                user = str(first.get("User-Id"))
-                account = user.encode()
-                if not self._gatekeeper.admits(user):
-                    self._turn_away(account, client, parts)
-                    continue
-            self._accept(account, client, first, parts)
+            client, frames = bytes(parts[0]), parts[1:]
+            if self._gatekeeper is None:
+                self._accept(self._peer_of(client, first), client, client, frames)
+            else:
+                self._accept_sealed(self._gatekeeper, client, first, frames)
 
     def _receive(self) -> tuple[zmq.Frame, list[memoryview]]:
         """A whole message; of one that has far too many frames the rest is dropped as it is read."""
@@ -446,8 +437,8 @@ class RouterServer(Server):
         """Look after connections, and forget who is silent; returns the seconds until the next time."""
         if self._closed:
             return SWEEP_SECONDS
-        # A compressed message is there in both forms for a moment.
-        self._guard.user_bytes = self.user_bytes() + 2 * self._largest_compressed
+        # A compressed message is there in both forms for a moment, and so is a reply that is sealed.
+        self._guard.user_bytes = self.user_bytes() + 2 * self._largest_compressed + self._largest_sealed
         seconds = self._guard.sweep(paused=self._paused)
         queue = self._queue
         if queue.held_bytes > HELD_CLIENTS_WORTH * self.options.max_client_bytes:
@@ -459,12 +450,49 @@ class RouterServer(Server):
             queue.forget_silent(now - self.options.idle_timeout_seconds)
         return seconds
 
-    def _peer_of(self, account: bytes, client: bytes, first: zmq.Frame) -> Peer | None:
+    def _peer_of(self, client: bytes, first: zmq.Frame) -> Peer | None:
         peer = self._guard.known(client)
         if peer is None:
             self._update_connections()
-            peer = self._guard.bind(account, client, first)
+            peer = self._guard.bind(client, client, first)
         return peer
+
+    def _accept_sealed(self, gatekeeper: Gatekeeper, client: bytes, first: zmq.Frame, frames: list[memoryview]) -> None:
+        """Open one message, or go on with the exchange of keys (see ``sealing``)."""
+        peer = self._guard.known(client)
+        if peer is None:
+            self._answer_key(gatekeeper, client, first, frames)
+            return
+        if peer.ended or peer.session is None:
+            return  # what had come before it was ended
+        try:
+            parts = peer.session.open(frames)
+        except SealError as error:
+            self.malformed += 1
+            self._guard.end(client, f"a message of it can't be opened: {error}")
+            return
+        account = peer.account
+        if not peer.proven:
+            peer.proven = True
+            self._send(account, client, [])
+        elif gatekeeper.admits(account.decode()):
+            self._accept(peer, account, client, parts)
+        else:
+            self._turn_away(account, client, parts)
+
+    def _answer_key(self, gatekeeper: Gatekeeper, client: bytes, first: zmq.Frame, frames: list[memoryview]) -> None:
+        """The first message of a connection, or one of a connection that has gone, which nobody waits for."""
+        if [len(frame) for frame in frames] != [0]:
+            return
+        pledge = gatekeeper.claim(str(first.get("User-Id")))
+        if pledge is None:
+            return
+        self._update_connections()
+        peer = self._guard.bind(pledge.client.encode(), client, first)
+        if peer is None:
+            return
+        self._send(peer.account, client, [pledge.answer])
+        peer.session = pledge.session  # what follows is sealed
 
     def _skip_rest(self) -> None:
         """A signal handler raised between two frames of a message: the frames that are left belong to nobody."""
@@ -475,29 +503,28 @@ class RouterServer(Server):
     def _turn_away(self, account: bytes, client: bytes, parts: list[memoryview]) -> None:
         """The key of this client was taken off the allow-list while it was connected."""
         self.refused += 1
-        request_id = envelope.peek_request_id(parts[1]) if len(parts) > 1 else None
+        request_id = envelope.peek_request_id(parts[0]) if parts else None
         if request_id is not None:
             reason = "the server does not allow this client's key any more"
             self._send(account, client, envelope.pack_refusal(request_id, envelope.REFUSED_KEY, reason))
 
-    def _accept(self, account: bytes, client: bytes, first: zmq.Frame, parts: list[memoryview]) -> None:
+    def _accept(self, peer: Peer | None, account: bytes, client: bytes, parts: list[memoryview]) -> None:
         """Check one message and queue it, or refuse it."""
-        peer = self._peer_of(account, client, first)
-        if len(parts) < 2:
+        if not parts:
             self.malformed += 1
             return
-        frames = parts[2:]
+        frames = parts[1:]
         options = self.options
         try:
             head = envelope.unpack(
-                parts[1],
+                parts[0],
                 [len(frame) for frame in frames],
                 max_frames=options.max_frames,
                 max_message_bytes=options.max_message_bytes,
             )
         except TransportError as error:
             self.malformed += 1
-            request_id = envelope.peek_request_id(parts[1])
+            request_id = envelope.peek_request_id(parts[0])
             if request_id is not None:
                 limit = isinstance(error, LimitError)
                 refusal = envelope.REFUSED_LIMIT if limit else envelope.REFUSED_FRAMING
@@ -531,9 +558,20 @@ class RouterServer(Server):
             if peer.refused_bytes > self.options.max_client_bytes:
                 self._guard.end(client, "it goes on with requests that are refused")
 
-    def _send(self, account: bytes, client: bytes, parts: list[Buffer] | list[bytes]) -> None:
+    def _send(self, account: bytes, client: bytes, parts: Sequence[Buffer]) -> None:
         """Hand a reply to zmq. Large frames are lent to it and stay on the client's account until they are sent."""
         socket = self._socket
+        if self._gatekeeper is not None:
+            peer = self._guard.known(client)
+            if peer is None or peer.ended:
+                self.undelivered += 1
+                return
+            if peer.session is not None:
+                try:
+                    parts = peer.session.seal(parts)
+                except SealError as error:
+                    self._guard.end(client, f"nothing can be sealed for it: {error}")
+                    return
         if self._mid_send:
             self._end_cut_reply()
         self._mid_send = True

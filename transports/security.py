@@ -1,4 +1,4 @@
-"""CURVE keys: what they are, the files that they are kept in, and what a socket needs of them.
+"""X25519 keys: what they are, and the files that they are kept in.
 
 A key is written as one word, which says what it is and carries a checksum: ``teegpu-public:`` or ``teegpu-secret:``,
 then 45 characters of Z85 for the 32 bytes of the key and 4 bytes of SHA-256 over the word's beginning and the key. So a
@@ -19,7 +19,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import zmq
 from zmq.utils import z85
 
 from transports.errors import BadKeyError
@@ -34,10 +33,6 @@ CHECKSUM_BYTES = 4
 MAX_FILE_BYTES = 4096
 """A key file has some 200 bytes. Whatever is larger was not meant to be one."""
 
-CURVE_OVERHEAD_BYTES = 64
-"""A frame grows by 33 bytes under CURVE; zmq holds the grown one against MAXMSGSIZE."""
-
-ZAP_DOMAIN = b"teegpu"
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -71,21 +66,15 @@ class KeyPair:
 
 
 @dataclass(frozen=True, slots=True)
-class CurveClient:
+class ClientKeys:
     """What a client needs: its own pair, and the public key that the server has to prove to have."""
 
     own: KeyPair
     server: PublicKey
 
-    def apply(self, socket: zmq.Socket[bytes]) -> None:
-        """Before ``connect``."""
-        socket.setsockopt(zmq.CURVE_SERVERKEY, self.server.raw)
-        socket.setsockopt(zmq.CURVE_PUBLICKEY, self.own.public.raw)
-        socket.setsockopt(zmq.CURVE_SECRETKEY, self.own.secret)
-
 
 @dataclass(frozen=True, slots=True)
-class CurveServer:
+class ServerKeys:
     """What a server needs: its own pair, and the folder with its clients' public keys.
 
     ``clients`` None: whoever knows the server's public key may connect.
@@ -94,24 +83,18 @@ class CurveServer:
     own: KeyPair
     clients: Path | None
 
-    def apply(self, socket: zmq.Socket[bytes]) -> None:
-        """Before ``bind``. From then on nobody gets in without an answer from ``admission.Gatekeeper``."""
-        socket.setsockopt(zmq.CURVE_SERVER, 1)
-        socket.setsockopt(zmq.CURVE_SECRETKEY, self.own.secret)
-        socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-        # Without it zmq lets everybody in where no handler answers.
-        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-
 
 def new_pair() -> KeyPair:
-    _, secret = zmq.curve_keypair()
-    return pair_of(z85.decode(secret))
+    from transports import noise
+
+    return pair_of(noise.new_secret())
 
 
 def pair_of(secret: bytes) -> KeyPair:
     """The pair that the 32 bytes of ``secret`` are one half of."""
-    public: bytes = z85.decode(zmq.curve_public(z85.encode(secret)))
-    return KeyPair(secret, PublicKey(public))
+    from transports import noise
+
+    return KeyPair(secret, PublicKey(noise.public_of(secret)))
 
 
 # ---- a key as a word

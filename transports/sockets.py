@@ -178,14 +178,13 @@ class Wakeup:
 FRAMING_BYTES = 64 * 1024
 """Of a message's frame headers, envelope and encryption: 64 frames take 2.8 KB."""
 
-_TCP_COUNTS = struct.Struct("=QQ")
-_TCP_COUNTS_OFFSET = 120  # bytes_acked and bytes_received in struct tcp_info, since Linux 4.1
+_TCP_RECEIVED = struct.Struct("=Q")
+_TCP_RECEIVED_OFFSET = 128  # bytes_received in struct tcp_info, since Linux 4.1
 _TCP_INFO_BYTES = 192
 
 
-def tcp_counts(socket: sockets.socket) -> tuple[int, int] | None:
-    """Bytes that have come over a TCP connection and that its owner has taken, and those of its own that the other side
-    has acknowledged; None where the kernel counts none."""
+def received_bytes(socket: sockets.socket) -> int | None:
+    """Bytes that have come over a TCP connection and that its owner has taken; None where the kernel counts none."""
     if socket.family == sockets.AF_UNIX:
         return None
     try:
@@ -194,10 +193,10 @@ def tcp_counts(socket: sockets.socket) -> tuple[int, int] | None:
         info = socket.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _TCP_INFO_BYTES)
     except OSError:
         return None
-    if len(info) < _TCP_COUNTS_OFFSET + _TCP_COUNTS.size:
+    if len(info) < _TCP_RECEIVED_OFFSET + _TCP_RECEIVED.size:
         return None
-    acknowledged, received = _TCP_COUNTS.unpack_from(info, _TCP_COUNTS_OFFSET)
-    return received - int.from_bytes(waiting, "little", signed=True), acknowledged
+    (received,) = _TCP_RECEIVED.unpack_from(info, _TCP_RECEIVED_OFFSET)
+    return int(received) - int.from_bytes(waiting, "little", signed=True)
 
 
 _SO_COOKIE = 57
@@ -216,12 +215,6 @@ def duplicate(fd: int) -> sockets.socket:
 def identity(socket: sockets.socket) -> int:
     """The kernel's number of a socket, which its duplicates share and no other socket has had."""
     return int.from_bytes(socket.getsockopt(sockets.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
-
-
-def received_bytes(socket: sockets.socket) -> int | None:
-    """The first of ``tcp_counts``."""
-    counts = tcp_counts(socket)
-    return None if counts is None else counts[0]
 
 
 _DISCARDS, _DISCARD_BYTES = 64, 2**20

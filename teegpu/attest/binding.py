@@ -20,7 +20,7 @@ ENDPOINT: Final = "endpoint"
 """The role of who answers applications; its key is that of TLS."""
 
 SERVER: Final = "gpu-server"
-"""The role of a GPU server; its key is its public CURVE key."""
+"""The role of a GPU server; its key is that of its links, an X25519 key."""
 
 ROLES: Final = (ENDPOINT, SERVER)
 

@@ -153,7 +153,7 @@ class LinkBenchmark:
                 "transfers": self._transfers,
                 "endpoint": str(self._endpoint or ""),
                 "transport": TRANSPORT,
-                "encrypted": self._options.curve is not None,
+                "encrypted": self._options.keys is not None,
                 "link": str(self._link) if self._link is not None else "",
                 "spin_seconds": self._base.link.spin_seconds,
             },
@@ -165,7 +165,7 @@ class LinkBenchmark:
 
     def _setting(self) -> str:
         where = str(self._endpoint) if self._endpoint else "an embedded server"
-        keys = "with keys" if self._options.curve is not None else "without keys"
+        keys = "with keys" if self._options.keys is not None else "without keys"
         return f"to {where}, {keys}; the server's own time is taken off, as its replies tell it"
 
 

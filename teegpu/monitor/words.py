@@ -63,4 +63,4 @@ def tee(facts: Facts) -> str:
 
 
 def keys(facts: Facts) -> str:
-    return {None: NOTHING, True: "on (CURVE)", False: "off"}[facts.keys]
+    return {None: NOTHING, True: "on", False: "off"}[facts.keys]

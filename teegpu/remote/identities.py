@@ -49,14 +49,14 @@ def identify(config: Config, endpoints: Sequence[Endpoint], roots: Roots = VENDO
     and ``AttestationError`` where evidence does not hold."""
     found = []
     for endpoint in endpoints:
-        curve = client_options(config, endpoint).curve
-        proof = "" if curve is None else PINNED
-        if curve is not None and endpoint.evidence:
+        keys = client_options(config, endpoint).keys
+        proof = "" if keys is None else PINNED
+        if keys is not None and endpoint.evidence:
             evidence = _evidence(endpoint.evidence)
-            wanted = Wanted(SERVER, hashlib.sha256(curve.server.raw).digest(), None)
+            wanted = Wanted(SERVER, hashlib.sha256(keys.server.raw).digest(), None)
             judge(evidence, Policy.read(Path(endpoint.policy)), wanted, int(time.time()), roots=roots)
             proof = f"{ATTESTED}: {evidence.kind}"
-        key = "" if curve is None else curve.server.fingerprint
+        key = "" if keys is None else keys.server.fingerprint
         found.append(Identity(endpoint.address, endpoint.operator, endpoint.share, key, proof))
     return found
 

@@ -121,8 +121,8 @@ def _port(endpoint: Endpoint) -> tuple[str, int]:
 
 
 def _key(config: Config, endpoint: Endpoint) -> str | None:
-    curve = client_options(config, endpoint).curve
-    return None if curve is None else str(curve.server)
+    keys = client_options(config, endpoint).keys
+    return None if keys is None else str(keys.server)
 
 
 class Instances:

@@ -336,30 +336,6 @@ def server_queue(run: Reading) -> Iterator[Advice]:
         yield Advice("server-queue", text, {"run.endpoints": "another server"}, waited, evidence)
 
 
-CURVE_BYTES_PER_SECOND: Final = 0.5e9
-CURVE_RANGE: Final = (0.5, 1.6)
-"""Shares of that rate between which a connection counts as held up by its encryption."""
-
-
-def curve(run: Reading) -> Iterator[Advice]:
-    """One core encrypts one connection, and that is what the link was as fast as."""
-    phase, link = run.prefill, run.link
-    if run.settings.get("encrypted") is not True or not phase.remote or link is None:
-        return
-    busier, rate = max((phase.bytes_up, link.up_bytes_per_second), (phase.bytes_down, link.down_bytes_per_second))
-    low, high = (share * CURVE_BYTES_PER_SECOND for share in CURVE_RANGE)
-    # Half of it, if two connections carried it, but not below what the rest of the prefill takes.
-    saving = min(busier / rate, phase.network_seconds) / 2
-    if not low <= rate <= high or not worth(run, saving):
-        return
-    text = (
-        f"The encrypted connection moved {rate / 1e9:.2f} GB/s. One core encrypts about 0.5 GB/s, so that is the limit "
-        "and not the network: a second server in run.endpoints, used in turn, has a connection and a core of its own."
-    )
-    evidence = {"bytes_per_second": rate, "network_seconds": phase.network_seconds}
-    yield Advice("curve", text, {"run.spread": "round-robin"}, saving, evidence)
-
-
 RULES: Final[tuple[Rule, ...]] = (
-    plan, wire_dtype, wire_int8, compression_off, compression_on, overlap, chunk_size, server_queue, curve,
+    plan, wire_dtype, wire_int8, compression_off, compression_on, overlap, chunk_size, server_queue,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import drafting, guards, paired, ranks, replay, rpc, serving, soak, transports
+from benchmarks import drafting, guards, keyed, paired, ranks, replay, rpc, serving, soak, transports
 from teegpu.errors import TeegpuError, UsageError
 from teegpu.record import events as ev
 from tests.conftest import TinyModel
@@ -88,9 +88,16 @@ def test_an_rpc_s_parts_add_up_to_its_overhead(run: Run) -> None:
 def test_transports(run: Run) -> None:
     out, document = run(transports, "--rounds", 1, "--size", 1024, "--over", "ipc", model=False)
     assert "1.0 KiB, pipelined, keys" in out
+    assert "1.0 KiB, bare zmq, CURVE" in out
     ways = {(entry["transport"], entry["keys"]) for entry in document["results"]}
     assert len(ways) == 2 * 5
     assert all(entry["bytes_per_second"]["median"] > 0 for entry in document["results"])
+
+
+def test_keys(run: Run) -> None:
+    out, document = run(keyed, "--pairs", 1, "--prompt-tokens", 16, "--decode-tokens", 3)
+    assert "| prefill |" in out
+    assert all(entry["ratio"] > 0 for entry in document["results"])
 
 
 def test_a_soak(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

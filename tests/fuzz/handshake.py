@@ -1,5 +1,6 @@
 """What is fuzzed of a connection's beginning: bytes on the socket of a server, with keys and without, where zmq's
-greeting, its handshake and the first message belong. Each ends, and whoever means well is served meanwhile."""
+greeting, its handshake and the first message belong. Each ends, and whoever means well is served meanwhile. Of links
+with keys also both messages of the exchange, and what a peer that has keys may seal."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from pathlib import Path
 import transports
 from tests.fuzz.world import join, split
 from transports import ClientOptions, Message, ServerOptions, envelope, security
-from transports.security import CurveClient, CurveServer
+from transports.errors import SealError
+from transports.noise import Cipher, Initiator, Responder
+from transports.sealing import LARGE_BYTES, PROTOCOL, Session
+from transports.security import ClientKeys, ServerKeys
 
 SECONDS = 20.0
 MOST_BYTES = 2**16
@@ -36,8 +40,8 @@ class Echo:
             path = folder / "alice.pub"
             path.write_text(client.public.text)
             path.chmod(0o644)
-            options = replace(options, curve=CurveServer(server, folder))
-            asking = ClientOptions(curve=CurveClient(client, server.public))
+            options = replace(options, keys=ServerKeys(server, folder))
+            asking = ClientOptions(keys=ClientKeys(client, server.public))
         self.server = transports.listen("tcp://127.0.0.1:0", options)
         host, _, port = self.server.address.removeprefix("tcp://").rpartition(":")
         self.place = host, int(port)
@@ -97,7 +101,38 @@ def greeting(data: bytes) -> str:
     return "greeted" if received < 66 else "went on"
 
 
-TARGETS: dict[str, Callable[[bytes], str]] = {"greeting": greeting}
+_ONCE = [bytes([number]) * 32 for number in (3, 4)]
+_SESSION_KEY = bytes([5]) * 32
+_LARGE = b"a large frame"
+"""Stands for one, which would have no room among others."""
+
+
+def exchange(data: bytes) -> str:
+    """Byte 0: what the rest is. The first message, the second one, or frames of a message, which are sealed first, as
+    by a peer that has the keys."""
+    server, client = _PAIRS
+    how, rest = (data[0] if data else 0) % 3, data[1:]
+    try:
+        if how == 0:
+            responder = Responder(server.secret, PROTOCOL, ephemeral=_ONCE[0])
+            responder.read(rest)
+            assert responder.client == client.public.raw  # nobody else's can be made without a secret key
+            return "taken"
+        if how == 1:
+            initiator = Initiator(client.secret, server.public.raw, PROTOCOL, ephemeral=_ONCE[1])
+            initiator.write()
+            initiator.read(rest)
+            return "taken"
+        sealing, session = Cipher(_SESSION_KEY), Session(bytes(32), _SESSION_KEY)
+        frames = [bytes(LARGE_BYTES) if frame == _LARGE else frame for frame in split(rest)]
+        parts = session.open([memoryview(bytearray(sealing.seal(frame))) for frame in frames])
+        assert sum(map(len, parts)) <= sum(map(len, frames))
+        return "opened"
+    except SealError as error:
+        return "refused" if str(error).isprintable() else "unfit for a line"
+
+
+TARGETS: dict[str, Callable[[bytes], str]] = {"greeting": greeting, "exchange": exchange}
 
 
 def _greeting(mechanism: bytes, minor: int = 0) -> bytes:
@@ -116,8 +151,14 @@ def seeds() -> dict[str, list[bytes]]:
     """For each target, what is right, or was under an older protocol."""
     ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
     identity = b"\x08Identity" + struct.pack(">I", 3) + b"abc"
-    hello = b"\x05HELLO\x01\x00" + bytes(72) + bytes(32) + bytes(8) + bytes(80)
-    initiate = b"\x08INITIATE" + bytes(96) + bytes(8) + bytes(144)
+    server, client = _PAIRS
+    begins = Initiator(client.secret, server.public.raw, PROTOCOL, ephemeral=_ONCE[1])
+    first = begins.write()
+    answers = Responder(server.secret, PROTOCOL, ephemeral=_ONCE[0])
+    answers.read(first)
+    second, *_ = answers.write()
+    hello = b"\x05HELLO" + bytes([len(PROTOCOL)]) + PROTOCOL + bytes([len(first)]) + first
+    initiate = b"\x08INITIATE" + ready.removeprefix(b"\x05READY")
     ping = b"\x04PING\x00\x10" + b"ctx"
     asked = _frame(envelope.pack(1, [4]), 1) + _frame(b"well", 0)
     made = [
@@ -125,9 +166,19 @@ def seeds() -> dict[str, list[bytes]]:
         (2, [_greeting(b"NULL", 1), _command(ready + identity), asked + _command(ping) + asked]),
         (0, [_greeting(b"NULL"), _command(ready), _frame(envelope.pack(1, [4]), 1)]),
         (0, [_greeting(b"PLAIN"), _command(b"\x05HELLO\x01a\x01b")]),
-        (3, [_greeting(b"CURVE"), _command(hello), _command(initiate)]),
+        (3, [_greeting(b"PLAIN"), _command(hello), _command(initiate), _frame(b"", 0)]),
+        (1, [_greeting(b"PLAIN"), _command(hello), _command(initiate), _frame(b"", 0), _frame(bytes(34), 0)]),
+        (1, [_greeting(b"CURVE"), _command(b"\x05HELLO\x01\x00" + bytes(72 + 32 + 8 + 80))]),
         (1, [_greeting(b"NULL"), _command(ready), asked]),
         (1, [b"\xff" + bytes(8) + b"\x7f\x01\x05" + b"\0\0" + _frame(b"x", 0)]),
         (0, [b"\x01\x00" + _frame(b"x", 0)]),
     ]
-    return {"greeting": [bytes([how]) + join(pieces) for how, pieces in made]}
+    messages = [
+        [struct.pack("<H", 0)],
+        [struct.pack("<HQQ", 2, 5, 0) + b"hello"],
+        [struct.pack("<HQQQ", 3, 2, LARGE_BYTES, 1) + b"abc", _LARGE],
+    ]
+    return {
+        "greeting": [bytes([how]) + join(pieces) for how, pieces in made],
+        "exchange": [b"\x00" + first, b"\x01" + second, *[b"\x02" + join(each) for each in messages]],
+    }

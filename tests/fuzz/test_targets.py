@@ -34,6 +34,7 @@ GOOD = {
     "quote": {"taken"},
     "policy": {"taken"},
     "greeting": {"greeted", "went on"},
+    "exchange": {"taken", "opened"},
 }
 
 

@@ -1,5 +1,5 @@
 """``python -m tests.transports.hostileserver OPTIONS [ADDRESS]``: an echo server in a process of its own, so that its
-memory can be told from that of a test. ``OPTIONS`` are ``ServerOptions`` as a JSON object, with ``curve`` as the secret
+memory can be told from that of a test. ``OPTIONS`` are ``ServerOptions`` as a JSON object, with ``keys`` as the secret
 key in hexadecimal digits and the folder of the clients' keys. It prints its address, then
 for each line on standard input its load; it ends with standard input."""
 
@@ -12,15 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from transports import Message, ServerOptions, listen
-from transports.security import CurveServer, pair_of
+from transports.security import ServerKeys, pair_of
 
 
 def main() -> None:
     address = sys.argv[2] if len(sys.argv) > 2 else "tcp://127.0.0.1:0"
     options = json.loads(sys.argv[1])
-    if "curve" in options:
-        secret, clients = options["curve"]
-        options["curve"] = CurveServer(pair_of(bytes.fromhex(secret)), Path(clients))
+    if "keys" in options:
+        secret, clients = options["keys"]
+        options["keys"] = ServerKeys(pair_of(bytes.fromhex(secret)), Path(clients))
     with listen(address, ServerOptions(**options)) as server:
         print(server.address, flush=True)
         over = threading.Event()

@@ -17,11 +17,11 @@ import zmq
 
 import transports
 from transports import Client, ClientOptions, Message, Server, ServerOptions, security
-from transports.admission import MAX_KINDS, REPEAT_SECONDS, AllowList, FailureLog
-from transports.connection import CUT_HANDSHAKES, ask_mechanism
+from transports.admission import MAX_KINDS, REPEAT_SECONDS, ZAP_DOMAIN, AllowList, FailureLog
+from transports.connection import CUT_HANDSHAKES, KEYS, NO_KEYS, ask_mechanism
 from transports.dealer import DealerClient
 from transports.errors import AuthenticationError, BadKeyError, ConnectError
-from transports.security import CurveClient, CurveServer, KeyPair
+from transports.security import ClientKeys, KeyPair, ServerKeys
 
 BLOCKING = ("zmq", "pipelined")
 TIMEOUT_SECONDS = 10.0
@@ -37,11 +37,11 @@ class Keys:
 
     @property
     def options(self) -> ServerOptions:
-        return ServerOptions(curve=CurveServer(self.server, self.folder))
+        return ServerOptions(keys=ServerKeys(self.server, self.folder))
 
     def of(self, client: KeyPair, server: KeyPair | None = None) -> ClientOptions:
-        curve = CurveClient(client, (server or self.server).public)
-        return ClientOptions(connect_timeout_seconds=TIMEOUT_SECONDS, curve=curve)
+        keys = ClientKeys(client, (server or self.server).public)
+        return ClientOptions(connect_timeout_seconds=TIMEOUT_SECONDS, keys=keys)
 
     def allow(self, name: str, pair: KeyPair) -> None:
         path = self.folder / f"{name}.pub"
@@ -177,7 +177,7 @@ def test_nobody_there_is_not_a_question_of_keys(name: str, keys: Keys) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    options = ClientOptions(connect_timeout_seconds=0.1, curve=CurveClient(keys.alice, keys.server.public))
+    options = ClientOptions(connect_timeout_seconds=0.1, keys=ClientKeys(keys.alice, keys.server.public))
     with transports.connect(name, address, options) as client, pytest.raises(ConnectError, match="no server answers"):
         client.request(Message([b"x"]))
 
@@ -188,7 +188,7 @@ def test_a_listener_that_cuts_every_connection_is_not_taken_for_a_wrong_key(name
         listener.listen()
         listener.settimeout(0.02)
         address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-        options = ClientOptions(connect_timeout_seconds=0.4, curve=CurveClient(keys.alice, keys.server.public))
+        options = ClientOptions(connect_timeout_seconds=0.4, keys=ClientKeys(keys.alice, keys.server.public))
         with transports.connect(name, address, options) as client:
             poll = client.begin(Message([b"x"])).poll
             cut = 0
@@ -212,9 +212,11 @@ def test_no_handshake_without_the_guard(serve: Serve, keys: Keys) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         bare = context.socket(zmq.ROUTER)
-        CurveServer(keys.server, keys.folder).apply(bare)
+        bare.setsockopt(zmq.PLAIN_SERVER, 1)
+        bare.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+        bare.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         port = bare.bind_to_random_port("tcp://127.0.0.1")
-        options = ClientOptions(connect_timeout_seconds=0.3, curve=CurveClient(keys.alice, keys.server.public))
+        options = ClientOptions(connect_timeout_seconds=0.3, keys=ClientKeys(keys.alice, keys.server.public))
         with (
             transports.connect("zmq", f"tcp://127.0.0.1:{port}", options) as client,
             pytest.raises((ConnectError, AuthenticationError)),
@@ -226,7 +228,7 @@ def test_no_handshake_without_the_guard(serve: Serve, keys: Keys) -> None:
 
 
 def test_a_server_for_all_who_know_its_key(name: str, serve: Serve, keys: Keys) -> None:
-    server = serve(options=ServerOptions(curve=CurveServer(keys.server, None)))
+    server = serve(options=ServerOptions(keys=ServerKeys(keys.server, None)))
     with transports.connect(name, server.address, keys.of(keys.mallory)) as client:
         assert said(client) == b"hello"
     assert "has another key" in refused(name, server.address, keys.of(keys.alice, keys.mallory))
@@ -429,7 +431,7 @@ def test_a_machine_without_descriptors_turns_nobody_away(keys: Keys, monkeypatch
 
 
 def test_a_server_whose_folder_can_not_be_used_is_not_started(keys: Keys, tmp_path: Path) -> None:
-    options = ServerOptions(curve=CurveServer(keys.server, tmp_path / "nothing"))
+    options = ServerOptions(keys=ServerKeys(keys.server, tmp_path / "nothing"))
     with pytest.raises(BadKeyError):
         transports.listen("tcp://127.0.0.1:0", options)
 
@@ -483,9 +485,9 @@ def test_many_kinds_of_failures_neither_fill_the_log_nor_the_memory() -> None:
 
 
 def test_the_mechanism_of_a_peer(serve: Serve, keys: Keys, tmp_path: Path) -> None:
-    assert ask_mechanism(serve(options=keys.options).address, 5) == "CURVE"
-    assert ask_mechanism(serve().address, 5) == "NULL"
-    assert ask_mechanism(serve(f"ipc://{tmp_path}/s").address, 5) == "NULL"
+    assert ask_mechanism(serve(options=keys.options).address, 5) == KEYS
+    assert ask_mechanism(serve().address, 5) == NO_KEYS
+    assert ask_mechanism(serve(f"ipc://{tmp_path}/s").address, 5) == NO_KEYS
     assert ask_mechanism(f"ipc://{tmp_path}/nothing", 5) == ""
 
 

@@ -16,14 +16,15 @@ import pytest
 import zmq
 
 import transports
+from tests.transports.keyed import GREETING, SealedDealer
 from tests.transports.test_hostile import MIB, Server, greet, message, pour, request, take, until, well
 from transports import ClientOptions, Incoming, Message, ServerOptions, security
 from transports.errors import ConnectionLostError, TransportError
 from transports.router import RouterServer
-from transports.security import CurveClient, CurveServer, KeyPair
+from transports.security import ClientKeys, KeyPair, ServerKeys
 
-GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(15) + b"\x00" + bytes(31)
-COMMAND, LARGE_COMMAND = 4, 6
+LARGE_COMMAND = 6
+Raw = Callable[..., SealedDealer]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Keys:
     folder: Path
 
     def of(self, name: str) -> ClientOptions:
-        return ClientOptions(curve=CurveClient(self.clients[name], self.server.public))
+        return ClientOptions(keys=ClientKeys(self.clients[name], self.server.public))
 
     @property
-    def curve(self) -> CurveServer:
-        return CurveServer(self.server, self.folder)
+    def keys(self) -> ServerKeys:
+        return ServerKeys(self.server, self.folder)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def start(keys: Keys) -> Iterator[Callable[..., Server]]:
     with contextlib.ExitStack() as stack:
 
         def make(**options: float) -> Server:
-            server = Server(**options, curve=(keys.server.secret.hex(), str(keys.folder)))
+            server = Server(**options, keys=(keys.server.secret.hex(), str(keys.folder)))
             stack.callback(server.close)
             return server
 
@@ -66,23 +67,18 @@ def start(keys: Keys) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
-def raw(keys: Keys) -> Iterator[Callable[..., zmq.Socket[bytes]]]:
+def raw(keys: Keys) -> Iterator[Raw]:
     """``raw(server.address, name)`` → a bare DEALER socket with the key of ``name``."""
     with zmq.Context() as context:
-        made: list[zmq.Socket[bytes]] = []
+        made: list[SealedDealer] = []
 
-        def connect(address: str, name: str) -> zmq.Socket[bytes]:
-            dealer = context.socket(zmq.DEALER)
-            dealer.setsockopt(zmq.LINGER, 0)
-            dealer.setsockopt(zmq.RCVTIMEO, 10_000)
-            CurveClient(keys.clients[name], keys.server.public).apply(dealer)
-            dealer.connect(address)
-            made.append(dealer)
-            return dealer
+        def connect(address: str, name: str) -> SealedDealer:
+            made.append(SealedDealer(context, address, ClientKeys(keys.clients[name], keys.server.public)))
+            return made[-1]
 
         yield connect
         for dealer in made:
-            dealer.close(0)
+            dealer.close()
 
 
 # Before anybody has proved to have a key
@@ -202,38 +198,6 @@ def test_strangers_do_not_keep_out_who_has_a_key(start: Callable[..., Server], k
         until(lambda: server.load["connections"] <= 2 + 64, "more connections are left")
 
 
-def test_who_spoke_before_zmq_told_of_it_is_no_stranger(
-    keys: Keys, raw: Callable[..., zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of zmq's threads accepts, another one reads: on a busy machine a message may come first."""
-    with RouterServer("tcp://127.0.0.1:0", ServerOptions(curve=keys.curve, max_clients=1)) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(server._guard, "update", list)
-            alice = raw(server.address, "alice")
-            alice.send_multipart(request(1, b"x"))
-            taken(server, 1)
-        _, port = server.address.rsplit(":", 1)
-        with contextlib.ExitStack() as stack:
-            for _ in range(70):
-                stack.enter_context(socket.create_connection(("127.0.0.1", int(port))))
-            until(lambda: server.load.ended >= 6, "there is room for more than there is")
-            with server._lock:
-                assert [peer.ended for peer in server._guard._peers.values() if peer.messages] == [False]
-
-
-def test_a_connection_of_which_zmq_tells_too_late_is_no_other(
-    keys: Keys, raw: Callable[..., zmq.Socket[bytes]]
-) -> None:
-    """Its number has gone to a duplicate of another one meanwhile, which must not be ended in its place."""
-    with RouterServer("tcp://127.0.0.1:0", ServerOptions(curve=keys.curve)) as server:
-        raw(server.address, "alice").send_multipart(request(1, b"x"))
-        taken(server, 1)
-        with server._lock:
-            (peer,) = server._guard._peers.values()
-            server._guard._accepted(peer.socket.fileno())
-            assert list(server._guard._peers.values()) == [peer]
-
-
 def test_without_keys_the_longest_idle_makes_room() -> None:
     """Each connection is a client then; a newcomer's place is that of who was idle longest, not of who is at work."""
     server = Server(max_clients=4)
@@ -294,8 +258,8 @@ def waits(server: RouterServer, requests: int) -> None:
     until(lambda: server.load.waiting_requests == requests, f"{server.load.waiting_requests} requests wait")
 
 
-def test_connections_of_one_key_have_one_share(keys: Keys, raw: Callable[..., zmq.Socket[bytes]]) -> None:
-    with RouterServer("tcp://127.0.0.1:0", ServerOptions(curve=keys.curve)) as server:
+def test_connections_of_one_key_have_one_share(keys: Keys, raw: Raw) -> None:
+    with RouterServer("tcp://127.0.0.1:0", ServerOptions(keys=keys.keys)) as server:
         crowd = [raw(server.address, "mallory") for _ in range(8)]
         for number, dealer in enumerate(crowd):
             for step in range(5):
@@ -310,9 +274,9 @@ def test_connections_of_one_key_have_one_share(keys: Keys, raw: Callable[..., zm
         assert server.load.clients == 2
 
 
-def test_connections_of_one_key_are_bounded_together(keys: Keys, raw: Callable[..., zmq.Socket[bytes]]) -> None:
+def test_connections_of_one_key_are_bounded_together(keys: Keys, raw: Raw) -> None:
     """However many they are, they hold no more than one may, and reading goes on for others."""
-    options = ServerOptions(curve=keys.curve, max_client_bytes=4 * MIB, max_message_bytes=4 * MIB)
+    options = ServerOptions(keys=keys.keys, max_client_bytes=4 * MIB, max_message_bytes=4 * MIB)
     with RouterServer("tcp://127.0.0.1:0", options) as server:
         for number in range(1, 13):
             raw(server.address, "mallory").send_multipart(request(1, bytes(int(1.9 * MIB))))
@@ -325,12 +289,12 @@ def test_connections_of_one_key_are_bounded_together(keys: Keys, raw: Callable[.
         assert b"alice" in [bytes(each.frames[0]) for each in taken(server, 2)]
 
 
-def test_few_bytes_that_claim_to_be_many(keys: Keys, raw: Callable[..., zmq.Socket[bytes]]) -> None:
+def test_few_bytes_that_claim_to_be_many(keys: Keys, raw: Raw) -> None:
     """Compressed zeros count as what they stand for, over all connections of the key."""
     zstandard = pytest.importorskip("zstandard")
     size = int(1.9 * MIB)
     small = zstandard.ZstdCompressor(write_checksum=True, write_content_size=True).compress(bytes(size))
-    options = ServerOptions(curve=keys.curve, max_client_bytes=4 * MIB, max_message_bytes=4 * MIB)
+    options = ServerOptions(keys=keys.keys, max_client_bytes=4 * MIB, max_message_bytes=4 * MIB)
     with RouterServer("tcp://127.0.0.1:0", options) as server:
         for _ in range(6):
             head = transports.envelope.pack(1, [size], [transports.envelope.ZSTD], [1])
@@ -339,11 +303,9 @@ def test_few_bytes_that_claim_to_be_many(keys: Keys, raw: Callable[..., zmq.Sock
         assert server.load.waiting_bytes == 2 * size
 
 
-def test_a_key_that_connects_anew_for_each_request_has_one_share(
-    keys: Keys, raw: Callable[..., zmq.Socket[bytes]]
-) -> None:
+def test_a_key_that_connects_anew_for_each_request_has_one_share(keys: Keys, raw: Raw) -> None:
     """Else who leaves before it is its turn to wait would have one long program for each small one of others."""
-    with RouterServer("tcp://127.0.0.1:0", ServerOptions(curve=keys.curve)) as server:
+    with RouterServer("tcp://127.0.0.1:0", ServerOptions(keys=keys.keys)) as server:
         modest = raw(server.address, "alice")
         for number in range(6):
             modest.send_multipart(request(number, b"alice"))
@@ -363,7 +325,7 @@ def test_a_key_that_connects_anew_for_each_request_has_one_share(
                 server.reply(incoming, Message([b"done"]))
                 if order[-1] == b"mallory":
                     break
-            dealer.close(0)
+            dealer.close()
             until(lambda: server.load.connections == 1, "it has not gone")
         assert order.index(b"mallory") <= 1
         assert order[1:].count(b"alice") >= 5
@@ -418,10 +380,10 @@ class Valve:
 
 
 def test_unfinished_messages_of_one_key_are_bounded_together(
-    keys: Keys, raw: Callable[..., zmq.Socket[bytes]], caplog: pytest.LogCaptureFixture
+    keys: Keys, raw: Raw, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each of them would be allowed. Those of others are left alone."""
-    options = ServerOptions(curve=keys.curve, max_client_bytes=MIB // 8, max_message_bytes=MIB)
+    options = ServerOptions(keys=keys.keys, max_client_bytes=MIB // 8, max_message_bytes=MIB)
     with (
         RouterServer("tcp://127.0.0.1:0", options) as server,
         contextlib.closing(Valve(server.address, 3 * MIB // 4)) as valve,

@@ -33,7 +33,7 @@ def test_a_pair_is_what_its_secret_half_makes_of_it(pair: KeyPair) -> None:
 
 
 def test_the_secret_is_in_no_repr(pair: KeyPair) -> None:
-    told = repr(security.CurveClient(pair, pair.public)) + repr(security.CurveServer(pair, None)) + repr(pair)
+    told = repr(security.ClientKeys(pair, pair.public)) + repr(security.ServerKeys(pair, None)) + repr(pair)
     assert repr(pair.secret) not in told
 
 

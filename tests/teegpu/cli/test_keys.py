@@ -22,7 +22,7 @@ from tests.conftest import TinyModel
 from tests.teegpu.cli.conftest import ServerFor, Start, Teegpu
 from transports import security
 from transports.base import ServerOptions
-from transports.security import CurveServer, KeyPair
+from transports.security import KeyPair, ServerKeys
 
 
 def test_a_pair_is_made_listed_and_shown(teegpu: Teegpu) -> None:
@@ -138,7 +138,7 @@ class Locked:
         spec, limits = read_spec(folder), Limits()
         with WeightStore(folder, spec) as store:
             executor, identity = gpu.load(store, spec, device="cpu", dtype="fp32", limits=limits)
-        options = ServerOptions(curve=CurveServer(self.pair, clients))
+        options = ServerOptions(keys=ServerKeys(self.pair, clients))
         self._transport = transports.listen("tcp://127.0.0.1:0", options)
         self.address = self._transport.address
         self._server = gpu.GpuServer(self._transport, executor, identity, limits)

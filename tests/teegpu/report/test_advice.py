@@ -15,7 +15,7 @@ from teegpu.report.advice_rules import MIN_SHARE
 from teegpu.settings import SETTINGS
 from teegpu.stats.document import document
 from teegpu.stats.summary import Summary
-from tests.teegpu.stats.simulated import SMALL, SMOLLM2, Speeds, run
+from tests.teegpu.stats.simulated import SMALL, Speeds, run
 
 FAST = {"rtt": 2e-4, "up": 3e9, "down": 3e9}
 SLOW = {"rtt": 0.02, "up": 25e6, "down": 25e6}
@@ -37,13 +37,6 @@ def compressing(*, saved: float, seconds: float, speeds: Speeds) -> Document:
     phase["serialization_seconds"] += seconds
     phase["seconds"] += seconds
     return made
-
-
-def encrypted(rate: float, **more: Any) -> Document:
-    return run(
-        speeds=Speeds(rtt=2e-4, up=rate, down=rate, tee=1e-7, gpu=1e-7, encode=1e-5, server_encode=1e-5),
-        prompt=1024, chunk_tokens=64, shape=SMOLLM2, settings={"encrypted": True} | more,
-    )  # fmt: skip
 
 
 def local_run(seconds_a_token: float, tokens: int = 64, made: int = 20, **more: Any) -> Document:
@@ -104,7 +97,6 @@ SPEAKS: dict[str, Callable[[], tuple[Document, Document]]] = {
     ),
     "chunk-too-large": lambda: (run(chunk_tokens=512), run(chunk_tokens=64)),
     "server-queue": lambda: (run(prompt=64, made=20, speeds=Speeds(queue=0.01)), run(prompt=64, made=20)),
-    "curve": lambda: (encrypted(0.5e9), encrypted(0.5e9, encrypted=False)),
     "threads-oversubscribed": lambda: (
         run(
             server=BESIDE | {"threads": 4},
