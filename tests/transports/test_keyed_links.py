@@ -306,6 +306,7 @@ def test_a_client_by_hand(serve: Serve, options: ServerOptions) -> None:
         (b"", first_message()),
         (b"admin", b"password"),
     ],
+    ids=["nothing", "zeros", "short", "no exchange", "too long", "another server", "older", "no name", "a password"],
 )
 def test_a_stranger_gets_no_further_than_the_first_word(
     serve: Serve, options: ServerOptions, name: bytes, first: bytes
@@ -355,7 +356,7 @@ def test_a_recorded_beginning_gets_an_answer_and_nothing_else(recorded: Recorded
     assert server.next(0.05) is None
 
 
-@pytest.mark.parametrize("frames", [[b"x"], [b"", b""], [b"", b"x"], parts_of(1, b"x"), [b"x" * 300]])
+@pytest.mark.parametrize("frames", [[b"x"], [b"", b""], [b"", b"x"], parts_of(1, b"x"), [b"x" * 300]], ids=range(5))
 def test_a_request_before_the_exchange_is_nothing(recorded: Recorded, frames: list[bytes]) -> None:
     server, connect = recorded
     peer = connect()
