@@ -27,7 +27,7 @@ from pathlib import Path
 import zmq
 
 from transports.errors import BadKeyError, SealError
-from transports.noise import Responder
+from transports.noise import FIRST_BYTES, Responder
 from transports.sealing import PROTOCOL, Session
 from transports.security import PUBLIC_SUFFIX, PublicKey, ServerKeys, read_public, writable_by_others
 from transports.sockets import Wakeup, inner_address, read_event
@@ -211,6 +211,7 @@ class Gatekeeper:
         self._pledges: dict[str, Pledge] = {}
         self._numbers = itertools.count(1)
         self._hello_seconds = hello_timeout_seconds
+        self._look_at = 0.0
         self.failures = FailureLog(lambda line: log.warning("%s", line))
         self._cuts = FailureLog(lambda line: log.info("%s", line))
         self._list = AllowList(options.clients) if options.clients is not None else None
@@ -265,8 +266,11 @@ class Gatekeeper:
             try:
                 if self._monitor in ready:
                     self._on_event(self._monitor.recv_multipart())
-                if self._list is not None and self._zap not in ready:
+                if self._list is not None and (self._zap not in ready or time.monotonic() > self._look_at):
+                    # By the clock too: those who are turned away may keep it from ever being idle.
                     self._list.refresh()
+                    self._look_at = time.monotonic() + CHECK_SECONDS
+                self._forget(self._hello_seconds)
                 self.failures.tick()
                 self._cuts.tick()
             except Exception:
@@ -304,9 +308,8 @@ class Gatekeeper:
         if name != PROTOCOL:
             self.failures.failed("turned away: a client of another release, or something that is none")
             return ZAP_ERROR, b"another release", b""
-        exchange = Responder(self._own.secret, PROTOCOL)
         try:
-            exchange.read(message)
+            exchange = self._opened(message)
         except SealError:
             self.failures.failed("turned away: a client that expects another key of this server, or has a broken one")
             return ZAP_ERROR, b"another key", b""
@@ -321,13 +324,25 @@ class Gatekeeper:
             log.debug("client %s connected from %s (key %s)", self._list.names[user], where, key)
         return ZAP_OK, b"OK", self._pledge(user, exchange).encode()
 
+    def _opened(self, message: bytes) -> Responder:
+        if len(message) != FIRST_BYTES:  # before a key is made for it
+            raise SealError("it is not as long as a first message is")
+        exchange = Responder(self._own.secret, PROTOCOL)
+        exchange.read(message)
+        return exchange
+
     def _pledge(self, user: str, exchange: Responder) -> str:
-        now = time.monotonic()
-        for number, pledge in list(self._pledges.items()):
-            if now - pledge.since <= self._hello_seconds and len(self._pledges) < MAX_PLEDGES:
-                break  # those after it are younger
-            self._pledges.pop(number, None)
+        if len(self._pledges) >= MAX_PLEDGES:
+            self._pledges.pop(next(iter(self._pledges), ""), None)
         answer, sending, receiving = exchange.write()
         number = str(next(self._numbers))
-        self._pledges[number] = Pledge(user, answer, Session(sending, receiving), now)
+        self._pledges[number] = Pledge(user, answer, Session(sending, receiving), time.monotonic())
         return number
+
+    def _forget(self, seconds: float) -> None:
+        """Those whose connection has said nothing for so long."""
+        now = time.monotonic()
+        for number, pledge in list(self._pledges.items()):
+            if now - pledge.since <= seconds:
+                break  # those after it are younger
+            self._pledges.pop(number, None)

@@ -68,8 +68,13 @@ class Connection:
         self._other_mechanisms = 0
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._cut_handshakes = 0
-        self.connect_deadline_ns = time.perf_counter_ns() + int(options.connect_timeout_seconds * 1e9)
+        self.begin_waiting()
         self._open()
+
+    def begin_waiting(self) -> None:
+        """From now on the server has the connect time-out. Keys are exchanged only while somebody waits for them, so
+        the time before the first request does not count there."""
+        self.connect_deadline_ns = time.perf_counter_ns() + int(self._options.connect_timeout_seconds * 1e9)
 
     def reopen(self) -> None:
         """Try again, with new sockets: what was given to the old ones is to be sent again."""
@@ -80,6 +85,7 @@ class Connection:
 
     def _open(self) -> None:
         options = self._options
+        self.handshaken = False
         socket = self.socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)  # the window bounds what is queued to send
@@ -95,7 +101,7 @@ class Connection:
             self._exchange = noise.Initiator(options.keys.own.secret, options.keys.server.raw, sealing.PROTOCOL)
             socket.setsockopt(zmq.PLAIN_USERNAME, sealing.PROTOCOL)
             socket.setsockopt(zmq.PLAIN_PASSWORD, self._exchange.write())
-            socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes + sealing.overhead_bytes(options.max_frames))
+            socket.setsockopt(zmq.MAXMSGSIZE, sealing.most_frame_bytes(options.max_message_bytes, options.max_frames))
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         events |= zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         events |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CLOSED
@@ -113,14 +119,21 @@ class Connection:
                 socket.send(b"", NOBLOCK)
 
     def send(self, parts: Sequence[Buffer]) -> None:
-        """Hand a whole message to zmq. Raises ``zmq.ZMQError``, and ``SealError`` where no more can be sealed."""
-        send_parts(self.socket, parts if self._session is None else self._session.seal(parts))
+        """Hand a whole message to zmq. Raises ``zmq.ZMQError``, and ``SealError`` where nothing can be sealed: with
+        keys nothing leaves in the clear, whatever has become of the connection."""
+        if self.keys is not None:
+            if self._session is None:
+                raise SealError("its keys are not agreed on")
+            parts = self._session.seal(parts)
+        send_parts(self.socket, parts)
 
     def opened(self, frames: list[memoryview]) -> list[memoryview] | None:
         """The parts of the message that came as ``frames``; None for one of the exchange of keys, after which the
         connection may be ``handshaken``, or ``denied``. Raises ``SealError`` for what the server did not send so."""
         if self.keys is None:
             return frames
+        if self.retry_at_ns:
+            return None  # this attempt has failed, whatever had come before that was read
         if self._session is None:
             self._take_answer(frames)
             return None

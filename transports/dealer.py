@@ -191,6 +191,8 @@ class DealerClient(Client):
         exchange.timeout_seconds = timeout_seconds
         exchange.sent_ns = time.perf_counter_ns()
         exchange.deadline_ns = exchange.sent_ns + int(timeout_seconds * 1e9)
+        if connection.keys is not None and not (connection.handshaken or self._in_flight):
+            connection.begin_waiting()
         self._in_flight[exchange.request_id] = exchange
         self._in_flight_bytes += exchange.raw_bytes
         connection.inflow.awaited_bytes += exchange.max_reply_bytes + FRAMING_BYTES
@@ -226,6 +228,10 @@ class DealerClient(Client):
         frames, lengths, total = envelope.flatten(
             message, "request", max_frames=options.max_frames, max_message_bytes=options.max_message_bytes
         )
+        if options.keys is not None:
+            from transports.sealing import check_lengths
+
+            check_lengths(lengths, "request")
         codecs: Sequence[int] = ()
         itemsizes: Sequence[int] = ()
         up = Compression()

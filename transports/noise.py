@@ -38,6 +38,9 @@ FIRST_BYTES = 2 * KEY_BYTES + 2 * TAG_BYTES
 SECOND_BYTES = KEY_BYTES + TAG_BYTES
 """Of the two messages of a handshake, without payload."""
 
+MAX_DATA_BYTES = 2**31 - 1 - TAG_BYTES
+"""What one seal holds at most: the library ends the process for more."""
+
 _LAST_NONCE = 2**64 - 1
 """No message is sealed with it: rekeying uses it."""
 
@@ -64,7 +67,7 @@ class Cipher:
         self._nonce = nonce
         self._rekey_bytes = rekey_bytes
         self._bytes = 0
-        self._owner = os.getpid()
+        self._generation = _generation
         self._broken = False
         self._lock = threading.Lock()
 
@@ -83,9 +86,9 @@ class Cipher:
         """What was sealed, in its own place: ``sealed`` is written over. Raises ``SealError``, from then on always."""
         with self._lock:
             size = len(sealed) - TAG_BYTES
-            if size < 0:
+            if not 0 <= size <= MAX_DATA_BYTES:
                 self._broken = True
-                raise SealError("it is shorter than its seal")
+                raise SealError("it is shorter than its seal, or longer than any")
             aes, nonce = self._next(size)
             self._broken = True  # until it is open, whatever happens meanwhile
             data = sealed[:size]
@@ -103,8 +106,10 @@ class Cipher:
     def _next(self, nbytes: int) -> tuple[AESGCM, bytes]:
         if self._broken:
             raise SealError("something before it could not be opened")
-        if os.getpid() != self._owner:
+        if self._generation != _generation:
             raise SealError("it belongs to the process that made it: a fork of it would use the same numbers again")
+        if nbytes > MAX_DATA_BYTES:
+            raise SealError(f"{nbytes} bytes are too many for one seal")
         if self._nonce >= _LAST_NONCE:
             raise SealError("all numbers of this connection are used up")
         if self._bytes and self._bytes + nbytes > self._rekey_bytes:
@@ -115,6 +120,18 @@ class Cipher:
         nonce = _nonce(self._nonce)
         self._nonce += 1
         return self._aes, nonce
+
+
+_generation = 0
+"""How many forks this process is away from the first. Its number may be its parent's, in a container."""
+
+
+def _forked() -> None:
+    global _generation
+    _generation += 1
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _nonce(number: int) -> bytes:

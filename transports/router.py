@@ -165,9 +165,9 @@ class RouterServer(Server):
         if options.keys is None:
             return None
         from transports.admission import Gatekeeper
-        from transports.sealing import overhead_bytes
+        from transports.sealing import most_frame_bytes
 
-        socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes + overhead_bytes(options.max_frames))
+        socket.setsockopt(zmq.MAXMSGSIZE, most_frame_bytes(options.max_message_bytes, options.max_frames))
         return Gatekeeper(self._context, socket, options.keys, options.hello_timeout_seconds)
 
     def _make_guard(self) -> Guard:
@@ -299,6 +299,10 @@ class RouterServer(Server):
         frames, lengths, _ = envelope.flatten(
             message, "reply", max_frames=options.max_frames, max_message_bytes=options.max_message_bytes
         )
+        if self._gatekeeper is not None:
+            from transports.sealing import check_lengths
+
+            check_lengths(lengths, "reply")
         codecs: list[int] = []
         itemsizes: list[int] = []
         up = Compression()
@@ -563,7 +567,8 @@ class RouterServer(Server):
         socket = self._socket
         if self._gatekeeper is not None:
             peer = self._guard.known(client)
-            if peer is None or peer.ended:
+            # Of the same key: a name may be another client's by now.
+            if peer is None or peer.ended or peer.account != account:
                 self.undelivered += 1
                 return
             if peer.session is not None:

@@ -26,8 +26,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from transports.base import Buffer
-from transports.errors import SealError
-from transports.noise import TAG_BYTES, Cipher
+from transports.errors import LimitError, SealError
+from transports.noise import MAX_DATA_BYTES, TAG_BYTES, Cipher
 from transports.sockets import ZERO_COPY_BYTES
 
 PROTOCOL = b"teegpu link 2"
@@ -42,9 +42,19 @@ MAX_PARTS = 2**16 - 1
 _OVERHEAD_BYTES, _OVERHEAD_BYTES_PER_FRAME = 128, 32
 
 
-def overhead_bytes(max_frames: int) -> int:
-    """What the first frame of a message may have beyond what a message may have: lengths, envelope, and seal."""
-    return _OVERHEAD_BYTES + max_frames * _OVERHEAD_BYTES_PER_FRAME
+def most_frame_bytes(max_message_bytes: int, max_frames: int) -> int:
+    """The size of the largest frame that may come, of messages of so many bytes: the first one has lengths and an
+    envelope besides, each a seal, and no seal is of more than ``MAX_DATA_BYTES``."""
+    overhead = _OVERHEAD_BYTES + max_frames * _OVERHEAD_BYTES_PER_FRAME
+    return min(max_message_bytes + overhead, MAX_DATA_BYTES + TAG_BYTES)
+
+
+def check_lengths(lengths: Sequence[int], what: str) -> None:
+    """Raises ``LimitError``, which calls the message ``what``, for frames that can't be sealed."""
+    if max(lengths, default=0) > MAX_DATA_BYTES:
+        raise LimitError(
+            f"a {what} has a tensor of 2 GiB or more, which no link with keys carries: take shorter chunks"
+        )
 
 
 class Session:

@@ -6,9 +6,11 @@ import contextlib
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,20 @@ import zmq
 import transports
 from tests.transports.keyed import COMMAND, RawPeer, SealedDealer, Wire, framed, initiate
 from tests.transports.test_hostile import request as parts_of
-from transports import ClientOptions, Incoming, Message, Server, ServerOptions, admission, envelope, noise, security
-from transports.errors import AuthenticationError, ConnectionLostError, LimitError, ReplyTimeoutError
+from transports import (
+    ClientOptions,
+    Incoming,
+    Message,
+    Server,
+    ServerOptions,
+    admission,
+    envelope,
+    noise,
+    sealing,
+    security,
+)  # fmt: skip
+from transports.dealer import DealerClient
+from transports.errors import AuthenticationError, ConnectionLostError, LimitError, ReplyTimeoutError, SealError
 from transports.guard import HANDSHAKE_BYTES
 from transports.noise import Initiator, Responder
 from transports.router import RouterServer
@@ -224,6 +238,118 @@ def test_an_answer_that_was_changed_is_told_as_another_key(
     ):
         client.request(Message([SECRET]))
     assert server.load.refused == 0
+
+
+def test_what_is_read_too_late_of_an_attempt_that_failed_is_no_agreement(
+    serve: Serve, options: ServerOptions, meddle: Callable[[str, Change], Meddler]
+) -> None:
+    """The monitor may tell that a connection ended before the last word of its exchange of keys is read. Then another
+    is made, with keys of its own: nothing of a request may leave before these are agreed on."""
+    handed_on = threading.Event()
+
+    def hold(way: str, number: int, raw: bytes) -> list[bytes]:
+        if (way, number) == (DOWN, 1):
+            handed_on.wait(10)
+        return [raw]
+
+    counted = Counted()
+    relay = meddle(serve(answer=counted, options=options).address, hold)
+    with transports.connect("zmq", relay.address, of()) as client:
+        assert isinstance(client, DealerClient)
+        request = client.begin(Message([SECRET]))
+        connection = client._connection
+        assert connection is not None
+        while connection._session is None:
+            client.look(request)
+        connection.on_monitor([struct.pack("=HI", zmq.EVENT_DISCONNECTED, 0)])
+        handed_on.set()
+        until(connection.readable)
+        while connection.readable():
+            client._receive(connection)
+        assert not connection.handshaken
+        connection.reopen()
+        assert not connection.handshaken
+        with pytest.raises(SealError):
+            connection.send([SECRET])
+        client.wait_for(request)
+        assert bytes(request.result().frames[0]) == SECRET
+    assert counted.got == [SECRET]
+
+
+def test_a_client_may_be_idle_before_its_first_request(serve: Serve, options: ServerOptions) -> None:
+    server = serve(options=options)
+    hasty = replace(of(), connect_timeout_seconds=0.5)
+    with transports.connect("zmq", server.address, hasty) as client:
+        time.sleep(0.6)
+        assert bytes(client.request(Message([b"x"])).frames[0]) == b"x"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_tensor_that_no_seal_holds_is_refused(
+    transport: str, serve: Serve, options: ServerOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both sides, before anything is sent; and the link goes on."""
+    monkeypatch.setattr(sealing, "MAX_DATA_BYTES", 100_000)
+    told: list[LimitError] = []
+
+    def twice(server: Server, incoming: Incoming) -> None:
+        try:
+            server.reply(incoming, Message([bytes(incoming.frames[0]) * 2]))
+        except LimitError as error:
+            told.append(error)
+            server.reply(incoming, Message([b"no"]))
+
+    with transports.connect(transport, serve(answer=twice, options=options).address, of()) as client:
+        with pytest.raises(LimitError, match="a request has a tensor"):
+            client.request(Message([bytes(100_001)]))
+        assert bytes(client.request(Message([bytes(60_000)])).frames[0]) == b"no"
+        assert "a reply has a tensor" in str(told[0])
+        assert len(client.request(Message([bytes(50_000)])).frames[0]) == 100_000
+
+
+def test_a_key_that_was_taken_off_the_list_is_off_it_however_many_strangers_come(
+    serve: Serve, options: ServerOptions, clients: Path
+) -> None:
+    server = serve(options=options)
+    over = threading.Event()
+
+    def come() -> None:
+        while not over.wait(admission.CHECK_SECONDS / 8):
+            RawPeer(place(server.address), b"junk").end.close()
+
+    strangers = threading.Thread(target=come)
+    strangers.start()
+    try:
+        with transports.connect("zmq", server.address, of()) as client:
+            client.request(Message([b"x"]))
+            (clients / "alice.pub").unlink()
+            with pytest.raises(AuthenticationError, match="does not allow this client's key any more"):
+                until(lambda: not client.request(Message([b"x"])).frames)
+    finally:
+        over.set()
+        strangers.join()
+
+
+def test_a_reply_goes_to_no_other_client_of_its_name(serve: Serve, options: ServerOptions) -> None:
+    """Clients may name their connections, and one that has gone leaves its name to others."""
+    ready, gone = threading.Event(), threading.Event()
+
+    def late(server: Server, incoming: Incoming) -> None:
+        if bytes(incoming.frames[0]) == SECRET:
+            ready.set()
+            gone.wait(10)
+        server.reply(incoming, Message(incoming.frames))
+
+    server = serve(answer=late, options=options)
+    peer, session = proved(place(server.address), ALICE, Identity=b"NAME")
+    peer.send(*map(bytes, session.seal(parts_of(1, SECRET))))
+    assert ready.wait(10)
+    peer.end.close()
+    until(lambda: not server._guard.known(b"NAME"))  # type: ignore[attr-defined]
+    other, others = proved(place(server.address), MALLORY, Identity=b"NAME")
+    with other:
+        gone.set()
+        assert said(other, others, b"mine") == b"mine", "the first that comes is its own"
 
 
 def test_all_that_a_client_sent_sent_again(

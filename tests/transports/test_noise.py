@@ -292,6 +292,25 @@ def test_a_fork_seals_nothing() -> None:
     assert bytes(opening.open(view(sealing.seal(b"goes on")))) == b"goes on"
 
 
+def test_a_fork_with_its_parent_s_number_seals_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, where both are number 1."""
+    number = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: number)
+    test_a_fork_seals_nothing()
+
+
+def test_more_than_a_seal_holds_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library ends the process for 2 GiB, whoever sent them."""
+    assert noise.MAX_DATA_BYTES + noise.TAG_BYTES < 2**31
+    monkeypatch.setattr(noise, "MAX_DATA_BYTES", 1000)
+    sealing, opening = ways()
+    with pytest.raises(SealError):
+        sealing.seal(bytes(1001))
+    assert len(opening.open(view(sealing.seal(bytes(1000))))) == 1000
+    with pytest.raises(SealError):
+        opening.open(view(bytes(1017)))
+
+
 def test_threads_never_use_a_number_twice() -> None:
     sealing, _ = ways()
     sealed: list[bytes] = []

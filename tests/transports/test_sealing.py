@@ -12,7 +12,7 @@ from transports import noise
 from transports.base import Buffer
 from transports.errors import SealError
 from transports.noise import Cipher
-from transports.sealing import LARGE_BYTES, MAX_PARTS, Session, overhead_bytes
+from transports.sealing import LARGE_BYTES, MAX_PARTS, Session, most_frame_bytes
 
 Frames = list[Buffer]
 
@@ -75,7 +75,7 @@ def test_a_message_as_large_as_may_be_has_room() -> None:
         size = (LARGE_BYTES - 1) * frames
         envelope = bytes(24 + 10 * frames)
         (frame,) = client.seal([envelope, *[bytes(LARGE_BYTES - 1)] * frames])
-        assert len(frame) <= size + overhead_bytes(frames)
+        assert len(frame) <= most_frame_bytes(size, frames)
 
 
 def test_as_many_parts_as_an_envelope_can_tell_of() -> None:
@@ -203,6 +203,6 @@ def test_a_peer_that_says_what_is_not_so(head: bytes, large: tuple[bytes, ...]) 
 
 def test_a_fork_can_not_seal(monkeypatch: pytest.MonkeyPatch) -> None:
     client, _ = sessions()
-    monkeypatch.setattr(noise.os, "getpid", lambda: -1)
+    monkeypatch.setattr(noise, "_generation", 1)
     with pytest.raises(SealError, match="a fork of it"):
         client.seal([b"x"])
