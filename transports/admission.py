@@ -333,7 +333,8 @@ class Gatekeeper:
 
     def _pledge(self, user: str, exchange: Responder) -> str:
         if len(self._pledges) >= MAX_PLEDGES:
-            self._pledges.pop(next(iter(self._pledges), ""), None)
+            for oldest in list(self._pledges)[:1]:  # others take from them meanwhile
+                self._pledges.pop(oldest, None)
         answer, sending, receiving = exchange.write()
         number = str(next(self._numbers))
         self._pledges[number] = Pledge(user, answer, Session(sending, receiving), time.monotonic())

@@ -420,7 +420,14 @@ class DealerClient(Client):
             self._reopen(connection)
 
     def _reopen(self, connection: Connection) -> None:
-        connection.reopen()
+        try:
+            connection.reopen()
+        except BaseException as error:  # its sockets are closed: nobody may go on with them
+            text = f"no other connection to {self.endpoint} can be made: {error}"
+            self._fail(lambda: ConnectionLostError(text))
+            if isinstance(error, zmq.ZMQError):
+                return
+            raise
         if connection.keys is not None:
             return
         with contextlib.suppress(zmq.Again):  # this attempt has failed already: the monitor tells, and another follows

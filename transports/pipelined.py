@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar, cast
 
 import zmq
@@ -36,7 +37,7 @@ class _LoopSide:
         loop: asyncio.AbstractEventLoop,
         connection: Connection,
         on_message: Callable[[Connection, list[memoryview] | None], None],
-        on_monitor: Callable[[Connection], None],
+        on_monitor: Callable[[Connection, list[bytes]], None],
     ) -> None:
         self.loop = loop
         self.connection = connection
@@ -84,8 +85,7 @@ class _LoopSide:
             return
         self._event = None
         if not self._closed and not future.cancelled() and future.exception() is None:
-            self.connection.on_monitor(future.result())
-            self._on_monitor(self.connection)
+            self._on_monitor(self.connection, future.result())
 
     def harvest(self) -> None:
         """Take what was received, but whose callback has not run: in a loop that was stopped then, it never will."""
@@ -133,10 +133,21 @@ class PipelinedClient(DealerClient):
         except BaseException:
             self._admit()
             raise
-        self._listen(loop)
-        # Sending may have taken notice of a message without reading it; the descriptor would not tell of it again.
-        self._drain()
+        with self._known_state():
+            self._listen(loop)
+            # Sending may have taken notice of a message without reading it; the descriptor would not tell of it again.
+            self._drain()
         return exchange
+
+    @contextmanager
+    def _known_state(self) -> Iterator[None]:
+        """What fails within it ends the connection and all that is in flight, as in ``wait_for``: nobody would go on
+        with what it has left half done."""
+        try:
+            yield
+        except BaseException:
+            self._fail(self._lost("was given up"))
+            raise
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have ``loop`` watch the connection and the deadlines of what is in flight."""
@@ -176,23 +187,28 @@ class PipelinedClient(DealerClient):
         if parts is None:
             self._fail(self._lost("failed"))
             return
-        self._accept(parts, connection)
-        self._drain()
+        with self._known_state():
+            self._accept(parts, connection)
+            self._drain()
 
-    def _on_monitor(self, connection: Connection) -> None:
-        if connection is self._connection:
-            self._check_connection(connection)
-            if self._side is not None:
-                self._listen(self._side.loop)  # the next attempt to connect is at a time of its own
+    def _on_monitor(self, connection: Connection, parts: list[bytes]) -> None:
+        """The monitor told something."""
+        with self._known_state():
+            connection.on_monitor(parts)
+            if connection is self._connection:
+                self._check_connection(connection)
+                if self._side is not None:
+                    self._listen(self._side.loop)  # the next attempt to connect is at a time of its own
 
     def _on_deadline(self, side: _LoopSide) -> None:
         side.timer = None
         if side is not self._side or side.connection is not self._connection:
             return
-        self._drain()
-        self._check_connection(side.connection)
-        self._expire(time.perf_counter_ns())
-        self._listen(side.loop)
+        with self._known_state():
+            self._drain()
+            self._check_connection(side.connection)
+            self._expire(time.perf_counter_ns())
+            self._listen(side.loop)
 
     # ---- the window
 

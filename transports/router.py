@@ -325,7 +325,11 @@ class RouterServer(Server):
             if request.peer is not None:
                 request.peer.requests -= 1
             if not self._closed:
-                self._send(request.account, request.client, parts)
+                # With keys, to the connection that asked: its name may be another one's by now.
+                if self._gatekeeper is None or self._guard.known(request.client) is request.peer:
+                    self._send(request.account, request.client, parts)
+                else:
+                    self.undelivered += 1
                 self._read()
 
     def wake(self) -> None:
@@ -495,8 +499,8 @@ class RouterServer(Server):
         peer = self._guard.bind(pledge.client.encode(), client, first)
         if peer is None:
             return
-        self._send(peer.account, client, [pledge.answer])
-        peer.session = pledge.session  # what follows is sealed
+        self._send(peer.account, client, [pledge.answer], sealed=False)
+        peer.session = pledge.session
 
     def _skip_rest(self) -> None:
         """A signal handler raised between two frames of a message: the frames that are left belong to nobody."""
@@ -562,16 +566,16 @@ class RouterServer(Server):
             if peer.refused_bytes > self.options.max_client_bytes:
                 self._guard.end(client, "it goes on with requests that are refused")
 
-    def _send(self, account: bytes, client: bytes, parts: Sequence[Buffer]) -> None:
-        """Hand a reply to zmq. Large frames are lent to it and stay on the client's account until they are sent."""
+    def _send(self, account: bytes, client: bytes, parts: Sequence[Buffer], *, sealed: bool = True) -> None:
+        """Hand a reply to zmq. Large frames are lent to it and stay on the client's account until they are sent. Where
+        there are keys, all is sealed but the server's part of their exchange."""
         socket = self._socket
         if self._gatekeeper is not None:
             peer = self._guard.known(client)
-            # Of the same key: a name may be another client's by now.
-            if peer is None or peer.ended or peer.account != account:
+            if peer is None or peer.ended or peer.account != account or (sealed and peer.session is None):
                 self.undelivered += 1
                 return
-            if peer.session is not None:
+            if sealed and peer.session is not None:
                 try:
                     parts = peer.session.seal(parts)
                 except SealError as error:

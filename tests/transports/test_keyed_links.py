@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,13 @@ from transports import (
     sealing,
     security,
 )  # fmt: skip
+from transports.base import Buffer
+from transports.connection import Connection
 from transports.dealer import DealerClient
 from transports.errors import AuthenticationError, ConnectionLostError, LimitError, ReplyTimeoutError, SealError
 from transports.guard import HANDSHAKE_BYTES
 from transports.noise import Initiator, Responder
+from transports.pipelined import PipelinedClient
 from transports.router import RouterServer
 from transports.sealing import PROTOCOL, Session
 from transports.security import ClientKeys, KeyPair, ServerKeys
@@ -274,6 +279,60 @@ def test_what_is_read_too_late_of_an_attempt_that_failed_is_no_agreement(
         client.wait_for(request)
         assert bytes(request.result().frames[0]) == SECRET
     assert counted.got == [SECRET]
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_an_attempt_that_can_not_be_made_is_told(keyed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where too many files are open. The next request begins anew."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    opened = Connection._open
+    failures = [None, zmq.ZMQError(errno.EMFILE)]
+
+    def fails_once(connection: Connection) -> None:
+        if failures and (error := failures.pop(0)):
+            raise error
+        opened(connection)
+
+    monkeypatch.setattr(Connection, "_open", fails_once)
+
+    async def ask() -> None:
+        with transports.connect(
+            "pipelined", address, of() if keyed else ClientOptions(connect_timeout_seconds=1)
+        ) as one:
+            assert isinstance(one, PipelinedClient)
+            with pytest.raises(ConnectionLostError, match="no other connection to"):
+                await asyncio.wait_for(await one.begin_async(Message([b"x"])), 10)
+            assert (await one.begin_async(Message([b"x"]))).error is None
+
+    asyncio.run(ask())
+
+
+def test_what_fails_in_the_loop_ends_what_waits(
+    serve: Serve, options: ServerOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All wait for the exchange of keys, and the second can't be sealed: each has its end, and the next one goes."""
+    address = serve(options=options).address
+    seal = Session.seal
+
+    def failing(session: Session, parts: Sequence[Buffer]) -> list[Buffer]:
+        if parts and bytes(parts[-1]) == b"1":
+            raise MemoryError
+        return seal(session, parts)
+
+    monkeypatch.setattr(Session, "seal", failing)
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        with transports.connect("pipelined", address, of()) as client:
+            asked = [await client.begin_async(Message([b"%d" % number])) for number in range(4)]
+            for each in asked:
+                with pytest.raises(ConnectionLostError, match="given up"):
+                    await asyncio.wait_for(each, 5)
+            reply = await asyncio.wait_for(await client.begin_async(Message([b"next"])), 5)
+            assert bytes(reply.frames[0]) == b"next"
+
+    asyncio.run(ask())
 
 
 def test_a_client_may_be_idle_before_its_first_request(serve: Serve, options: ServerOptions) -> None:

@@ -228,7 +228,7 @@ def sealed(request_id: int, header: Any) -> list[bytes]:
 WELCOME = {
     "software": "9.9", "instance": "x", "model": "m", "digest": "d", "dims": {"layers": 2}, "device": "cpu",
     "dtype": "fp32", "threads": 1, "memory_bytes": 1, "limits": {}, "layers": [0, 1],
-    "ring_digest": "",
+    "ring_digest": "", "ranks": 1,
 }  # fmt: skip
 
 
