@@ -243,18 +243,18 @@ def _read(path: Path) -> dict[str, Value]:
             hint = f"; did you mean it in section [{home[0].split('.')[0]}]?" if home else ""
             wrong.append(f"'{printable(section, 60)}' stands outside of any section{hint}")
             continue
-        keys = {f"{section}.{name}": raw for name, raw in table.items()}
-        gone = [f"{key} {told}" for key in keys if (told := _gone(key))]
-        wrong += gone
-        if section not in SECTIONS and not gone:
+        known = section in SECTIONS
+        if not known and not any(_gone(f"{section}.{name}") for name in table):
             wrong.append(f"unknown section [{printable(section, 60)}]{nearest(section, list(SECTIONS))}")
-        for key, raw in keys.items() if section in SECTIONS else ():
-            if key in SETTINGS:
+        for key, raw in ((f"{section}.{name}", raw) for name, raw in table.items()):
+            if told := _gone(key):
+                wrong.append(f"{key} {told}")
+            elif key in SETTINGS:
                 try:
                     values[key] = checked(key, raw, key)
                 except ConfigError as error:
                     wrong.append(str(error))
-            elif not _gone(key):
+            elif known:
                 wrong.append(f"unknown key '{printable(key, 60)}'{nearest(key, list(SETTINGS))}")
     if wrong:
         raise ConfigError(f"{path}: {'; '.join(wrong)}")
