@@ -127,8 +127,7 @@ def _random_bits(seed: bytes, count: int) -> torch.Tensor:
 
 
 def fold(weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """``S·W``: int8 (rows, columns) and ``S`` (vectors, rows) of float64 → the same
-    (vectors, columns), exact.
+    """``S·W``: int8 (rows, columns) and ``S`` (vectors, rows) of float64 → float64 (vectors, columns), exact.
 
     So many rows at once that float32 holds their sums: that takes a sixth of float64's time.
     """
