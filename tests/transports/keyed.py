@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import socket
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import zmq
 
@@ -123,6 +127,54 @@ class Wire:
         except ConnectionResetError:
             pass
         return True
+
+
+UP, DOWN = "up", "down"
+
+
+class Relay:
+    """Stands between clients and the server at ``target``, with a thread for each direction of each connection."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.removeprefix("tcp://").rpartition(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._begin(self._accept)
+
+    def pass_on(self, way: str, source: socket.socket, sink: socket.socket, number: int) -> None:
+        """Hands on what comes of one direction, ``UP`` to the server or ``DOWN``, of the connection ``number``, from 0
+        on. An ``OSError`` is its end."""
+        raise NotImplementedError
+
+    def _begin(self, work: Callable[..., None], *args: object) -> None:
+        self._threads.append(threading.Thread(target=work, args=args))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            for number in itertools.count():
+                near, far = self._listener.accept()[0], socket.create_connection(self._target)
+                self._open += [near, far]
+                self._begin(self._pass, UP, near, far, number)
+                self._begin(self._pass, DOWN, far, near, number)
+
+    def _pass(self, *connection: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.pass_on(*connection)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for each in self._open:
+            each.close()
 
 
 class RawPeer(Wire):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import pytest
 import zmq
 
 import transports
-from tests.transports.keyed import GREETING, SealedDealer
+from tests.transports.keyed import GREETING, UP, Relay, SealedDealer
 from tests.transports.test_hostile import MIB, Server, greet, message, pour, request, take, until, well
 from transports import ClientOptions, Incoming, Message, ServerOptions, security
 from transports.errors import ConnectionLostError, TransportError
@@ -331,52 +330,24 @@ def test_a_key_that_connects_anew_for_each_request_has_one_share(keys: Keys, raw
         assert order[1:].count(b"alice") >= 5
 
 
-class Valve:
-    """A relay that lets ``most`` bytes of each connection through to the server, and then no more."""
+class Valve(Relay):
+    """Lets ``most`` bytes of each connection through to the server, and then no more."""
 
     def __init__(self, target: str, most: int) -> None:
-        host, _, port = target.removeprefix("tcp://").partition(":")
-        self._target, self._most = (host, int(port)), most
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._threads: list[threading.Thread] = []
-        self._open: list[socket.socket] = []
-        self._begin(self._accept)
+        self._most = most
+        super().__init__(target)
 
-    def _begin(self, work: Callable[..., None], *args: object) -> None:
-        self._threads.append(threading.Thread(target=work, args=args))
-        self._threads[-1].start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, far = self._listener.accept()[0], socket.create_connection(self._target)
-                self._open += [near, far]
-                self._begin(self._pass, near, far, self._most)
-                self._begin(self._pass, far, near, None)
-
-    def _pass(self, source: socket.socket, sink: socket.socket, left: int | None) -> None:
-        with contextlib.suppress(OSError):
-            while left is None or left > 0:
-                data = source.recv(65536 if left is None else min(left, 65536))
-                if not data:
-                    break
-                sink.sendall(data)
-                left = None if left is None else left - len(data)
-            else:
-                return
-            sink.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for each in self._open:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for each in self._open:
-            each.close()
+    def pass_on(self, way: str, source: socket.socket, sink: socket.socket, number: int) -> None:
+        left = self._most if way == UP else None
+        while left is None or left > 0:
+            data = source.recv(65536 if left is None else min(left, 65536))
+            if not data:
+                break
+            sink.sendall(data)
+            left = None if left is None else left - len(data)
+        else:
+            return
+        sink.shutdown(socket.SHUT_RDWR)
 
 
 def test_unfinished_messages_of_one_key_are_bounded_together(

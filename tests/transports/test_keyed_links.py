@@ -20,7 +20,7 @@ import pytest
 import zmq
 
 import transports
-from tests.transports.keyed import COMMAND, RawPeer, SealedDealer, Wire, framed, initiate
+from tests.transports.keyed import COMMAND, DOWN, UP, RawPeer, Relay, SealedDealer, Wire, framed, initiate
 from tests.transports.test_hostile import request as parts_of
 from transports import (
     ClientOptions,
@@ -47,7 +47,6 @@ from transports.security import ClientKeys, KeyPair, ServerKeys
 
 TRANSPORTS = ("zmq", "pipelined")
 SERVER, ALICE, MALLORY = (security.pair_of(bytes([number]) * 32) for number in (1, 2, 3))
-UP, DOWN = "up", "down"
 SECRET = b"the moon has phases"
 Serve = Callable[..., Server]
 Change = Callable[[str, int, bytes], list[bytes]]
@@ -95,34 +94,16 @@ class Counted:
         server.reply(incoming, Message(incoming.frames))
 
 
-class Meddler:
-    """A relay that hands what it likes of the frames of the first connection on, and all of the others."""
+class Meddler(Relay):
+    """Hands what it likes of the frames of the first connection on, and all of the others."""
 
     def __init__(self, target: str, change: Change) -> None:
-        self._target, self._change = place(target), change
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._change = change
         self.heard = {UP: b"", DOWN: b""}
-        self._open: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._begin(self._accept)
+        super().__init__(target)
 
-    def _begin(self, work: Callable[..., None], *args: object) -> None:
-        self._threads.append(threading.Thread(target=work, args=args))
-        self._threads[-1].start()
-
-    def _accept(self) -> None:
-        first = True
-        with contextlib.suppress(OSError):
-            while True:
-                near, far = self._listener.accept()[0], socket.create_connection(self._target)
-                self._open += [near, far]
-                for way, source, sink in ((UP, near, far), (DOWN, far, near)):
-                    self._begin(self._pass, way, source, sink, first)
-                first = False
-
-    def _pass(self, way: str, source: socket.socket, sink: socket.socket, meddles: bool) -> None:
-        wire, number = Wire(source), 0
+    def pass_on(self, way: str, source: socket.socket, sink: socket.socket, number: int) -> None:
+        wire, frames, meddles = Wire(source), 0, number == 0
         with contextlib.suppress(OSError):
             for _ in range(64):  # each side waits for the beginning of the other's greeting before it goes on
                 self._hand_on(way, sink, wire.take(1), meddles)
@@ -131,27 +112,15 @@ class Meddler:
                 if not meddles or flags & COMMAND:
                     self._hand_on(way, sink, raw, meddles)
                     continue
-                for each in self._change(way, number, raw):
+                for each in self._change(way, frames, raw):
                     self._hand_on(way, sink, each, meddles)
-                number += 1
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
+                frames += 1
+        sink.shutdown(socket.SHUT_RDWR)
 
     def _hand_on(self, way: str, sink: socket.socket, data: bytes, first: bool) -> None:
         if first:
             self.heard[way] += data
         sink.sendall(data)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for each in self._open:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for each in self._open:
-            each.close()
 
 
 @pytest.fixture
