@@ -226,12 +226,12 @@ class DealerClient(Client):
     def _prepare(self, message: Message) -> tuple[list[Buffer], Exchange]:
         options = self.options
         frames, lengths, total = envelope.flatten(
-            message, "request", max_frames=options.max_frames, max_message_bytes=options.max_message_bytes
+            message,
+            "request",
+            max_frames=options.max_frames,
+            max_message_bytes=options.max_message_bytes,
+            sealed=options.keys is not None,
         )
-        if options.keys is not None:
-            from transports.sealing import check_lengths
-
-            check_lengths(lengths, "request")
         codecs: Sequence[int] = ()
         itemsizes: Sequence[int] = ()
         up = Compression()

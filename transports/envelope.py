@@ -102,9 +102,10 @@ def byte_view(frame: Buffer) -> Buffer:
 
 
 def flatten(
-    message: Message, what: str, *, max_frames: int, max_message_bytes: int
+    message: Message, what: str, *, max_frames: int, max_message_bytes: int, sealed: bool = False
 ) -> tuple[list[Buffer], list[int], int]:
-    """The frames of ``message`` as flat views, their lengths, and the sum of these, in bytes.
+    """The frames of ``message`` as flat views, their lengths, and the sum of these, in bytes. ``sealed``: they go over
+    a link with keys.
 
     Raises ``LimitError``, which calls the message ``what``, when it exceeds our own limits.
     """
@@ -115,6 +116,10 @@ def flatten(
         raise LimitError(f"a {what} of {len(frames)} frames, at most {max_frames} are allowed (limits.frames)")
     if total > max_message_bytes:
         raise LimitError(f"a {what} of {total} bytes, at most {max_message_bytes} are allowed (limits.message_mib)")
+    if sealed:
+        from transports import sealing
+
+        sealing.check_lengths(lengths, what)
     return frames, lengths, total
 
 

@@ -51,6 +51,8 @@ def most_frame_bytes(max_message_bytes: int, max_frames: int) -> int:
 
 def check_lengths(lengths: Sequence[int], what: str) -> None:
     """Raises ``LimitError``, which calls the message ``what``, for frames that can't be sealed."""
+    if len(lengths) >= MAX_PARTS:  # the envelope is one more
+        raise LimitError(f"a {what} of {len(lengths)} frames is more than a link with keys carries (limits.frames)")
     if max(lengths, default=0) > MAX_DATA_BYTES:
         raise LimitError(
             f"a {what} has a tensor of 2 GiB or more, which no link with keys carries: take shorter chunks"

@@ -10,9 +10,9 @@ import pytest
 
 from transports import noise
 from transports.base import Buffer
-from transports.errors import SealError
+from transports.errors import LimitError, SealError
 from transports.noise import Cipher
-from transports.sealing import LARGE_BYTES, MAX_PARTS, Session, most_frame_bytes
+from transports.sealing import LARGE_BYTES, MAX_PARTS, Session, check_lengths, most_frame_bytes
 
 Frames = list[Buffer]
 
@@ -81,6 +81,9 @@ def test_a_message_as_large_as_may_be_has_room() -> None:
 def test_as_many_parts_as_an_envelope_can_tell_of() -> None:
     client, server = sessions()
     assert len(opened(server, client.seal([b""] * MAX_PARTS))) == MAX_PARTS
+    check_lengths([0] * (MAX_PARTS - 1), "reply")
+    with pytest.raises(LimitError, match="a reply of 65535 frames"):
+        check_lengths([0] * MAX_PARTS, "reply")
 
 
 # ---- the network
