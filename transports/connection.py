@@ -86,6 +86,7 @@ class Connection:
     def _open(self) -> None:
         options = self._options
         self.handshaken = False
+        self.inflow.proven = options.keys is None
         socket = self.socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)  # the window bounds what is queued to send
@@ -139,7 +140,7 @@ class Connection:
             return None
         parts = self._session.open(frames)
         if not self.handshaken:
-            self.handshaken = True
+            self.handshaken = self.inflow.proven = True
             self._cut_handshakes = 0
             return None
         return parts

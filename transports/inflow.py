@@ -39,12 +39,14 @@ _LOOKS = 3
 
 class Inflow:
     """The connection behind one client's socket. ``awaited_bytes`` may still come for requests in flight,
-    ``owed_bytes`` for those that were given up: the client sets both. ``threads`` are those of its zmq context.
-    ``excess`` says why the connection was ended, and ``hostile`` whether that can have no other cause."""
+    ``owed_bytes`` for those that were given up: the client sets both. Neither may come from who is not ``proven``.
+    ``threads`` are those of the client's zmq context. ``excess`` says why the connection was ended, and ``hostile``
+    whether that can have no other cause."""
 
     def __init__(self, threads: Sequence[int]) -> None:
         self.awaited_bytes = 0
         self.owed_bytes = 0
+        self.proven = True
         self.excess = ""
         self.hostile = False
         self._clocks = [(~thread << 3) | 6 for thread in threads]  # a thread's time on the processor, to Linux
@@ -94,7 +96,8 @@ class Inflow:
         unfinished = 0
         for _ in range(_LOOKS):
             # This first: a reply that is read in between takes away what it was allowed.
-            allowed = self.awaited_bytes + self.owed_bytes + STRAY_BYTES
+            asked = self.awaited_bytes + self.owed_bytes if self.proven else 0
+            allowed = asked + STRAY_BYTES
             unfinished = self.unfinished()
             if unfinished <= allowed:
                 break

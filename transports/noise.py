@@ -147,6 +147,7 @@ class _Symmetric:
         self._ephemeral = X25519PrivateKey.from_private_bytes(ephemeral or new_secret())
         self._key = b""
         self._nonce = 0
+        self._generation = _generation
         # InitializeSymmetric(), MixHash(prologue), the pre-message
         self._chain = self.hash = NAME.ljust(hashlib.sha256().digest_size, b"\0")
         self._mix_hash(prologue)
@@ -179,6 +180,8 @@ class _Symmetric:
         return data
 
     def _split(self) -> tuple[bytes, bytes]:
+        if self._generation != _generation:
+            raise SealError("it belongs to the process that began it: a fork of it would have the same keys")
         return _hkdf(self._chain, b"")
 
 

@@ -486,7 +486,7 @@ class RouterServer(Server):
         elif gatekeeper.admits(account.decode()):
             self._accept(peer, account, client, parts)
         else:
-            self._turn_away(account, client, parts)
+            self._turn_away(peer, parts)
 
     def _answer_key(self, gatekeeper: Gatekeeper, client: bytes, first: zmq.Frame, frames: list[memoryview]) -> None:
         """The first message of a connection, or one of a connection that has gone, which nobody waits for."""
@@ -508,13 +508,19 @@ class RouterServer(Server):
             self._socket.recv(NOBLOCK, copy=False)
         self._mid_message = False
 
-    def _turn_away(self, account: bytes, client: bytes, parts: list[memoryview]) -> None:
+    def _turn_away(self, peer: Peer, parts: list[memoryview]) -> None:
         """The key of this client was taken off the allow-list while it was connected."""
         self.refused += 1
         request_id = envelope.peek_request_id(parts[0]) if parts else None
         if request_id is not None:
             reason = "the server does not allow this client's key any more"
-            self._send(account, client, envelope.pack_refusal(request_id, envelope.REFUSED_KEY, reason))
+            self._send(peer.account, peer.client, envelope.pack_refusal(request_id, envelope.REFUSED_KEY, reason))
+        self._count_refused(peer, sum(map(len, parts)))
+
+    def _count_refused(self, peer: Peer, nbytes: int) -> None:
+        peer.refused_bytes += nbytes + REFUSAL_BYTES
+        if peer.refused_bytes > self.options.max_client_bytes:
+            self._guard.end(peer.client, "it goes on with requests that are refused")
 
     def _accept(self, peer: Peer | None, account: bytes, client: bytes, parts: list[memoryview]) -> None:
         """Check one message and queue it, or refuse it."""
@@ -562,9 +568,7 @@ class RouterServer(Server):
             peer.requests += 1
             peer.refused_bytes = 0
         else:
-            peer.refused_bytes += request.nbytes + REFUSAL_BYTES
-            if peer.refused_bytes > self.options.max_client_bytes:
-                self._guard.end(client, "it goes on with requests that are refused")
+            self._count_refused(peer, request.nbytes)
 
     def _send(self, account: bytes, client: bytes, parts: Sequence[Buffer], *, sealed: bool = True) -> None:
         """Hand a reply to zmq. Large frames are lent to it and stay on the client's account until they are sent. Where

@@ -17,8 +17,8 @@ import zmq
 import transports
 from tests.transports.keyed import GREETING, UP, Relay, SealedDealer
 from tests.transports.test_hostile import MIB, Server, greet, message, pour, request, take, until, well
-from transports import ClientOptions, Incoming, Message, ServerOptions, security
-from transports.errors import ConnectionLostError, TransportError
+from transports import Client, ClientOptions, Incoming, Message, ServerOptions, security
+from transports.errors import AuthenticationError, ConnectionLostError, TransportError
 from transports.router import RouterServer
 from transports.security import ClientKeys, KeyPair, ServerKeys
 
@@ -237,6 +237,27 @@ def test_who_goes_on_with_what_is_refused_is_ended(start: Callable[..., Server],
         assert "ConnectionLostError" in outcomes
         assert server.load["ended"] == 1
         well(client)
+
+
+def test_who_goes_on_after_it_was_taken_off_the_list_is_ended(start: Callable[..., Server], keys: Keys) -> None:
+    server = start(max_client_bytes=MIB, max_message_bytes=MIB)
+    told = 0
+
+    def go_on(client: Client) -> None:
+        nonlocal told
+        while True:
+            try:
+                client.request(Message([bytes(200_000)]))
+            except AuthenticationError:
+                told += 1
+
+    with transports.connect("zmq", server.address, keys.of("mallory")) as client:
+        well(client)
+        (keys.folder / "mallory.pub").unlink()
+        with pytest.raises(ConnectionLostError):
+            go_on(client)
+        assert 1 <= told <= 4
+        assert server.load["ended"] == 1
 
 
 # Memory and time

@@ -20,7 +20,20 @@ import pytest
 import zmq
 
 import transports
-from tests.transports.keyed import COMMAND, DOWN, UP, RawPeer, Relay, SealedDealer, Wire, framed, initiate
+from tests.transports.keyed import (
+    COMMAND,
+    DOWN,
+    GREETING,
+    UP,
+    RawPeer,
+    Relay,
+    SealedDealer,
+    Wire,
+    command,
+    framed,
+    initiate,
+)
+from tests.transports.test_hostile import MIB
 from tests.transports.test_hostile import request as parts_of
 from transports import (
     ClientOptions,
@@ -37,7 +50,14 @@ from transports import (
 from transports.base import Buffer
 from transports.connection import Connection
 from transports.dealer import DealerClient
-from transports.errors import AuthenticationError, ConnectionLostError, LimitError, ReplyTimeoutError, SealError
+from transports.errors import (
+    AuthenticationError,
+    ConnectionLostError,
+    FrameError,
+    LimitError,
+    ReplyTimeoutError,
+    SealError,
+)
 from transports.guard import HANDSHAKE_BYTES
 from transports.noise import Initiator, Responder
 from transports.pipelined import PipelinedClient
@@ -718,6 +738,43 @@ def test_who_has_not_the_server_s_key_gets_nothing_of_a_request(
     ):
         client.request(Message([SECRET]))
     assert {tuple(frames) for frames in imposter.got} == {(b"",)}
+
+
+AS_SERVER = GREETING[:32] + b"\x01" + GREETING[33:]
+
+
+def test_no_more_than_an_exchange_is_taken_of_who_has_not_proved_the_server_s_key() -> None:
+    """However long the answer may be that was asked of the server."""
+    poured = 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = "tcp://{}:{}".format(*listener.getsockname())
+
+        def pour() -> None:
+            nonlocal poured
+            wire = Wire(listener.accept()[0])
+            with wire.end, contextlib.suppress(OSError):
+                wire.end.sendall(AS_SERVER)
+                wire.take(64)
+                wire.frame()
+                wire.end.sendall(command(b"\x07WELCOME"))
+                wire.frame()
+                wire.end.sendall(command(b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER"))
+                wire.message()
+                wire.end.sendall(b"\x02" + (64 * MIB).to_bytes(8, "big"))
+                while poured < 32 * MIB:
+                    wire.end.sendall(bytes(65536))
+                    poured += 65536
+                    time.sleep(0.002)  # 32 MB/s at most
+
+        server = threading.Thread(target=pour)
+        server.start()
+        with (
+            transports.connect("zmq", address, of()) as client,
+            pytest.raises(FrameError, match="more than the answer"),
+        ):
+            client.request(Message([SECRET], max_reply_bytes=64 * MIB))
+        server.join()
+    assert poured < 16 * MIB
 
 
 def test_a_server_of_an_older_release(clients: Path) -> None:

@@ -292,6 +292,23 @@ def test_a_fork_seals_nothing() -> None:
     assert bytes(opening.open(view(sealing.seal(b"goes on")))) == b"goes on"
 
 
+def test_a_fork_in_the_middle_of_the_exchange_gets_no_keys() -> None:
+    """Both would seal with the same ones, and the same numbers."""
+    initiator, responder, first = begun()
+    responder.read(first)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            responder.write()
+        except SealError:
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    initiator.read(responder.write()[0])
+
+
 def test_a_fork_with_its_parent_s_number_seals_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container, where both are number 1."""
     number = os.getpid()
