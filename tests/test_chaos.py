@@ -280,7 +280,8 @@ def test_a_run_in_chaos(
     made = document["output"]["token_ids"]
     retries = sum(phase["rpc_retries"] for phase in document["phases"].values())
     # What stands still and goes on is waited for: sending again would be work for nothing.
-    assert (retries == 0) == (fault in ("stop", "stall"))
+    if fault != "spread":  # the one of two that was killed may have had nothing to answer then
+        assert (retries == 0) == (fault in ("stop", "stall"))
     if fault == "dead":
         assert code == 4
         assert document["status"] == "failed"
