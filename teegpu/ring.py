@@ -133,7 +133,9 @@ class RingMatrix:
         self.shape = (weight.shape[0], weight.shape[1])
         self._narrow: torch.Tensor | None = ringkernels.padded(weight) if weight.is_cuda else weight
         self._wide: torch.Tensor | None = None
-        if roomy and not weight.is_cuda:
+        if weight.is_cuda:
+            ringkernels.measured(weight.device)  # now, so that no product waits until kernels are compiled
+        elif roomy:
             ways = ringkernels.measured(weight.device).values()
             self._wide = weight.to(torch.int32) if "int32" in ways else None
             self._narrow = weight if "int8" in ways or self._wide is None else None

@@ -32,7 +32,8 @@ LAYERS = (
     {"wire", "model", "record", "attest", "transports"},
     {
         *("blocks", "children", "config", "endpoints", "errors", "facts", "fields", "files", "formats"),
-        *("kernels", "machine", "operators", "ring", "ringkernels", "settings", "text", "torchload", "units"),
+        *("kernels", "machine", "operators", "ring", "ringkernels", "ringtriton", "settings", "text", "torchload"),
+        "units",
     },
 )
 """From the top of the house down. A part imports from below itself, never from beside or above."""

@@ -276,7 +276,7 @@ class Executor:
         itemsize = torch.int32.itemsize if program.in_ring else self.weights.dtype.itemsize
         needed = held = sum(math.prod(shape) for shape in shapes.values()) * itemsize + reply
         if program.in_ring:
-            needed += max(_ring_scratch_bytes(step, shapes) for step in program.steps)
+            needed += max(self._ring_scratch_bytes(step, shapes) for step in program.steps)
         if self._ranks is not None:
             needed += held  # what ranks have of a register, beside it
         needed += _QUANTISING_BYTES * max(
@@ -300,6 +300,11 @@ class Executor:
         layout = layout_of(tuple(Row(name, shapes[name], encodings[name]) for name in program.outputs))
         shared = any(step.op in _CUT for step in program.steps)
         return Compiled(self._kernels(program), layout, held, shared)
+
+    def _ring_scratch_bytes(self, step: Step, shapes: Mapping[str, Shape]) -> int:
+        """What a product in the ring takes for a moment beside its registers, at most."""
+        rows, columns = shapes[step.inputs[0]]
+        return scratch_bytes(rows, columns, shapes[step.output][1], self.weights.device)
 
     def _plan_memory(self, program: Program, needed: int) -> None:
         self._needed_bytes = max(self._needed_bytes, needed)
@@ -360,12 +365,6 @@ def _macs(step: Step, shapes: Mapping[str, Shape]) -> int:
     """The multiplications of ``step``; what has none counts one for each value that it makes."""
     inner = shapes[step.inputs[0]][-1] if step.op in {"linear", "matmul", RING} else 1
     return math.prod(shapes[step.output]) * inner
-
-
-def _ring_scratch_bytes(step: Step, shapes: Mapping[str, Shape]) -> int:
-    """What a product in the ring takes for a moment beside its registers, at most."""
-    rows, columns = shapes[step.inputs[0]]
-    return scratch_bytes(rows, columns, shapes[step.output][1])
 
 
 def _product(executor: Executor, step: Step) -> Callable[..., torch.Tensor]:

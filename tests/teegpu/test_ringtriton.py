@@ -1,0 +1,76 @@
+"""The Triton kernels, in Triton's interpreter: that takes no GPU, but Triton itself, which torch's builds for CPUs come
+without (pip install triton: 0.2 GB, 0.7 GB on the disk). Where it is missing these tests are skipped; where there is a
+CUDA device ``test_ringkernels`` tries the kernels as they are compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from teegpu import ringkernels
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels are compiled here", allow_module_level=True)
+
+
+def interpret(patch: pytest.MonkeyPatch) -> None:
+    """Triton looks at it when it is imported, and whenever a kernel is made or called."""
+    patch.setenv("TRITON_INTERPRET", "1")
+
+
+with pytest.MonkeyPatch.context() as patch:
+    interpret(patch)
+    # Earlier ones can't interpret with numpy 2.4.
+    pytest.importorskip("triton", minversion="3.7", reason="needs triton 3.7 or newer: pip install triton")
+    from teegpu import ringtriton
+
+
+@pytest.fixture(autouse=True)
+def interpreting(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch)
+
+
+each_kernel = pytest.mark.parametrize("name", ["split", "fused", "gemv"])
+
+
+def exact(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    out = torch.empty((len(operand), len(weight)), dtype=torch.int32)
+    ringkernels.float64(operand, weight, (out,))
+    return out
+
+
+@each_kernel
+@pytest.mark.parametrize("rows", [1, 3, 17, 64])
+@pytest.mark.parametrize(("columns", "outputs"), [(1, 1), (70, 17), (300, 40), (1030, 3)])
+def test_products_are_exact_and_nothing_else_is_written(name: str, rows: int, columns: int, outputs: int) -> None:
+    """Sizes that no tile divides; the extremes, then random values; and an output that is a part of a larger one."""
+    extremes = ringkernels._extremes(rows, columns, outputs, columns + -columns % 16, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(rows)
+    operand = torch.randint(-(2**31), 2**31, (rows, columns), generator=generator).to(torch.int32)
+    weight = torch.randint(-128, 128, (outputs, columns), generator=generator).to(torch.int8)
+    for left, right in (extremes, (operand, ringkernels.padded(weight)[:outputs])):
+        whole = torch.full((rows + 1, outputs + 2), 7, dtype=torch.int32)
+        getattr(ringtriton, name)(left, right, whole[:rows, 1:-1])
+        assert torch.equal(whole[:rows, 1:-1], exact(left, right))
+        whole[:rows, 1:-1] = 7
+        assert (whole == 7).all()
+
+
+@pytest.mark.parametrize("name", ["split", "fused"])
+def test_each_tile_is_exact(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Each that there is, on rows, outputs and columns that take several of it."""
+    for tile in {ringtriton._tile(rows) for rows in (1, 4, 5, 16, 17, 64, 65, 1024)}:
+        monkeypatch.setattr(ringtriton, "_tile", lambda _, tile=tile: tile)
+        rows, outputs, columns = tile.rows + 3, tile.outputs + 5, tile.columns + 16
+        operand, weight = ringkernels._extremes(rows, columns, outputs, columns, torch.device("cpu"))
+        out = torch.empty((rows, outputs), dtype=torch.int32)
+        getattr(ringtriton, name)(operand, weight, out)
+        assert torch.equal(out, exact(operand, weight)), tile
+
+
+def test_a_kernel_that_can_not_be_is_told_of_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what ``ringkernels`` takes for a way that is not there."""
+    monkeypatch.setattr(ringtriton, "_GEMV_COLUMNS", 500)  # Triton has powers of two alone
+    operand, weight = ringkernels._extremes(1, 16, 1, 16, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="power of 2"):
+        ringtriton.gemv(operand, weight, torch.empty((1, 1), dtype=torch.int32))
