@@ -65,12 +65,27 @@ class Script:
         results: list[dict[str, Any]],
         *,
         folder: ModelFolder | None = None,
+        status: str = "complete",
     ) -> None:
         """Prints ``rows`` (headings first) and ``notes`` as Markdown; ``results`` go to the file of ``--out``."""
+        document = self.save(notes, results, folder=folder, status=status)
+        where = document["machine"]
+        said = [f"{where['cpu']}, {where['cores']} cores, teegpu {document['versions']['teegpu']}", *notes]
+        sys.stdout.write(formats.markdown(rows) + "\n\n" + "".join(f"- {line}\n" for line in said))
+
+    def save(
+        self,
+        notes: Sequence[str],
+        results: list[dict[str, Any]],
+        *,
+        folder: ModelFolder | None = None,
+        status: str,
+    ) -> dict[str, Any]:
+        """The result so far as a document, which goes to the file of ``--out``."""
         described = {name: value for name, value in vars(self.given).items() if name != "out"}
         document = doc.document(
             self.parser.prog,
-            status="complete",
+            status=status,
             started_at=self._started_at,
             spec=None if folder is None else read_spec(folder),
             digest="",
@@ -78,11 +93,9 @@ class Script:
             notes=list(notes),
             results=results,
         )
-        where = document["machine"]
-        said = [f"{where['cpu']}, {where['cores']} cores, teegpu {document['versions']['teegpu']}", *notes]
-        sys.stdout.write(formats.markdown(rows) + "\n\n" + "".join(f"- {line}\n" for line in said))
         if self.given.out is not None:
             self.given.out.write_text(formats.as_json(document), encoding="utf-8")
+        return document
 
 
 def model_of(settings: Config) -> ModelFolder:

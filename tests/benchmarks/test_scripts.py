@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import drafting, guards, keyed, paired, ranks, replay, rpc, serving, soak, transports
+from benchmarks import drafting, gpu, guards, keyed, paired, ranks, replay, rpc, serving, soak, transports
+from benchmarks.harness import Script
 from teegpu.errors import TeegpuError, UsageError
 from teegpu.record import events as ev
 from tests.conftest import TinyModel
@@ -128,6 +129,60 @@ def test_ranks(run: Run) -> None:
     assert "| fused after MLP | 2 |" in out
     assert [entry["metrics"]["rows"] for entry in document["results"]] == [2] * 6
     assert all(len(entry["samples"]) >= 3 for entry in document["results"])
+
+
+TINY = ["--device", "cpu", "--shape", "layers=2,hidden=64,intermediate=96,heads=4,kv_heads=2,vocab=300"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_a_device_brings(run: Run) -> None:
+    """On a CPU, with a tiny model: all parts but the recorded programs."""
+    flags = ["--rows", 1, 8, "--batches", 1, 3, "--prompt-tokens", 24, "--decode-tokens", 3, "--seconds", 290]
+    out, document = run(gpu, *TINY, *flags, model=False)
+    assert document["status"] == "complete", document["notes"]
+    compared = [result for result in document["results"] if "ways" in result]
+    assert [(result["matrix"], result["rows"]) for result in compared] == [
+        (matrix, rows)
+        for matrix in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj", "lm_head")
+        for rows in (1, 8)
+    ]
+    assert all(result["ways"]["float64"]["exact"] for result in compared)
+    assert "| lm_head | 8 |" in out
+    done = [result for result in document["results"] if "batch" in result]
+    assert [(result["part"], result["batch"]) for result in done] == [(mode, n) for mode in gpu.MODES for n in (1, 3)]
+    for result in done:
+        assert result["prompt_tokens"] == 24 // gpu.MODES[result["part"]].cut
+        assert result["decode_tokens"] == 3 * result["batch"]
+        assert min(result["prefill_seconds"], result["decode_tokens_per_second"]) > 0
+        assert (result["offline_seconds"] > 0) == (result["part"] == "pads")
+    assert f"two-server, batch 3: {24} prompt tokens in" in out
+
+
+def test_parts_for_which_there_is_no_time_are_told_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_END_SECONDS", 0.0)
+    _, document = run(gpu, *TINY, "--seconds", 0.2, model=False)
+    assert document["status"] == "failed"
+    first, second = document["notes"]
+    assert first == "products: ended after 0 s with 0 results"
+    assert second.startswith("no model of shape")
+    assert document["results"] == []
+
+
+def test_a_part_that_fails_is_told_of(tmp_path: Path) -> None:
+    script = Script("", model=False)
+    script.parse(["--out", str(tmp_path / "x.json")])
+    parts = gpu.Parts(script, 60)
+    parts.run(gpu.PRODUCTS, ["--device", "nowhere"])
+    (note,) = json.loads((tmp_path / "x.json").read_text())["notes"]
+    assert note.startswith("products: failed after 0 results (RuntimeError: ")
+
+
+def test_a_way_that_is_not_exact_is_marked() -> None:
+    ways = {"bf16 itself": {"seconds": [1.0]}, "float64": {"seconds": [2.0], "exact": True}}
+    ways |= {"int8": {"seconds": [3.0], "exact": False}, "gemv": {"error": "none"}}
+    _, row = gpu.table([{"part": gpu.PRODUCTS, "matrix": "x", "rows": 1, "ways": ways, "chosen": "float64"}])
+    assert row == ["x", "1", "1000.000", "2.00 ×", "3.00 ×*", "–", "–", "–", "–", "–", "float64"]
 
 
 @pytest.mark.extra
