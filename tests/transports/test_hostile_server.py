@@ -154,10 +154,9 @@ def test_small_frames_within_what_was_asked(data: bytes, transport: str) -> None
         connect(transport, server.address, options) as client,
     ):
         server.flood.set()
-        with (
-            grows_by_less_than(320 * MIB),
-            pytest.raises(ConnectionLostError, match="takes far more memory than it has bytes"),
-        ):
+        # Or it is seen late, on a busy machine, and by then more has come than was asked for.
+        found = "takes far more memory than it has bytes|more than the answer to all that it was asked"
+        with grows_by_less_than(320 * MIB), pytest.raises((ConnectionLostError, FrameError), match=found):
             client.request(Message([b"hello"], max_reply_bytes=64 * MIB))
 
 
