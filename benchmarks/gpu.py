@@ -43,6 +43,7 @@ GRAPHS: Final = "graphs"
 _REPEATS: Final = 7
 _COLD_BYTES: Final = 2**28
 """Of copies of a matrix that take turns, more than a device's caches hold: as in a model."""
+_CORNER: Final = 64
 _GRAPH_ROWS: Final = (1, 8)
 _GRAPH_SIZE: Final = 4096
 _WARM_UP_TOKENS: Final = 2
@@ -106,12 +107,18 @@ def _triton() -> str:
 
 
 def compared(rows: int, outputs: int, columns: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    """What each way takes, and whether it is exact, for random values over the whole range; and bf16's product."""
+    """What each way takes, and whether it is exact, for random values over the whole range; and bf16's product.
+
+    A corner of the product is computed on the CPU as well, so that not even ``float64`` is taken on trust.
+    """
     operand = torch.randint(-128, 128, (rows, 4 * columns), dtype=torch.int8, device=device).view(torch.int32)
     weight = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8, device=device)
     operand[0], weight[0] = -(2**31), -127
     expected, out = (torch.empty((rows, outputs), dtype=torch.int32, device=device) for _ in range(2))
     ringkernels.float64(operand, weight, (expected,))
+    corner = (slice(_CORNER), slice(_CORNER))
+    wide = [values[:_CORNER].to("cpu", torch.int64) for values in (operand, weight)]
+    right = torch.equal(expected[corner].cpu(), (wide[0] @ wide[1].t()).to(torch.int32))
     floats = operand.to(torch.bfloat16) / 2**31
     near = _copies(weight.to(torch.bfloat16))
     found: dict[str, dict[str, Any]] = {
@@ -127,7 +134,7 @@ def compared(rows: int, outputs: int, columns: int, device: torch.device) -> dic
         out.zero_()
         factors = [each.to(torch.int32) for each in weights] if name == "int32" else weights
         try:
-            found[name] = {"seconds": _times(product, factors, device), "exact": torch.equal(out, expected)}
+            found[name] = {"seconds": _times(product, factors, device), "exact": right and torch.equal(out, expected)}
         except (RuntimeError, ImportError) as error:
             found[name] = {"error": str(error).partition("\n")[0]}
     return found

@@ -327,12 +327,13 @@ def _measured(device: torch.device, threads: int) -> dict[int, str]:  # noqa: AR
         operand, weight = _extremes(rows, columns, outputs, columns, device)
         wide = weight.to(torch.int32) if "int32" in CANDIDATES[_kind(device)] else weight
         expected = torch.empty((rows, outputs), dtype=torch.int32, device=device)
-        seconds = {"float64": _seconds("float64", operand, weight, expected, math.inf)}
-        for name in CANDIDATES[_kind(device)]:
+        float64(operand, weight, (expected,))  # where memory is short this raises: nothing can be told then
+        seconds: dict[str, float] = {}
+        for name in ("float64", *CANDIDATES[_kind(device)]):
             if name == "int32" and rows >= _MANY:
                 continue
-            result = torch.zeros_like(expected)
-            taken = _seconds(name, operand, wide if name == "int32" else weight, result, min(seconds.values()))
+            result, rival = torch.zeros_like(expected), min(seconds.values(), default=math.inf)
+            taken = _seconds(name, operand, wide if name == "int32" else weight, result, rival)
             if torch.equal(result, expected):
                 seconds[name] = taken
         best[rows] = min(seconds, key=seconds.__getitem__)

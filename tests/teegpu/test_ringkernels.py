@@ -96,6 +96,13 @@ def test_rows_of_extremes_do_not_round(name: str, columns: int) -> None:
         assert int(found[row, column]) % 2**32 == int(wide.sum()) % 2**32  # below 2**63
 
 
+def test_no_more_columns_are_summed_in_fp32_than_it_can() -> None:
+    """Their sum is 2**24 + 1, which fp32 does not have."""
+    operand, weight = torch.full((1, 1025), -128, dtype=torch.int32), torch.full((1, 1025), -128, dtype=torch.int8)
+    operand[0, -1] = weight[0, -1] = 1
+    assert product("bf16", operand, weight).item() == 2**24 + 1
+
+
 @each_way
 @pytest.mark.usefixtures("right_kernels")
 def test_blocks_of_all_kinds_fit_together(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
