@@ -11,6 +11,7 @@ where the result lies: trying a shape compiles what a CUDA graph records of it.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from typing import Any, Final, NamedTuple
 
@@ -19,7 +20,11 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 
+from teegpu.files import user_folder
 from teegpu.ringkernels import BIAS, LIMBS
+
+# What is compiled is kept with all else of ours, where a service may write.
+os.environ.setdefault("TRITON_CACHE_DIR", str(user_folder("cache") / "triton"))
 
 _BIAS = tl.constexpr(BIAS)
 _LIMBS = tl.constexpr(LIMBS)
