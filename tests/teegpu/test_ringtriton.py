@@ -4,6 +4,11 @@ CUDA device ``test_ringkernels`` tries the kernels as they are compiled."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -74,3 +79,20 @@ def test_a_kernel_that_can_not_be_is_told_of_as_one(monkeypatch: pytest.MonkeyPa
     operand, weight = ringkernels._extremes(1, 16, 1, 16, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="power of 2"):
         ringtriton.gemv(operand, weight, torch.empty((1, 1), dtype=torch.int32))
+
+
+@pytest.mark.slow
+def test_trying_a_shape_compiles_what_others_of_its_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So nothing is compiled while a CUDA graph is recorded: for an H100, which compiling does not need."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    classes = [[(1, 0), (3, 1), (4, 2)], [(5, 0), (16, 3)], [(17, 0), (64, 1)], [(65, 0), (300, 1), (1024, 2)]]
+    shapes = [(rows, 1024, 64 + place, place) for each in classes for rows, place in each]
+    command = [sys.executable, str(Path(__file__).with_name("compiling.py")), json.dumps(shapes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    found = iter(json.loads(done.stdout))
+    tried = [[next(found) for _ in each] for each in classes]
+    for first, *others in tried:
+        assert [name for name, _ in first] == ["_split", "_product", "_product", "_gemv"]
+        assert all(other == first for other in others)
+    assert len({str(first) for first, *_ in tried}) == len(classes)
