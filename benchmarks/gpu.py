@@ -53,7 +53,7 @@ _SERVER_SECONDS: Final = 120.0
 
 @dataclass(frozen=True)
 class Mode:
-    """A run, with so many servers; of the prompt's tokens one in ``cut`` is read."""
+    """A run, with so many servers; of the tokens that are asked for one in ``cut`` is read or made."""
 
     plan: str
     servers: int
@@ -66,7 +66,7 @@ MODES: Final = {
     "two-server": Mode(facts.ATTENTION.name, 2, facts.TWO_SERVER.name),
     "local": Mode(facts.LOCAL.name, 0),
     # What is made ahead takes the TEE as long as the products themselves.
-    "pads": Mode(facts.ATTENTION.name, 1, facts.PADS.name, cut=4),
+    "pads": Mode(facts.ATTENTION.name, 1, facts.PADS.name, cut=8),
 }
 SECONDS: Final = {PRODUCTS: 150.0, GRAPHS: 40.0, "fused": 60.0, "two-server": 120.0, "local": 70.0, "pads": 90.0}
 """What each part may take."""
@@ -192,15 +192,15 @@ def runs(name: str, given: Any, script: Script) -> Results:
         run__wire_dtype="bf16",
         run__endpoints=tuple(given.endpoint[: mode.servers]) or None,
     )
-    tokens = given.prompt_tokens // mode.cut
+    tokens, decode_tokens = (max(1, asked // mode.cut) for asked in (given.prompt_tokens, given.decode_tokens))
     most = max(given.batches)
     began = time.perf_counter()
     folder = ModelFolder(given.shape, Path(given.model))
     with Runner(settings, folder, capacity=Capacity(sequences=most, waiting=most, step_tokens=tokens)) as runner:
         opened = time.perf_counter() - began
         for batch in given.batches:
-            for decode_tokens in (_WARM_UP_TOKENS, given.decode_tokens):
-                found = measured(runner, batch, max(1, tokens // batch), decode_tokens)
+            for more in (min(_WARM_UP_TOKENS, decode_tokens), decode_tokens):
+                found = measured(runner, batch, max(1, tokens // batch), more)
             yield {"part": name, "open_seconds": opened, "batch": batch, **found}
 
 
