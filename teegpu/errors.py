@@ -29,6 +29,8 @@ Each message is one line: what happened, which setting is meant, what to do. ``c
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 EXIT_BUG = 70
@@ -131,9 +133,54 @@ def prompt_too_long(tokens: int, positions: int) -> PromptError:
     return PromptError(f"the prompt has {tokens} tokens, the model's context ends at {positions}: shorten it")
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """``", did you mean 'x'?"`` for the name in ``known`` that is closest to ``name``, or an empty string."""
-    from difflib import get_close_matches
+def nearest(name: str, known: Sequence[str]) -> str:
+    """``", did you mean 'x'?"`` for the name in ``known`` that is closest to ``name``, or an empty string.
 
-    match = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean '{match[0]}'?" if match else ""
+    Closest is what the fewest typing mistakes lead to, or else up to three names with the same words and others more:
+    ``run.plan`` is ``run.prefill_plan`` or ``run.decode_plan``."""
+    mistakes = {other: _mistakes(name, other) for other in known}
+    if typed := [other for other in known if mistakes[other] <= _most_mistakes(name, other)]:
+        meant = [min(typed, key=mistakes.__getitem__)]
+    else:
+        section = name.rpartition(".")[0]
+        meant = [other for other in known if _has_words(other, name)]
+        meant = sorted(meant, key=lambda other: (other.rpartition(".")[0] != section, mistakes[other]))[:3]
+    quoted = [f"'{each}'" for each in meant]
+    return f", did you mean {' or '.join(quoted)}?" if quoted else ""
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name.lower())
+
+
+def _mistakes(typed: str, meant: str) -> int:
+    """Letters typed wrong, too many, too few or in the place of the next one (optimal string alignment)."""
+    typed, meant = typed.lower(), meant.lower()
+    before: list[int] = []
+    row = list(range(len(meant) + 1))
+    for i, letter in enumerate(typed):
+        before, last, row = row, before, [i + 1]
+        for j, other in enumerate(meant):
+            row.append(min(before[j] + (letter != other), before[j + 1] + 1, row[j] + 1))
+            if i and j and letter == meant[j - 1] and typed[i - 1] == other:
+                row[-1] = min(row[-1], last[j - 1] + 1)
+    return row[-1]
+
+
+def _most_mistakes(typed: str, meant: str) -> int:
+    """One in three letters, without the words that both begin or end with: these say nothing of what is meant."""
+    one, other = _words(typed), _words(meant)
+    for place in (0, -1):
+        while one and other and one[place] == other[place]:
+            one.pop(place), other.pop(place)
+    letters = len("".join(one))
+    return min(max(1, letters // 3), max(0, letters - 1))
+
+
+def _has_words(name: str, words: str) -> bool:
+    """Whether ``name`` has all ``words``, or their beginnings, of what stands after the last dot."""
+    there = _words(name.rpartition(".")[2])
+    wanted = _words(words.rpartition(".")[2])
+    return bool(wanted) and all(
+        any(has.startswith(word) or _mistakes(word, has) <= len(word) // 3 for has in there) for word in wanted
+    )

@@ -26,6 +26,7 @@ from teegpu import errors, machine
 from teegpu.cli import gone, interrupts
 from teegpu.cli.common import ARGUMENTS, Commands, from_transport
 from teegpu.text import for_terminal
+from teegpu.units import printable
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,10 @@ def run(args: Sequence[str] | None = None) -> int:
 def _usage_error(error: typer.TyperException, args: Sequence[str]) -> int:
     context = vars(error).get("ctx")
     message = error.format_message().strip()
+    if context is not None and (option := vars(error).get("option_name")) and "possibilities" in vars(error):
+        shown = [param for param in context.command.params if not getattr(param, "hidden", False)]
+        known = [name for param in shown for name in (*param.opts, *param.secondary_opts) if name.startswith("-")]
+        message = f"there is no option {printable(option, 60)}{errors.nearest(option, known)}"
     if told := gone.told(args):
         _tell(f"teegpu: {told}")
     elif message:  # empty where a group was called without a command: its help has been printed instead

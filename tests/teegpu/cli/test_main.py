@@ -109,7 +109,10 @@ def test_an_exit_code_of_a_command(command: Callable[..., None]) -> None:
     ("args", "message"),
     [
         (["rnu"], "teegpu: No such command 'rnu'. Did you mean 'run'? (see 'teegpu --help')\n"),
-        (["--nonsense"], "teegpu: No such option: --nonsense (see 'teegpu --help')\n"),
+        (["--nonsense"], "teegpu: there is no option --nonsense (see 'teegpu --help')\n"),
+        (["run", "--plann=x"], "teegpu run: there is no option --plann, did you mean '--plan'? (see 'teegpu run --"),
+        (["run", "--endpont", "x"], "teegpu run: there is no option --endpont, did you mean '--endpoint'? (see"),
+        (["run", "--feedd=3"], "teegpu run: there is no option --feedd (see"),  # a hidden one is for nobody
         (
             ["config", "shwo"],
             "teegpu config: No such command 'shwo'. Did you mean 'show'? (see 'teegpu config --help')\n",
