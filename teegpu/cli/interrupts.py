@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-_KICKS_SECONDS = (0.05, 0.5)
-"""After a signal. Twice: the first may come just as early as the signal did."""
+_KICKS_SECONDS = (0.05, 0.15, 0.3, 0.5)
+"""After a signal, each after the one before. Several: one may come just as early as the signal did."""
 
 
 @contextlib.contextmanager
@@ -66,8 +66,9 @@ def handled() -> None:
 def kept() -> Iterator[None]:
     """Within it an interrupt ends as ``KeyboardInterrupt``, whatever a library that meets it makes of it.
 
-    Imports swallow them, or turn them into errors of their own. Not for code that runs an event loop, which puts a
-    handler of its own in place of Python's. Outside of the main thread it changes nothing.
+    Imports swallow them, or turn them into errors of their own: one that goes on is interrupted again at each kick of
+    ``heard``. Not for code that runs an event loop, which puts a handler of its own in place of Python's. Outside of
+    the main thread it changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -79,9 +80,13 @@ def kept() -> Iterator[None]:
         came = True
         raise KeyboardInterrupt
 
+    def again(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if came and _imports(frame):
+            raise KeyboardInterrupt
+
     previous = {
-        number: signal.signal(number, note)
-        for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGINT, note), (signal.SIGTERM, note), (signal.SIGURG, again))
         if callable(signal.getsignal(number))  # one that is ignored, or ends the process, stays so
     }
     try:
@@ -95,3 +100,9 @@ def kept() -> Iterator[None]:
             signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None

@@ -120,11 +120,11 @@ def watch_run(settings: Config, arguments: Sequence[str], *, typed: bytes | None
     """
     plain = why_plain()
     environment = dict(os.environ)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as scratch, contextlib.ExitStack() as stack:
         if not settings.record.keep:
             # There must be something to watch; it goes when the run has ended.
             folder = tempfile.mkdtemp(prefix="teegpu-watch-")
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            scratch.callback(shutil.rmtree, folder, ignore_errors=True)
             environment |= {"TEEGPU_RECORD_KEEP": "true", "TEEGPU_RECORD_DIR": folder}
             arguments = [argument for argument in arguments if argument != "--no-record"]
         player = LivePlayer(advise=advice)
@@ -147,7 +147,7 @@ def watch_run(settings: Config, arguments: Sequence[str], *, typed: bytes | None
 
         with signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on):
             if not plain:
-                _on_screen(settings, player, watched, clean=lambda: stack.pop_all().close())
+                _on_screen(settings, player, watched, clean=scratch.close)
             elif not quiet:
                 print_lines(player, message_console(), watched.ended, running_only=True)
                 player.close()

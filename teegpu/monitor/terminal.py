@@ -16,9 +16,9 @@ from teegpu.monitor.players import Player
 PLAIN_TERMINALS: Final = ("", "dumb", "unknown")
 TERMINAL: Final = "/dev/tty"
 
-GRACE_SECONDS: Final = 1.5
-"""How long the screen has to give the terminal back when it must end and the terminal takes nothing; ten times as long
-where it does."""
+GRACE_SECONDS: Final = 0.5
+"""How long the screen has to give the terminal back when it must end and the terminal takes nothing; thirty times as
+long where it does."""
 
 _LOOK_SECONDS: Final = 0.1
 
@@ -50,7 +50,8 @@ def screen(
 
     When the player must end, and when the terminal is gone, whether or not a signal told, the screen has
     ``GRACE_SECONDS`` from when ``first`` has returned. One that waits to write to a terminal that takes nothing never
-    gets to its end: then ``clean`` is called, in another thread, and the process ends with the code of a SIGHUP.
+    gets to its end: then ``clean`` is called, in another thread, and must write nothing either; the process ends with
+    the code of a SIGHUP.
     """
     over = threading.Event()
     threading.Thread(target=_end, args=(player, over, first, clean), name="end of the screen", daemon=True).start()
@@ -79,7 +80,7 @@ def _end(
         if over.wait(_LOOK_SECONDS):
             return
         # A terminal that takes what is written has the screen end by itself, however busy the machine is.
-        waited += _LOOK_SECONDS if poller.poll(0) != [(terminal, select.POLLOUT)] else _LOOK_SECONDS / 10
+        waited += _LOOK_SECONDS if poller.poll(0) != [(terminal, select.POLLOUT)] else _LOOK_SECONDS / 30
     if clean is not None:
         with contextlib.suppress(Exception):
             clean()

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from teegpu.attest.binding import SERVER
-from teegpu.attest.evidence import Evidence, read_json
-from teegpu.attest.policy import Policy
-from teegpu.attest.verify import VENDORS, Roots, Wanted, judge
 from teegpu.config import Config
 from teegpu.endpoints import Endpoint
 from teegpu.errors import ConfigError
@@ -44,7 +40,7 @@ def proves(identity: Identity) -> int:
     return bool(identity.proof) + identity.proof.startswith(ATTESTED)
 
 
-def identify(config: Config, endpoints: Sequence[Endpoint], roots: Roots = VENDORS) -> list[Identity]:
+def identify(config: Config, endpoints: Sequence[Endpoint]) -> list[Identity]:
     """One for each of ``endpoints``. Raises ``ConfigError`` for keys and files that can't be used, ``EvidenceError``
     and ``AttestationError`` where evidence does not hold."""
     found = []
@@ -52,17 +48,24 @@ def identify(config: Config, endpoints: Sequence[Endpoint], roots: Roots = VENDO
         keys = client_options(config, endpoint).keys
         proof = "" if keys is None else PINNED
         if keys is not None and endpoint.evidence:
-            evidence = _evidence(endpoint.evidence)
-            wanted = Wanted(SERVER, hashlib.sha256(keys.server.raw).digest(), None)
-            judge(evidence, Policy.read(Path(endpoint.policy)), wanted, int(time.time()), roots=roots)
-            proof = f"{ATTESTED}: {evidence.kind}"
+            proof = f"{ATTESTED}: {_attested(endpoint, keys.server.raw)}"
         key = "" if keys is None else keys.server.fingerprint
         found.append(Identity(endpoint.address, endpoint.operator, endpoint.share, key, proof))
     return found
 
 
-def _evidence(path: str) -> Evidence:
+def _attested(endpoint: Endpoint, key: bytes) -> str:
+    """The kind of TEE that ``key`` is proved to be in."""
+    # Most runs have no evidence to judge, and start sooner without what that takes.
+    from teegpu.attest.binding import SERVER
+    from teegpu.attest.evidence import Evidence, read_json
+    from teegpu.attest.policy import Policy
+    from teegpu.attest.verify import VENDORS, Wanted, judge
+
     try:
-        return Evidence.from_json(read_json(Path(path).read_bytes()))
+        evidence = Evidence.from_json(read_json(Path(endpoint.evidence).read_bytes()))
     except OSError as error:
-        raise ConfigError(f"run.endpoints: evidence={path} can't be read: {error.strerror}") from None
+        raise ConfigError(f"run.endpoints: evidence={endpoint.evidence} can't be read: {error.strerror}") from None
+    wanted = Wanted(SERVER, hashlib.sha256(key).digest(), None)
+    judge(evidence, Policy.read(Path(endpoint.policy)), wanted, int(time.time()), roots=VENDORS)
+    return evidence.kind

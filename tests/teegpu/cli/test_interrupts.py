@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import select
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +83,18 @@ def test_what_was_there_before_is_there_again() -> None:
     finally:
         signal.signal(signal.SIGURG, before)
         signal.set_wakeup_fd(fd)
+
+
+def test_an_import_that_swallows_interrupts_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "swallows.py").write_text(
+        "import contextlib, os, signal, time\n"
+        "with contextlib.suppress(BaseException):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(30)\n"
+        "time.sleep(30)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    began = time.monotonic()
+    with interrupts.heard(), pytest.raises(KeyboardInterrupt), interrupts.kept():
+        importlib.import_module("swallows")
+    assert time.monotonic() - began < 10

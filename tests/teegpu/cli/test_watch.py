@@ -223,6 +223,19 @@ def test_a_terminal_that_takes_nothing_more_holds_nothing_up(ended: str) -> None
         assert terminal.wait() == 128 + signal.SIGHUP
 
 
+def test_a_terminal_that_takes_nothing_more_does_not_hold_up_a_run(
+    model: ModelFolder, server_for: Callable[..., object], nothing_left: NothingLeft
+) -> None:
+    server = server_for(model)
+    args = run_args(model, "Hi", "--watch", "--no-record", "--endpoint", server.address)  # type: ignore[attr-defined]
+    with server.hold(40), Terminal(*args, size=(200, 60)) as terminal:  # type: ignore[attr-defined]
+        terminal.wait_for("of ≤", "in flight")
+        terminal.fill()
+        terminal.signal(signal.SIGTERM)
+        assert terminal.wait() == 128 + signal.SIGHUP
+    nothing_left()
+
+
 def test_a_terminal_that_goes_without_a_signal(ended: str) -> None:
     """As where something between, which starts commands, keeps SIGHUP from them."""
     with Terminal("watch", ended, ignored=signal.SIGHUP) as terminal:
