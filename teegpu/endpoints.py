@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from teegpu import files
 from teegpu.errors import ConfigError, nearest
 
 Layers = tuple[int, int]
@@ -160,6 +161,15 @@ def _read(path: Path) -> list[str]:
     if not entries:
         raise ConfigError(f"run.endpoints: {path} lists no server")
     return entries
+
+
+def write(path: Path, endpoints: Sequence[Endpoint]) -> None:
+    """Puts a file of ``endpoints`` in the place of ``path``: who follows it reads the old one or the new one. Raises
+    ``ValueError`` for what no such file may have, and ``OSError``."""
+    if not endpoints or any(endpoint.share for endpoint in endpoints):
+        raise ValueError("a file lists servers, and those of one operator: share= stands outside of it")
+    document = {"format": FORMAT, "endpoints": [str(endpoint) for endpoint in endpoints]}
+    files.replace(path, json.dumps(document, indent=2) + "\n", mode=0o644)
 
 
 def parse_all(texts: Sequence[str]) -> list[Endpoint]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from teegpu.children import Child, environment, how_it_ended
-from teegpu.config import Config, variable_name
+from teegpu.config import SETTINGS, Config, variable_name
 from teegpu.errors import EXIT_BUG, ConnectionFailedError, ModelError, TeegpuError, UsageError
 from teegpu.model.folder import ModelFolder
 from teegpu.options import whole_numbers
@@ -151,7 +151,9 @@ def _environment(config: Config) -> dict[str, str]:
 
 def child_environment(config: Config, shared: tuple[str, ...]) -> dict[str, str]:
     """Ours, for a child that is a ``teegpu`` too, with the settings that begin with ``shared``: it sees no flags nor
-    files of ours."""
+    files of ours. Those that no environment may give are left out."""
     return environment() | {
-        variable_name(key): str(value) for key, value in config.values().items() if key.startswith(shared)
+        variable_name(key): str(value)
+        for key, value in config.values().items()
+        if key.startswith(shared) and not SETTINGS[key].guarded
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from teegpu.endpoints import Endpoint, parse, parse_all, ranges
+from teegpu.endpoints import Endpoint, parse, parse_all, ranges, write
 from teegpu.errors import ConfigError
 
 
@@ -92,3 +94,18 @@ def test_ranges_that_cover_a_model(texts: tuple[str, ...], expected: list[tuple[
 def test_gaps_and_overlaps(texts: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ranges(of(*texts), 22)
+
+
+def test_a_file_that_is_written_is_read_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "endpoints.json"
+    given = [parse("tcp://10.0.0.1:5555#layers=0-3,key=gpu"), parse("tcp://[fd00::1]:5555#layers=4-7")]
+    write(path, given)
+    assert parse_all([f"@{path}"]) == given
+    # Nobody finds half of another one, and nobody an empty one or both sides of two-server.
+    inode = path.stat().st_ino
+    write(path, given[:1])
+    assert path.stat().st_ino != inode
+    for wrong in ([], [parse("tcp://10.0.0.1:5555#share=1"), parse("tcp://10.0.0.2:5555#share=2")]):
+        with pytest.raises(ValueError, match="one operator"):
+            write(path, wrong)
+    assert parse_all([f"@{path}"]) == given[:1]
