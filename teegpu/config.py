@@ -38,6 +38,7 @@ from teegpu.settings import (
     WIRE_DTYPES,
     ApiSettings,
     CompressionSettings,
+    FleetSettings,
     LimitSettings,
     LinkSettings,
     ModelSettings,
@@ -59,6 +60,7 @@ __all__ = [
     "ApiSettings",
     "CompressionSettings",
     "Config",
+    "FleetSettings",
     "LimitSettings",
     "LinkSettings",
     "ModelSettings",
@@ -97,6 +99,7 @@ class Config:
     shield: ShieldSettings = field(default_factory=ShieldSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     api: ApiSettings = field(default_factory=ApiSettings)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def source(self, key: str) -> str:

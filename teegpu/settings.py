@@ -480,6 +480,7 @@ class LinkSettings:
         "",
         "The runner's own key pair: a name of 'teegpu keys list', or a secret key file. Needed with server_key.",
         Flag("run audit tune bench-link doctor", "The key pair of this side: name or file.", panel=MODEL),
+        Flag("fleet-up", "With --key: the pair by which groups are asked how they are.", metavar="NAME"),
         guarded=True,
     )
     insecure: bool = setting(
@@ -691,6 +692,35 @@ class ApiSettings:
     )
 
 
+@dataclass(frozen=True)
+class FleetSettings:
+    """When 'teegpu fleet up' starts groups, ends them, and gives one up."""
+
+    busy_share: float = setting(
+        0.8,
+        "One group more is started where all of them together compute for this share of their time, 0 to 1.",
+        above=0,
+        maximum=1,
+    )
+    queue_seconds: float = setting(
+        0.1, "One group more is started where a request stands in line for as long.", above=0, maximum=3600
+    )
+    grow_seconds: float = setting(10.0, "For how long either has to last before.", minimum=0, maximum=86400)
+    shrink_seconds: float = setting(
+        120.0, "For how long one fewer would have been enough, before one is ended.", minimum=0, maximum=86400
+    )
+    hung_seconds: float = setting(
+        20.0,
+        "A group that was asked how it is and says nothing for as long is ended and started anew. It should be longer "
+        "than a program takes (limits.program_macs), and than int8 weights take where server.shield is auto.",
+        minimum=1,
+        maximum=86400,
+    )
+    load_seconds: float = setting(
+        1800.0, "How long a group may take to load before it is started anew.", minimum=1, maximum=86400
+    )
+
+
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelSettings,
     "run": RunSettings,
@@ -703,6 +733,7 @@ SECTIONS: dict[str, type[Any]] = {
     "shield": ShieldSettings,
     "monitor": MonitorSettings,
     "api": ApiSettings,
+    "fleet": FleetSettings,
 }
 
 

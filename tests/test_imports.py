@@ -20,7 +20,7 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"connect"},
-    {"monitor", "api"},
+    {"monitor", "api", "fleet"},
     {"audit", "bench", "report"},
     {"runner"},
     {"shield"},
@@ -53,6 +53,7 @@ HEAVY = {
     "textual",
     "starlette",
     "uvicorn",
+    "ray",
 }
 
 

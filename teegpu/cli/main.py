@@ -44,6 +44,7 @@ COMMANDS: dict[str, Entry] = {
     "run": Entry("Answer a prompt with the help of a GPU server.", "run"),
     "api": Entry("Answer OpenAI's HTTP interface, for many at once.", "api"),
     "serve": Entry("Be the GPU server: hold the weights, compute for runners.", "serve"),
+    "fleet": Entry("Keep as many GPU servers as are needed on a Ray cluster.", "app"),
     "model": Entry("List, fetch, inspect and make models.", "app"),
     "report": Entry("Show where the time of a run went; compare runs.", "app"),
     "config": Entry("Show the settings in force, or write a settings file.", "app"),

@@ -1,0 +1,236 @@
+"""``teegpu fleet`` with a real Ray: machines, a controller and groups that are lost, and the end of each."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teegpu import files
+from teegpu.fleet import process
+from teegpu.model.folder import ModelFolder
+from tests.teegpu.cli.conftest import Outcome, Process, Start, Teegpu, until
+
+
+def needs_ray(test: Callable[..., None]) -> Callable[..., None]:
+    missing = importlib.util.find_spec("ray") is None
+    return pytest.mark.skipif(missing, reason="Ray is not installed")(pytest.mark.alone(test))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--replicas", "3..1"], "--replicas 3..1: write the least and the most"),
+        (["--replicas", "0"], "--replicas 0: write the least"),
+        (["--name", "../up"], "--name ../up: up to 40 letters"),
+        (["--out", "/nowhere/e.json"], "there is no folder /nowhere"),
+        (["--key", "gpu", "--auth", "/keys"], "--key is given and --client-key is not"),
+        (["--layers", "front"], "--layers = "),
+        (["--ray", "127.0.0.1:1"], "no Ray answers at 127.0.0.1:1"),
+    ],
+)
+def test_what_can_not_be_is_refused(args: list[str], said: str, teegpu: Teegpu) -> None:
+    done = teegpu("fleet", "up", *args)
+    assert (done.code, done.out, done.err.count("\n")) == (4 if "--ray" in args else 2, "", 1)
+    assert said in done.err
+
+
+def test_without_ray_it_is_said_how_to_get_it(teegpu: Teegpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = teegpu("fleet", "up")
+    assert (done.code, done.err) == (
+        2, "teegpu: a fleet is placed by Ray, which is not installed: pip install 'teegpu[fleet]'\n"
+    )  # fmt: skip
+
+
+def test_one_controller_at_a_time(teegpu: Teegpu) -> None:
+    with files.Lock(files.private_folder(process.folder("fleet")) / "up.lock"):
+        done = teegpu("fleet", "up")
+    assert done.code == 2
+    assert "a fleet 'fleet' is up already" in done.err
+
+
+def test_where_there_is_none(teegpu: Teegpu) -> None:
+    assert teegpu("fleet", "down").err == "ended 0 groups\n"
+    assert (teegpu("fleet", "status").code, teegpu("fleet", "status", "--json").code) == (4, 4)
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[Path]:
+    """A folder whose path is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+class Machines:
+    """A cluster, told what to do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Token and loopback addresses, as 'fleet up' has them for a Ray of its own.
+        self.environ = {
+            **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 32, "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "AUTOSCALER_METRIC_PORT": "0", "RAY_TMPDIR": str(folder),
+            # A machine that is lost is to be missed sooner than after half a minute.
+            "RAY_health_check_period_ms": "300", "RAY_health_check_failure_threshold": "3",
+            "RAY_health_check_initial_delay_ms": "300",
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.teegpu.fleet.machines", str(folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=self.environ,
+        )  # fmt: skip
+        self.address = self._line()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        assert self._line() == "done"
+
+    def groups(self, name: str) -> list[process.Process]:
+        """What serves on a machine."""
+        before = os.environ.get("XDG_STATE_HOME")
+        os.environ["XDG_STATE_HOME"] = str(self.folder / name)
+        try:
+            return process.living("fleet")
+        finally:
+            if before is None:
+                del os.environ["XDG_STATE_HOME"]
+            else:
+                os.environ["XDG_STATE_HOME"] = before
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def machines(short: Path) -> Iterator[Machines]:
+    made = Machines(short)
+    try:
+        for name in ("a", "b"):
+            made.tell(f"add {name}")
+        yield made
+    finally:
+        made.close()
+        for name in ("a", "b"):
+            process.end(made.groups(name), 0)
+
+
+class Fleet:
+    """The commands, on a cluster or on a Ray of their own."""
+
+    def __init__(self, start: Start, model: ModelFolder, folder: Path, environ: dict[str, str], *more: str) -> None:
+        self._start, self._environ, self._more = start, environ, more
+        self._own = ["--model", str(model.path), "--threads", "1", "--out", str(folder / "e.json")]
+        self.file = folder / "e.json"
+
+    def up(self, *args: str) -> Process:
+        return self._start("fleet", "up", *self._own, *args, *self._more, env=self._environ)
+
+    def call(self, command: str, *args: str, **environ: str) -> Outcome:
+        return self._start("fleet", command, *args, *self._more, env=self._environ | environ).finish()
+
+    def groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = json.loads(self.call("status", "--json").out or '{"groups": []}')["groups"]
+        return groups
+
+    def listed(self) -> list[str]:
+        found: list[str] = json.loads(self.file.read_text())["endpoints"] if self.file.exists() else []
+        return found
+
+
+def until_said(process: Process, *words: str) -> list[str]:
+    """The lines up to the one that has all ``words``."""
+    lines = [process.line()]
+    while not all(word in lines[-1] for word in words):
+        lines.append(process.line())
+    return lines
+
+
+@needs_ray
+def test_groups_on_machines_that_come_and_go(
+    machines: Machines, start: Start, model: ModelFolder, tmp_path: Path
+) -> None:
+    fleet = Fleet(start, model, tmp_path, machines.environ, "--ray", machines.address)
+    up = fleet.up("--replicas", "1..2")
+    until_said(up, "serves at")
+    until(lambda: len(fleet.listed()) == 1)
+    ((group,), before) = fleet.groups(), fleet.listed()
+    assert (group["state"], group["endpoint"], group["model"]) == ("serving", before[0], model.path.name)
+    assert "is up already" in fleet.call("up").err
+
+    here, other = ("a", "b") if machines.groups("a") else ("b", "a")
+    machines.tell(f"lose {here}")
+    until_said(up, "lost: ")
+    until_said(up, "serves at")
+    until(lambda: fleet.listed() != before)
+    assert (len(machines.groups(other)), len(fleet.listed())) == (1, 1)
+    # It was out of reach, and its group went on: there is room for two.
+    machines.tell(f"add {here}")
+    until_said(up, "serves already at", before[0])
+    until(lambda: len(fleet.listed()) == 2)
+    assert before[0] in fleet.listed()
+
+    assert fleet.call("down").err == "ended 2 groups\n"
+    assert up.finish().code == 0
+    assert (machines.groups("a"), machines.groups("b"), fleet.file.exists()) == ([], [], False)
+
+
+@needs_ray
+def test_a_ray_of_its_own_and_a_controller_that_is_killed(
+    start: Start, model: ModelFolder, tmp_path: Path, short: Path
+) -> None:
+    environ = {**os.environ, "TMPDIR": str(short)}
+    fleet = Fleet(start, model, tmp_path, environ)
+    up = fleet.up("--replicas", "1")
+    until_said(up, "serves at")
+    (group,) = process.living("fleet")
+    pid, address = group.pid, (process.folder("fleet") / "ray").read_text()
+    assert address.startswith("127.0.0.1:")
+    other = {"XDG_STATE_HOME": str(tmp_path), "RAY_AUTH_TOKEN": "0" * 32, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    stranger = fleet.call("status", "--ray", address, **other)
+    assert (stranger.code, "can't be used" in stranger.err) == (4, True)
+
+    up.kill()
+    up.finish()
+    (left,) = fleet.groups()
+    assert (left["state"], left["pid"], left["endpoint"]) == ("unwatched", pid, fleet.listed()[0])
+    again = fleet.up("--replicas", "1", "--keep")
+    until_said(again, "serves already at")
+    until_said(again, "serves at")
+    os.killpg(again.pid, signal.SIGINT)  # as a terminal's Ctrl-C reaches all
+    assert "the groups serve on" in again.finish().err
+    assert (again.returncode, group.alive, group.pid) == (0, True, pid)
+    assert fleet.call("down").err == "ended 1 group\n"
+    assert not group.alive
+
+
+@needs_ray
+def test_a_head_that_goes_ends_no_group(machines: Machines, start: Start, model: ModelFolder, tmp_path: Path) -> None:
+    """The last test of these machines."""
+    fleet = Fleet(start, model, tmp_path, machines.environ, "--ray", machines.address)
+    up = fleet.up("--replicas", "2")
+    for _ in range(2):
+        until_said(up, "serves at")
+    machines.tell("headless")
+    done = up.finish()
+    assert (done.code, "the groups serve on" in done.err) == (4, True)
+    assert len(fleet.listed()) == 2
+    assert [each.alive for name in ("a", "b") for each in machines.groups(name)] == [True, True]

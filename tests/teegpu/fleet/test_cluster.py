@@ -1,0 +1,98 @@
+"""What a machine tells before groups are placed on it, beside a Ray that is made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from teegpu import __version__, config
+from teegpu.errors import ConfigError, UsageError
+from teegpu.fleet import cluster as module
+from teegpu.fleet.cluster import RayCluster
+from teegpu.fleet.controller import Found
+from teegpu.fleet.group import Order
+
+FOUND = [Found("one", "order")]
+
+
+class RayError(Exception):
+    pass
+
+
+def joined(answer: object, *, ready: bool = True, **more: Any) -> RayCluster:
+    """A cluster of one machine, that answers so."""
+
+    def get(_: object, timeout: float = 0) -> object:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    ray = SimpleNamespace(
+        get=get,
+        wait=lambda asked, timeout: (asked if ready else [], []),
+        nodes=lambda: [{"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True}],
+        exceptions=SimpleNamespace(RayError=RayError),
+        **more,
+    )
+    made = RayCluster(ray, "f", "127.0.0.1:1")
+    made._there = lambda *_: object()  # type: ignore[method-assign]
+    return made
+
+
+def test_a_machine_of_the_same_version_with_a_token_takes_part() -> None:
+    assert joined((__version__, "token", FOUND)).found("a") == FOUND
+    assert joined(None, ready=False).found("a") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((__version__, "", []), "machine 10.0.0.1: Ray lets in whoever reaches it"),
+        (("0.0.1", "token", []), "machine 10.0.0.1 has teegpu 0.0.1"),
+        (RayError("ModuleNotFoundError: teegpu\nTraceback"), r"machine 10.0.0.1 can't take part \(ModuleNotFoundError"),
+    ],
+)
+def test_another_machine_does_not(answer: object, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        joined(answer).found("a")
+
+
+def test_a_machine_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ASK_SECONDS", 0.0)
+    with pytest.raises(ConfigError, match="Ray starts no worker there"):
+        joined(None, ready=False).found("a")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "takes"),
+    [
+        (0, "auto", {"CPU": 2}),
+        (8, "auto", {"CPU": 2, "GPU": 4}),
+        (8, "cpu", {"CPU": 2}),
+        (0, "cuda", {"CPU": 2, "GPU": 4}),
+    ],
+)
+def test_what_a_group_takes(gpus: int, device: str, takes: dict[str, float]) -> None:
+    flags = {"server.threads": 2, "server.ranks": 4, "server.device": device}
+    order = Order("f", config.load(flags, environ={}))
+    assert joined(None, cluster_resources=lambda: {"GPU": gpus}).bundle(order) == takes
+
+
+def test_two_controllers_of_one_fleet() -> None:
+    class Taken:
+        def options(self, **_: object) -> Taken:
+            return self
+
+        def remote(self) -> None:
+            raise ValueError("the name is taken")
+
+    pytest.importorskip("ray")
+    made = joined(
+        None,
+        remote=lambda _: Taken(),
+        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "a" * 56),
+    )
+    with pytest.raises(UsageError, match="is up already"):
+        made.open_board()
