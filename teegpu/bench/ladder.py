@@ -138,7 +138,7 @@ class LadderBenchmark:
             self._digest = store.digest()
         if self._resume is not None:
             self._take_over(self._resume)
-        self._meet_servers()
+        self._meet_servers(notify)
         if not any(each.to_do(self._repeats, self._max_seconds) for each in self._measured):
             return
         # Some megabytes, where nobody else can read them: they say what the model would have gone on with.
@@ -149,11 +149,12 @@ class LadderBenchmark:
             with self._open_pool(self._cases, work) as pool:
                 measure(self._measured, pool, self._repeats, notify, max_seconds=self._max_seconds)
 
-    def _meet_servers(self) -> None:
+    def _meet_servers(self, notify: Notify) -> None:
         """Says hello to the servers that are there already, before hours are spent on others: each rung would find out
         by itself. Raises ``MismatchError`` for one with another model, and what an exchange with it does."""
         base, work = self._work.base, self._work
         for endpoint in endpoints.parse_all(base.run.endpoints) if base.run.endpoint else ():
+            notify(Progress(0, len(self._cases) * (self._repeats + 1), "ladder", f"asking {endpoint.address}"))
             handshake = ModelHandshake(Decoder(wire_limits(base)), work.spec, self._digest)
             with transports.connect("zmq", endpoint.address, client_options(base, endpoint)) as client:
                 reply = client.request(handshake.message, timeout_seconds=base.link.hello_timeout_seconds)

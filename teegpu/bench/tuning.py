@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -57,6 +58,11 @@ class Wanted:
         return self.prompt_tokens + self.decode_tokens // 2
 
 
+def _told(notify: Notify, step: Progress, line: str) -> None:
+    """What goes on in ``step``, while it does."""
+    notify(replace(step, stage=line))
+
+
 class Tuning:
     """Measures ``folder``'s model with the servers of ``base``, or an embedded one where it names none.
 
@@ -91,8 +97,10 @@ class Tuning:
         ways = list(self._ways())
         for number, (transport, wire) in enumerate(ways):
             what = f"{transport} {wire}".replace(" auto", "")
-            notify(Progress(number, len(ways), "tune", what))
-            with self._runner(transport, wire, "fused") as runner:
+            step = Progress(number, len(ways), "tune", what)
+            notify(step)
+            with self._runner(transport, wire, "fused", tell=partial(_told, notify, step)) as runner:
+                notify(step)
                 tokens = sorted({min(length, runner.spec.max_positions - 1) for length in self._lengths()})
                 found = self._measured(runner, transport, tokens, alone=not number)
                 measured += found
@@ -122,7 +130,19 @@ class Tuning:
         prompt = self._wanted.prompt_tokens
         return [*(length for length in LENGTHS if length < prompt), prompt]
 
-    def _runner(self, transport: str, wire: str, plan: str, chunk_tokens: int = 0, decode_plan: str = "") -> Runner:
+    def _runner(
+        self,
+        transport: str,
+        wire: str,
+        plan: str,
+        chunk_tokens: int = 0,
+        decode_plan: str = "",
+        tell: Callable[[str], object] = lambda _: None,
+    ) -> Runner:
+        def note(line: str) -> None:
+            self._notes.append(line)
+            tell(line)
+
         run = replace(
             self._base.run,
             transport=transport,
@@ -131,7 +151,7 @@ class Tuning:
             decode_plan=decode_plan or plan,
             chunk_tokens=chunk_tokens or self._base.run.chunk_tokens,
         )
-        return Runner(replace(self._base, run=run), self._folder, notify=self._notes.append)
+        return Runner(replace(self._base, run=run), self._folder, notify=note)
 
     def _measured(self, runner: Runner, transport: str, lengths: Sequence[int], *, alone: bool) -> list[Measured]:
         """What the ways take over this runner's connections; ``alone``: all in the TEE too, of which transport and wire
