@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import drafting, gpu, guards, keyed, paired, ranks, replay, rpc, serving, soak, transports
+from benchmarks import drafting, fleet, gpu, guards, keyed, paired, ranks, replay, rpc, serving, soak, transports
 from benchmarks.harness import Script
 from teegpu.errors import TeegpuError, UsageError
 from teegpu.record import events as ev
@@ -270,3 +270,21 @@ def test_bounds_of_serving_are_seen() -> None:
     found = serving.own_of_events(own, events)
     assert found["between_seconds"] == [10e-9] * 3
     assert over(serving.told_of_own([found]))
+
+
+@pytest.mark.extra
+def test_a_killed_group(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr(fleet, "BACK_SECONDS", 1e9)  # two seconds say nothing of throughput
+    out, document = run(fleet, "--replicas", 2, "--runners", 2, "--seconds", 2)
+    (result,) = document["results"]
+    assert (result["failed"], result["different_answers"], len(result["follow_seconds"])) == (0, 0, 2)
+    assert "| throughput is back after |" in out
+
+
+def test_when_throughput_is_back() -> None:
+    """10 tokens a second, 2 from 10 s on, 10 from 14 s on: the first window that is whole again ends at 17 s."""
+    times = sorted([i / 10 for i in range(100)] + [10 + i / 2 for i in range(8)] + [14 + i / 10 for i in range(100)])
+    assert fleet.rate(times, 0, 10) == pytest.approx(10, rel=0.01)
+    assert fleet.back(times, 10.0, 10.0) == pytest.approx(7 - 0.1 * fleet.WINDOW_SECONDS, abs=0.25)
+    assert fleet.back(times[:108], 10.0, 10.0) == float("inf")
