@@ -61,7 +61,7 @@ GPUS: Final[Mapping[str, Gpu]] = {
     "b200": Gpu(2.25e15, 7.7e12, 180e9, "NVIDIA HGX B200 data sheet, without sparsity"),
 }
 
-_AMX = "assumed: 0.6 TFLOP/s a core in bf16; teegpu's local computes in fp32 today"
+_AMX = "assumed: 0.6 TFLOP/s a core in bf16, which local takes there"
 TEES: Final[Mapping[str, Tee]] = {
     "2-core-avx2": Tee(0.11e12, 20e9, 2, "of the order of what teegpu's products reach on this project's test machine"),
     "8-core-avx512": Tee(0.8e12, 100e9, 8, "assumed: 100 GFLOP/s a core in fp32, a third of eight memory channels"),
