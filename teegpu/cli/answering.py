@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -94,6 +95,9 @@ class Answering:
                 self._status, self._error = "interrupted", "the reader of the output went away"
                 raise
             except Exception as error:
+                if interrupts.hidden(error):
+                    self._unread, self._status = True, "interrupted"
+                    raise
                 told = error if isinstance(error, TeegpuError) else from_transport(error)
                 self._error = str(told) if told is not None else f"{type(error).__name__}: {error}"
                 self._bug = told is None
@@ -277,8 +281,14 @@ class Answering:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(for_terminal(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    """Raises ``BrokenPipeError`` where the reader went away, and where the terminal did."""
+    try:
+        sys.stdout.write(for_terminal(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise BrokenPipeError(errno.EPIPE, "the terminal is gone") from None
+        raise
 
 
 def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:

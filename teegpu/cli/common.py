@@ -120,7 +120,8 @@ def from_transport(error: Exception) -> errors.TeegpuError | None:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Within it, SIGTERM raises ``KeyboardInterrupt`` like Ctrl-C does, so that one way of cleaning up serves both.
+    """Within it, SIGTERM raises ``KeyboardInterrupt`` like Ctrl-C does, so that one way of cleaning up serves both; so
+    does SIGHUP, which a terminal sends at its end, unless it is ignored (``nohup``).
 
     Outside of the main thread, where signals can't be handled, it changes nothing.
     """
@@ -136,9 +137,13 @@ def sigterm_as_interrupt() -> Iterator[None]:
         else:
             raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        # None stands for a handler that was not installed from Python and can't be put back from here
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        for number, handler in previous.items():
+            # None stands for a handler that was not installed from Python and can't be put back from here
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -4,11 +4,15 @@ hide in another exception."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a command to end."""
 
 _KICKS_SECONDS = (0.05, 0.15, 0.3, 0.5)
 """After a signal, each after the one before. Several: one may come just as early as the signal did."""
@@ -62,6 +66,11 @@ def handled() -> None:
     exec("")
 
 
+def hidden(error: Exception) -> bool:
+    """Whether it was an interrupt, and ``error`` is of a terminal that is gone, which was to be told of it."""
+    return isinstance(error, OSError) and error.errno == errno.EIO and isinstance(error.__context__, KeyboardInterrupt)
+
+
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Within it an interrupt ends as ``KeyboardInterrupt``, whatever a library that meets it makes of it.
@@ -86,7 +95,7 @@ def kept() -> Iterator[None]:
 
     previous = {
         number: signal.signal(number, handler)
-        for number, handler in ((signal.SIGINT, note), (signal.SIGTERM, note), (signal.SIGURG, again))
+        for number, handler in (*((each, note) for each in ENDS), (signal.SIGURG, again))
         if callable(signal.getsignal(number))  # one that is ignored, or ends the process, stays so
     }
     try:

@@ -179,6 +179,8 @@ def run(args: Sequence[str] | None = None) -> int:
             return told.exit_code
         if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
             return _machine_fault(error)
+        if interrupts.hidden(error):
+            return errors.EXIT_INTERRUPTED
         return _bug()
 
 

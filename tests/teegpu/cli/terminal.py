@@ -67,11 +67,11 @@ class Terminal:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def hang_up(self) -> None:
-        """The terminal goes away, as when its window is closed. Fails unless the command ends then."""
+    def hang_up(self) -> int:
+        """The terminal goes away, as when its window is closed. The exit code; fails unless the command ends then."""
         os.close(self._fd)
         self._fd = os.open(os.devnull, os.O_RDONLY)  # for ``__exit__``
-        self.wait()
+        return self.wait()
 
     def fill(self) -> None:
         """Has it draw, and reads nothing of that, until the terminal takes no more."""

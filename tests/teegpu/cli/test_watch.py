@@ -223,6 +223,22 @@ def test_a_terminal_that_takes_nothing_more_holds_nothing_up(ended: str) -> None
         assert terminal.wait() == 128 + signal.SIGHUP
 
 
+@pytest.mark.parametrize("goes", [True, False])
+def test_the_end_of_its_terminal_ends_a_run_in_order(
+    model: ModelFolder, server_for: Callable[..., object], store: RunStore, nothing_left: NothingLeft, goes: bool
+) -> None:
+    server = server_for(model)
+    with server.hold(40), Terminal(*run_args(model, "Hi", "--endpoint", server.address)) as terminal:  # type: ignore[attr-defined]
+        terminal.wait_for("privacy none")
+        if goes:
+            assert terminal.hang_up() in (130, 141)
+        else:
+            terminal.signal(signal.SIGHUP)
+            assert terminal.finish() == 130
+    assert store.find("last").status == "interrupted"
+    nothing_left()
+
+
 def test_a_terminal_that_takes_nothing_more_does_not_hold_up_a_run(
     model: ModelFolder, server_for: Callable[..., object], nothing_left: NothingLeft
 ) -> None:
