@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from teegpu import endpoints, keys
 from teegpu.config import Config, RunSettings
 from teegpu.endpoints import Endpoint
-from teegpu.errors import TeegpuError
+from teegpu.errors import TeegpuError, UsageError
 from teegpu.fleet.process import Process, end
 from teegpu.fleet.scaling import Load
 from teegpu.remote import embedded
@@ -107,13 +107,16 @@ class Group:
         self._before: tuple[float, HealthReport] | None = None
         self._failures = 0
         self._since = self._start_at = time.monotonic()
-        self._watched = False
+        self._watched = self._dismissed = False
         self._starting = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name=f"group {name}")
         self._thread.start()
 
     def look(self) -> Look:
+        """Raises ``UsageError`` where somebody else has ended it: it is not started anew, and not watched any more."""
+        if self._dismissed:
+            raise UsageError("somebody ended it")
         return self._seen
 
     def end(self) -> None:
@@ -128,6 +131,10 @@ class Group:
         ask_at = 0.0
         while not self._over.wait(TICK_SECONDS):
             now = time.monotonic()
+            if self._watched and not self._process.wanted:
+                # As 'fleet down' does where Ray's head is gone, and Ray has not yet ended us.
+                self._dismissed = True
+                return
             if self._watched and not self._process.alive:
                 words = "" if self._before else self._process.last_words()
                 self._failed(f"it ended: {words or self._process.log}")

@@ -42,8 +42,10 @@ def living(fleet: str) -> list[Process]:
 
 
 def end(processes: Sequence[Process], wait_seconds: float) -> None:
-    """SIGTERM to each, and after ``wait_seconds`` SIGKILL; returns when they are gone, and forgets them."""
+    """SIGTERM to each, and after ``wait_seconds`` SIGKILL; returns when they are gone, and forgets them. Who else
+    watches them finds them not ``wanted`` before they are gone."""
     for process in processes:
+        process.dismiss()
         process.signal(signal.SIGTERM)
     deadline = time.monotonic() + wait_seconds
     while any(process.alive for process in processes) and time.monotonic() < deadline:
@@ -95,6 +97,11 @@ class Process:
         return found if isinstance(found, dict) else {}
 
     @property
+    def wanted(self) -> bool:
+        """Whether nobody has begun to ``end`` it."""
+        return self._file("json").exists()
+
+    @property
     def pid(self) -> int:
         """0 where it is not known (yet)."""
         try:
@@ -116,6 +123,10 @@ class Process:
         self.signal(signal.SIGKILL)
         while self.alive:
             time.sleep(_LOOK_SECONDS)
+
+    def dismiss(self) -> None:
+        """From now on it is not ``wanted``."""
+        self._file("json").unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Removes what is kept of it."""

@@ -13,6 +13,7 @@ import pytest
 
 from teegpu import config, keys
 from teegpu.endpoints import parse
+from teegpu.errors import UsageError
 from teegpu.fleet import group as module
 from teegpu.fleet import process
 from teegpu.fleet.group import LOADS, Group, Order
@@ -69,7 +70,12 @@ def test_one_that_is_there_is_taken_over(ordered: Ordered) -> None:
     before._over.set()  # as where its actor is killed: nobody watches any more
     after = Group("one", order, host="127.0.0.1")
     assert (settled(after), after.look().starts, after.look().endpoint) == (first, 0, before.look().endpoint)
-    after.end()
+    # And where somebody ends it, who watches does not start it anew.
+    process.end(process.living("f"), 5.0)
+    after._thread.join()
+    with pytest.raises(UsageError, match="somebody ended it"):
+        after.look()
+    assert process.living("f") == []
 
 
 def test_one_that_does_not_come_up_says_why_and_is_tried_more_and_more_seldom(ordered: Ordered) -> None:

@@ -83,8 +83,10 @@ def test_one_name_is_one_process(begin: Begin) -> None:
 def test_who_takes_no_notice_is_killed_in_the_end(begin: Begin) -> None:
     polite, deaf = begin("polite", SLEEPS), begin("deaf", DEAF)
     until(lambda: deaf.last_words() == "I stay")
+    assert polite.wanted
     began = time.monotonic()
     process.end([polite, deaf], 0.3)
+    assert not polite.wanted
     assert 0.3 <= time.monotonic() - began < 5
     assert not list(process.folder("f").glob("*.*"))
 
