@@ -142,9 +142,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
     if typed := [other for other in known if mistakes[other] <= _most_mistakes(name, other)]:
         meant = [min(typed, key=mistakes.__getitem__)]
     else:
-        section = name.rpartition(".")[0]
+        key = name.rpartition(".")[2]
         meant = [other for other in known if _has_words(other, name)]
-        meant = sorted(meant, key=lambda other: (other.rpartition(".")[0] != section, mistakes[other]))[:3]
+        # A setting of another section.
+        meant = meant or [other for other in known if _has_words(other.rpartition(".")[2], key)]
+        meant = sorted(meant, key=mistakes.__getitem__)[:3]
     quoted = [f"'{each}'" for each in meant]
     return f", did you mean {' or '.join(quoted)}?" if quoted else ""
 
@@ -178,9 +180,8 @@ def _most_mistakes(typed: str, meant: str) -> int:
 
 
 def _has_words(name: str, words: str) -> bool:
-    """Whether ``name`` has all ``words``, or their beginnings, of what stands after the last dot."""
-    there = _words(name.rpartition(".")[2])
-    wanted = _words(words.rpartition(".")[2])
+    """Whether ``name`` has all ``words``, or their beginnings."""
+    there, wanted = _words(name), _words(words)
     return bool(wanted) and all(
         any(has.startswith(word) or _mistakes(word, has) <= len(word) // 3 for has in there) for word in wanted
     )

@@ -6,6 +6,7 @@ import pytest
 
 from teegpu.cli.main import COMMANDS
 from teegpu.errors import nearest
+from teegpu.model.shapes import SHAPES
 from teegpu.settings import SECTIONS, SETTINGS
 
 
@@ -29,7 +30,7 @@ from teegpu.settings import SECTIONS, SETTINGS
         # One that is two.
         ("run.plan", "run.decode_plan' or 'run.prefill_plan"),
         ("run.plann", "run.decode_plan' or 'run.prefill_plan"),
-        ("link.key", "link.server_key' or 'link.client_key' or 'api.keys"),
+        ("link.key", "link.server_key' or 'link.client_key"),
     ],
 )
 def test_a_setting(typed: str, meant: str) -> None:
@@ -44,6 +45,13 @@ def test_a_command(typed: str, meant: str) -> None:
     assert nearest(typed, list(COMMANDS)) == f", did you mean '{meant}'?"
 
 
-@pytest.mark.parametrize("typed", ["run.qqqqqqqqqq", "run.x", "run.", "", "x", "-z", "--nonsense", "chat", "\ufffd[2J"])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("tinyllama", "tinyllama-1.1b"), ("smolm2-135m", "smollm2-135m"), ("phi-4", "phi-4-mini")]
+)
+def test_a_model(typed: str, meant: str) -> None:
+    assert nearest(typed, list(SHAPES)) == f", did you mean '{meant}'?"
+
+
+@pytest.mark.parametrize("typed", ["run.qqqqqqqqqq", "run.x", "", "x", "-z", "--nonsense", "chat", "\ufffd[2J"])
 def test_none_is_near(typed: str) -> None:
     assert nearest(typed, [*SETTINGS, *SECTIONS, *COMMANDS, "-q", "--note", "--json"]) == ""
