@@ -58,7 +58,7 @@ def list_models(config_file: ConfigFile = None, as_json: AsJson = False) -> None
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("name", "source", "size", "licence", "here"):
+    for heading in ("name", "source", "download", "licence", "here"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         here = "yes" if row["path"] else "no"
