@@ -100,7 +100,8 @@ def up(
     ):
         _check_hosts(settings, on.hosts(), insecure)
         on.open_board()
-        console.print(f"fleet '{name}': {replicas} groups of {_takes(on.bundle(order))} each; they are listed in {out}")
+        wanted = plural(least, "group") if least == most else f"{least} to {most} groups"
+        console.print(f"fleet '{name}': {wanted} of {_takes(on.bundle(order))}, listed in {out}")
         controller = Controller(on, order, Scaling(least, most, settings.fleet), out, console.print)
         # Within: Ray has set up a handler of its own.
         with sigterm_as_interrupt():
@@ -111,7 +112,6 @@ def up(
                     console.print("the groups serve on: 'teegpu fleet down' ends them")
                     return
             ended = controller.close(settings.server.drain_seconds + _MORE_SECONDS)
-            on.post({"ended": ended})
         console.print(f"ended {plural(ended, 'group')}")
 
 
@@ -181,7 +181,7 @@ def _found(name: str, ray: str) -> dict[str, Any]:
 
     with _cluster(name, ray) as on:
         known = None if on is None else on.status()
-        if known is not None:
+        if known:
             return known
         left = cluster.serving(name) if on is None else on.serving()
     said = "nobody watches it: 'teegpu fleet up' takes it over, 'teegpu fleet down' ends it"
@@ -211,7 +211,7 @@ def _print(found: dict[str, Any]) -> None:
     console = result_console()
     if "wanted" in found:
         least, most = found["replicas"]
-        console.print(f"{found['wanted']} of {least} to {most} groups wanted, listed in {found['file']}")
+        console.print(f"{plural(found['wanted'], 'group')} wanted, of {least} to {most}; listed in {found['file']}")
     console.print(table)
 
 
@@ -231,14 +231,29 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _checked(settings: Config) -> Config:
-    if not settings.server.key:
-        return replace(settings, link=replace(settings.link, client_key=""))
-    if not settings.link.client_key:
+    """What is a path is one wherever a group starts."""
+    server, model, link = settings.server, settings.model, settings.link
+    if server.key and not link.client_key:
         raise ConfigError(
             "--key is given and --client-key is not: groups are asked how they are, by a client whose public key is in "
             "--auth, on each machine ('teegpu keys new NAME' makes a pair)"
         )
-    return settings
+    local = Path(model.name).expanduser().exists()
+    return replace(
+        settings,
+        server=replace(server, key=_key(server.key), auth_dir=_whole(server.auth_dir)),
+        model=replace(model, name=_whole(model.name) if local else model.name, cache_dir=_whole(model.cache_dir)),
+        link=replace(link, client_key=_key(link.client_key) if server.key else ""),
+    )
+
+
+def _key(value: str) -> str:
+    """A path where it has a slash, else a name."""
+    return _whole(value) if "/" in value else value
+
+
+def _whole(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""
 
 
 def _check_hosts(settings: Config, hosts: list[str], insecure: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 import time
@@ -64,6 +65,10 @@ def started(fleet: str, cpus: float) -> Iterator[RayCluster]:
     with tempfile.TemporaryDirectory(
         prefix="teegpu-", dir=base if len(base) <= _LONGEST_BASE else "/tmp", ignore_cleanup_errors=True
     ) as temporary:
+        left = folder / "temporary"
+        with contextlib.suppress(OSError):
+            shutil.rmtree(left.read_text(), ignore_errors=True)  # of one that was killed
+        files.replace(left, temporary)
         _init(ray, fleet, "local", num_cpus=cpus, object_store_memory=STORE_BYTES, include_dashboard=False,
               _temp_dir=temporary)  # fmt: skip
         address = ray.get_runtime_context().gcs_address
@@ -113,9 +118,7 @@ def _answers(address: str) -> bool:
 
 def _init(ray: Any, fleet: str, address: str, **more: Any) -> None:
     try:
-        ray.init(
-            address, namespace=f"teegpu-{fleet}", log_to_driver=False, logging_level="error", **more
-        )  # it says what it does at "info"
+        ray.init(address, namespace=f"teegpu-{fleet}", log_to_driver=False, logging_level="error", **more)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise ConnectionFailedError(f"Ray at {address} can't be used: {_line(error)}") from None
 
@@ -262,7 +265,9 @@ class RayCluster:
         return frozenset(node["NodeID"] for node in self._nodes())
 
     def found(self, machine: str) -> Sequence[Found] | None:
-        at, asked = self._asked.setdefault(machine, (time.monotonic(), self._there(machine, _tell, self._fleet)))
+        if machine not in self._asked:
+            self._asked[machine] = time.monotonic(), self._there(machine, _tell, self._fleet)
+        at, asked = self._asked[machine]
         if not self._ray.wait([asked], timeout=0)[0]:
             if time.monotonic() - at < ASK_SECONDS:
                 return None

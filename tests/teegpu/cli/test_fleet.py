@@ -21,7 +21,7 @@ import pytest
 from teegpu import files
 from teegpu.fleet import process
 from teegpu.fleet.controller import Controller
-from teegpu.fleet.group import TICK_SECONDS
+from teegpu.fleet.group import TICK_SECONDS, Order
 from teegpu.model.folder import ModelFolder
 from tests.teegpu.cli.conftest import Outcome, Process, Start, Teegpu, until
 
@@ -32,10 +32,13 @@ def needs_ray(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.fixture(autouse=True)
-def _none_left() -> Iterator[None]:
-    """Groups outlive who started them, a failing test too."""
+def _as_before() -> Iterator[None]:
+    """Groups outlive who started them, a failing test too; and Ray is set up by variables."""
+    before = dict(os.environ)
     yield
     process.end(process.living("fleet"), 0)
+    os.environ.clear()
+    os.environ |= before
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,24 @@ def test_ctrl_c_ends_the_groups_unless_they_are_kept(
     monkeypatch.setattr(Controller, "close", close)
     done = teegpu("fleet", "up", *args)
     assert (done.code, len(calls), "the groups serve on" in done.err) == (0, closed, not closed)
+
+
+def test_paths_are_whole_wherever_a_group_starts(
+    teegpu: Teegpu, model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[Order] = []
+    cluster = SimpleNamespace(
+        hosts=lambda: ["10.0.0.1"], open_board=lambda: None, post=lambda _: True,
+        bundle=lambda order: orders.append(order) or {"CPU": 1},
+    )  # fmt: skip
+    monkeypatch.setattr("teegpu.fleet.cluster.started", lambda *_: contextlib.nullcontext(cluster))
+    monkeypatch.chdir(model.path.parent)
+    keys = ("--key", "gpu", "--client-key", "./probe.key", "--auth", "clients")
+    assert teegpu("fleet", "up", "--model", model.path.name, *keys, "--out", tmp_path / "e").code == 0
+    (settings,) = (order.config for order in orders)
+    folder = Path.cwd()
+    assert (settings.model.name, settings.server.key) == (str(model.path), "gpu")
+    assert (settings.link.client_key, settings.server.auth_dir) == (str(folder / "probe.key"), str(folder / "clients"))
 
 
 @pytest.mark.parametrize(("key", "code"), [([], 2), (["--insecure"], 0)])
@@ -274,3 +295,4 @@ def test_a_ray_of_its_own_and_a_controller_that_is_killed(
     assert (group.alive, group.pid, len(fleet.listed())) == (True, pid, 1)
     assert fleet.call("down").err == "ended 1 group\n"
     assert (again.finish().code, group.alive, fleet.file.exists()) == (0, False, False)
+    assert not list(short.glob("teegpu-*")), "what the killed one's Ray left is gone too"

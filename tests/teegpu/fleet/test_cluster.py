@@ -43,7 +43,9 @@ def joined(answer: object, *, ready: bool = True, **more: Any) -> RayCluster:
 
 def test_a_machine_of_the_same_version_with_a_token_takes_part() -> None:
     assert joined((__version__, "token", FOUND)).found("a") == FOUND
-    assert joined(None, ready=False).found("a") is None
+    waits, asked = joined(None, ready=False), []
+    waits._there = lambda *given: asked.append(given)  # type: ignore[method-assign]
+    assert (waits.found("a"), waits.found("a"), len(asked)) == (None, None, 1)
 
 
 @pytest.mark.parametrize(
