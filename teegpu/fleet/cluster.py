@@ -195,7 +195,7 @@ class RayPlaced:
         self.name, self.found, self.since = name, machine is not None, time.monotonic()
         self._ray = ray
         where = None if machine is None else [{"ray.io/node-id": machine}]
-        self._room = ray.util.placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=where)
+        self._room = ray.util.placement_group([bundle], strategy="SPREAD", bundle_label_selector=where)
         self._actor = (
             ray.remote(_Actor)
             .options(

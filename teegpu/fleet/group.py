@@ -136,7 +136,7 @@ class Group:
                 self._dismissed = True
                 return
             if self._watched and not self._process.alive:
-                words = "" if self._before else self._process.last_words()
+                words = "" if self._process.served else self._process.last_words()
                 self._failed(f"it ended: {words or self._process.log}")
             elif not self._watched and now >= self._start_at:
                 self._start()
@@ -180,7 +180,10 @@ class Group:
         except (TeegpuError, TransportError) as error:
             self._silent(str(error))
             return
+        if not self._process.wanted:
+            return
         self._process.trim()
+        self._process.has_served()
         now = time.monotonic()
         self._since, self._failures = now, 0
         load = self._load(now, found.health, health.ROUND_TRIPS + 1)
@@ -191,7 +194,7 @@ class Group:
         )  # fmt: skip
 
     def _silent(self, why: str) -> None:
-        served = self._before is not None
+        served = self._process.served
         seconds = self._settings.hung_seconds if served else self._settings.load_seconds
         if not self._process.alive or self._over.is_set():
             return

@@ -69,7 +69,8 @@ class Process:
         log = os.open(self.log, flags, 0o600)
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file("pid").unlink(missing_ok=True)
+            for kind in ("pid", "served"):
+                self._file(kind).unlink(missing_ok=True)
             files.replace(self._file("json"), json.dumps(dict(about)))
             subprocess.run(
                 ["sh", "-c", _LAUNCH, "sh", str(self._file("pid")), *command],
@@ -95,6 +96,14 @@ class Process:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    @property
+    def served(self) -> bool:
+        """Whether it has come up: ``has_served`` was called since it began, by whoever watched it then."""
+        return self._file("served").exists()
+
+    def has_served(self) -> None:
+        self._file("served").touch(0o600)
 
     @property
     def wanted(self) -> bool:
@@ -130,7 +139,7 @@ class Process:
 
     def forget(self) -> None:
         """Removes what is kept of it."""
-        for kind in ("pid", "json", "log"):
+        for kind in ("pid", "served", "json", "log"):
             self._file(kind).unlink(missing_ok=True)
 
     def last_words(self) -> str:
@@ -145,8 +154,9 @@ class Process:
 
     def trim(self) -> None:
         """Empties a log that has grown too long: who sends nonsense must not fill the disk."""
-        if self.log.stat().st_size > _LOG_BYTES:
-            os.truncate(self.log, 0)
+        with contextlib.suppress(FileNotFoundError):  # ended meanwhile
+            if self.log.stat().st_size > _LOG_BYTES:
+                os.truncate(self.log, 0)
 
     def _file(self, kind: str) -> Path:
         return self._base.with_suffix(f".{kind}")

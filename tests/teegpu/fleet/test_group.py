@@ -64,12 +64,18 @@ def test_one_that_ends_or_hangs_is_started_anew(ordered: Ordered) -> None:
 
 
 def test_one_that_is_there_is_taken_over(ordered: Ordered) -> None:
-    order = ordered()
+    order = ordered(**{"fleet.hung_seconds": 2.0})
     before = Group("one", order, host="127.0.0.1")
     first = settled(before)
     before._over.set()  # as where its actor is killed: nobody watches any more
     after = Group("one", order, host="127.0.0.1")
     assert (settled(after), after.look().starts, after.look().endpoint) == (first, 0, before.look().endpoint)
+    # One that hangs by then has come up before: it is not taken for one that loads.
+    after._over.set()
+    after._thread.join()
+    os.kill(first, signal.SIGSTOP)
+    after = Group("one", order, host="127.0.0.1")
+    assert settled(after) != first
     # And where somebody ends it, who watches does not start it anew.
     process.end(process.living("f"), 5.0)
     after._thread.join()
