@@ -14,6 +14,7 @@ from teegpu import endpoints
 from teegpu.errors import ConfigError
 from teegpu.fleet.group import LOADS, Look, Order
 from teegpu.fleet.scaling import Scaling
+from teegpu.units import plural
 
 TICK_SECONDS: Final = 0.5
 
@@ -25,6 +26,9 @@ UNSEEN_SECONDS: Final = 5.0
 
 ROOM_SECONDS: Final = 10.0
 """A group that has no place after so long is spoken of."""
+
+LOST_SECONDS: Final = 5.0
+"""Before another group is placed, where one was lost before anything was seen of it."""
 
 NO_ROOM: Final = "no machine has had room for it yet"
 
@@ -105,18 +109,19 @@ class Controller:
         self._began = clock()
         self._told: dict[str, str] = {}
         self._wanted = 0
+        self._place_at = clock()
 
     def tick(self) -> None:
         """Looks at everything once. Raises ``TeegpuError`` where the fleet can't go on."""
         machines = self._cluster.machines()
         ready = self._meet(machines)
         serving = self._look(machines)
-        if ready:
+        if ready or self._wanted:
             wanted = self._scaling.decide(self._clock(), [look.load for look in serving.values()])
             if self._wanted not in (0, wanted):
-                self._tell(f"{wanted} group{'s' * (wanted != 1)} wanted, {self._wanted} before")
+                self._tell(f"{plural(wanted, 'group')} wanted, {self._wanted} before")
             self._wanted = wanted
-            for _ in range(wanted - len(self._groups)):
+            for _ in range(wanted - len(self._groups) if self._clock() >= self._place_at else 0):
                 name = secrets.token_hex(4)
                 self._groups[name] = self._cluster.place(name, self._order)
             self._retire(len(self._groups) - wanted, serving)
@@ -124,7 +129,8 @@ class Controller:
         self._part()
 
     def _meet(self, machines: frozenset[str]) -> bool:
-        """Takes over what serves on machines that are new, and ends what nobody wants. → whether all have told."""
+        """Takes over what serves on machines that are new, and ends what nobody wants. → whether all have told: before
+        they have, nothing is begun."""
         self._known &= machines
         for machine in sorted(machines - self._known):
             try:
@@ -162,7 +168,9 @@ class Controller:
                 self._say(name, f"lost: {error}")
                 group.leave()
                 del self._groups[name]
-                if last is not None and last.node in machines:  # the actor alone: what it watched may well serve on
+                if last is None:
+                    self._place_at = self._clock() + LOST_SECONDS
+                elif last.node in machines:  # the actor alone: what it watched may well serve on
                     self._groups[name] = self._cluster.place(name, self._order, last.node)
                 continue
             if seen is None:
@@ -191,12 +199,16 @@ class Controller:
 
     def _part(self) -> None:
         for name, (end_at, group) in list(self._leaving.items()):
-            with contextlib.suppress(LostError):
-                if end_at and self._clock() >= end_at:
-                    group.end()
-                    self._leaving[name] = (0.0, group)
-                if end_at or not group.ended:
-                    continue
+            look = self._looks.get(name)
+            if look is not None:
+                try:
+                    if end_at and self._clock() >= end_at:
+                        group.end()
+                        self._leaving[name] = (0.0, group)
+                    if end_at or not group.ended:
+                        continue
+                except LostError:
+                    self._cluster.forget(look.node, [name])
             group.leave()
             del self._leaving[name]
             self._looks.pop(name, None)
@@ -210,13 +222,17 @@ class Controller:
         listed = sorted((look.endpoint for look in serving if look.endpoint is not None), key=str)
         texts = [str(endpoint) for endpoint in listed]
         if texts and texts != self._listed:
-            endpoints.write(self._path, listed)
-            self._listed = texts
+            try:
+                endpoints.write(self._path, listed)
+                self._listed = texts
+            except OSError as error:
+                self._say("", f"{self._path} can't be written, and is tried again: {error.strerror}")
 
     def _say(self, name: str, text: str) -> None:
+        """Once, until there is something else to say of the group ``name``, or of the fleet."""
         if text and self._told.get(name) != text:
             self._told[name] = text
-            self._tell(f"group {name}: {text}")
+            self._tell(f"group {name}: {text}" if name else text)
 
     def status(self) -> dict[str, Any]:
         """What ``teegpu fleet status`` shows."""
@@ -234,17 +250,19 @@ class Controller:
     def close(self, wait_seconds: float) -> int:
         """Removes the file and ends all groups, together. → how many there were."""
         self._path.unlink(missing_ok=True)
-        groups = [*self._groups.values(), *(group for _, group in self._leaving.values())]
-        for group in groups:
+        groups = self._groups | {name: group for name, (_, group) in self._leaving.items()}
+        placed = [group for name, group in groups.items() if name in self._looks]
+        for group in placed:
             with contextlib.suppress(LostError):
                 group.end()
         deadline = time.monotonic() + wait_seconds
-        for group in groups:
+        for group in placed:
             with contextlib.suppress(LostError):
                 while not group.ended and time.monotonic() < deadline:
                     time.sleep(0.05)
+        for group in groups.values():
             group.leave()
-        return len(groups)
+        return len(placed)
 
 
 def _shown(name: str, look: Look | None, *, ending: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from teegpu.endpoints import Endpoint
 from teegpu.errors import ConfigError, ConnectionFailedError
 from teegpu.fleet.controller import (
     FOLLOW_SECONDS,
+    LOST_SECONDS,
     NO_ROOM,
     ROOM_SECONDS,
     SETTLE_SECONDS,
@@ -38,6 +39,7 @@ class FakeGroup:
     ending: bool = False
     gone: bool = False
     left: bool = False
+    ended_lost: bool = False
 
     def look(self) -> tuple[float, Look] | None:
         if self.lost:
@@ -50,6 +52,8 @@ class FakeGroup:
 
     @property
     def ended(self) -> bool:
+        if self.ended_lost:
+            raise LostError("the actor died")
         return self.gone
 
     def leave(self) -> None:
@@ -229,6 +233,57 @@ def test_nothing_is_placed_before_all_machines_have_told(cluster: FakeCluster, m
     assert len(cluster.placed) == 1
 
 
+def test_one_that_is_new_and_says_nothing_holds_up_nobody(cluster: FakeCluster, make: Make, listed: Listed) -> None:
+    controller = make(1, 1)
+    controller.tick()
+    cluster.there.add("c")
+    cluster.serving["c"] = None
+    cluster.serve(*cluster.groups)
+    controller.tick()
+    assert listed() == ["0"]
+
+
+def test_one_that_is_lost_before_it_was_seen_is_not_placed_again_at_once(cluster: FakeCluster, make: Make) -> None:
+    controller = make(1, 1)
+    controller.tick()
+    cluster.groups[0].lost = True
+    controller.tick()
+    controller.tick()
+    assert (len(cluster.placed), cluster.groups[0].left) == (1, True)
+    cluster.now += LOST_SECONDS
+    controller.tick()
+    assert len(cluster.placed) == 2
+
+
+def test_one_that_ends_while_its_actor_is_lost_is_ended_all_the_same(cluster: FakeCluster, make: Make) -> None:
+    controller = make(1, 2)
+    cluster.serving = {"a": [Found("one", ORDER.fingerprint), Found("two", ORDER.fingerprint)]}
+    controller.tick()
+    while not any(group.ending for group in cluster.groups):
+        cluster.now += 1
+        cluster.serve(*cluster.groups)
+        controller.tick()
+    (leaving,) = (group for group in cluster.groups if group.ending)
+    leaving.ended_lost = True
+    controller.tick()
+    assert (cluster.forgotten, leaving.left) == ([("a", [leaving.name])], True)
+
+
+def test_a_file_that_can_not_be_written_is_tried_again(
+    cluster: FakeCluster, make: Make, listed: Listed, tmp_path: Path
+) -> None:
+    (tmp_path / "e.json").mkdir()
+    controller = make(1, 1)
+    controller.tick()
+    cluster.serve(*cluster.groups)
+    controller.tick()
+    controller.tick()
+    assert len([line for line in cluster.told if "can't be written, and is tried again" in line]) == 1
+    (tmp_path / "e.json").rmdir()
+    controller.tick()
+    assert listed() == ["0"]
+
+
 def test_a_machine_that_can_not_take_part(cluster: FakeCluster, make: Make) -> None:
     cluster.serving = {"b": ConfigError("machine b has another version")}
     make(1, 1).tick()
@@ -291,13 +346,15 @@ def test_a_cluster_that_is_gone_ends_the_controller_and_no_group(
 
 
 def test_the_end(cluster: FakeCluster, make: Make, listed: Listed, tmp_path: Path) -> None:
-    controller = make(2, 2)
+    controller = make(3, 3)
     controller.tick()
-    cluster.serve(*cluster.groups)
+    serving = cluster.groups[:2]
+    cluster.serve(*serving)
     controller.tick()
     assert listed() == ["0", "1"]
-    for group in cluster.groups:
+    for group in serving:
         group.gone = True
-    assert controller.close(1.0) == 2
-    assert all(group.ending and group.left for group in cluster.groups)
+    assert controller.close(60.0) == 2, "nobody waits for one that never had a place"
+    assert [group.ending for group in cluster.groups] == [True, True, False]
+    assert all(group.left for group in cluster.groups)
     assert not (tmp_path / "e.json").exists()
