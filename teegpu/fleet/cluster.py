@@ -36,6 +36,9 @@ FORGET_SECONDS: Final = 60.0
 _LONGEST_BASE: Final = 20
 """A socket's path may have 107 bytes, of which Ray's own names take most."""
 
+_FIRST_WITH_TOKENS: Final = (2, 52)
+"""Versions before take no notice of ``RAY_AUTH_MODE``."""
+
 _BOARD: Final = "board"
 
 
@@ -50,6 +53,10 @@ def _ray(*, own: bool) -> Any:
         import ray
     except ImportError:
         raise UsageError("a fleet is placed by Ray, which is not installed: pip install 'teegpu[fleet]'") from None
+    if tuple(map(int, ray.__version__.split(".")[:2])) < _FIRST_WITH_TOKENS:
+        raise UsageError(
+            f"Ray {ray.__version__} knows no tokens, so it would let in whoever reaches it: pip install 'teegpu[fleet]'"
+        )
     return ray
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +83,14 @@ def test_what_a_group_takes(gpus: int, device: str, takes: dict[str, float]) -> 
     flags = {"server.threads": 2, "server.ranks": 4, "server.device": device}
     order = Order("f", config.load(flags, environ={}))
     assert joined(None, cluster_resources=lambda: {"GPU": gpus}).bundle(order) == takes
+
+
+def test_a_ray_that_knows_no_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    for version, refused in (("2.51.1", True), ("2.52.0", False), ("3.0.0.dev0", False)):
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(__version__=version))
+        with pytest.raises(UsageError, match="knows no tokens") if refused else contextlib.nullcontext():
+            module._ray(own=True)
 
 
 def test_two_controllers_of_one_fleet() -> None:
