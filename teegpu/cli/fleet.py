@@ -76,8 +76,8 @@ def up(
     they are not needed. FILE lists those that serve, and runners follow it. When this command is killed, or Ray's head
     is lost, groups serve on: the next 'up' takes them over, and 'down' ends them.
     """
-    from teegpu import config, files
-    from teegpu.fleet import cluster, process
+    from teegpu import config
+    from teegpu.fleet import cluster
     from teegpu.fleet.controller import Controller
     from teegpu.fleet.group import Order
     from teegpu.fleet.scaling import Scaling
@@ -89,20 +89,17 @@ def up(
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}")
     console = message_console()
-    try:
-        lock = files.Lock(files.private_folder(process.folder(name)) / "up.lock", wait=False)
-    except BlockingIOError:
-        raise cluster.up_already(name) from None
     threads = max(1, settings.server.threads)
     with (
-        lock,
+        cluster.controlled(name),
         cluster.joined(name, ray) if ray else cluster.started(name, max(os.cpu_count() or 1, most * threads)) as on,
     ):
-        _check_hosts(settings, on.hosts(), insecure)
-        on.open_board()
+        for risk in sorted(_risks(settings, on.hosts(), insecure)):
+            console.print(f"warning: --insecure: {risk}")
+        controller = Controller(on, order, Scaling(least, most, settings.fleet), out, console.print)
+        on.open_board(controller.status())
         wanted = plural(least, "group") if least == most else f"{least} to {most} groups"
         console.print(f"fleet '{name}': {wanted} of {_takes(on.bundle(order))}, listed in {out}")
-        controller = Controller(on, order, Scaling(least, most, settings.fleet), out, console.print)
         # Within: Ray has set up a handler of its own.
         with sigterm_as_interrupt():
             try:
@@ -152,9 +149,16 @@ def down(name: Name = "fleet", ray: Ray = "") -> None:
     wait_seconds = config.load().server.drain_seconds + _MORE_SECONDS
     with _cluster(_named(name), ray) as on:
         if on is not None and (said := on.status()) is not None:
-            ended = len(said.get("groups", ()))
+            ended = len(said["groups"])
             on.ask_to_end()
+            seconds = said["drain_seconds"] + 2 * _MORE_SECONDS
+            deadline = time.monotonic() + seconds
             while on.status() is not None:
+                if time.monotonic() > deadline:
+                    raise ConnectionFailedError(
+                        f"'teegpu fleet up' was asked to end fleet '{name}' and has not within {seconds:g} s: kill it, "
+                        "and 'teegpu fleet down' again ends what it has left"
+                    )
                 time.sleep(_LOOK_SECONDS)
         else:
             names = [found.name for found in (cluster.serving(name) if on is None else on.serving())]
@@ -169,6 +173,10 @@ def _cluster(name: str, ray: str) -> Iterator[RayCluster | None]:
 
     address = ray or cluster.recorded(name)
     if not address:
+        if cluster.is_controlled(name):
+            raise UsageError(
+                f"'teegpu fleet up' of '{name}' runs here, and no Ray of its own (yet): give the --ray it has"
+            )
         yield None
         return
     with cluster.joined(name, address) as on:
@@ -181,7 +189,7 @@ def _found(name: str, ray: str) -> dict[str, Any]:
 
     with _cluster(name, ray) as on:
         known = None if on is None else on.status()
-        if known:
+        if known is not None:
             return known
         left = cluster.serving(name) if on is None else on.serving()
     said = "nobody watches it: 'teegpu fleet up' takes it over, 'teegpu fleet down' ends it"
@@ -238,31 +246,37 @@ def _checked(settings: Config) -> Config:
             "--key is given and --client-key is not: groups are asked how they are, by a client whose public key is in "
             "--auth, on each machine ('teegpu keys new NAME' makes a pair)"
         )
-    local = Path(model.name).expanduser().exists()
+    folder = _whole(model.name, "model.name")
     return replace(
         settings,
-        server=replace(server, key=_key(server.key), auth_dir=_whole(server.auth_dir)),
-        model=replace(model, name=_whole(model.name) if local else model.name, cache_dir=_whole(model.cache_dir)),
-        link=replace(link, client_key=_key(link.client_key) if server.key else ""),
+        server=replace(server, key=_key(server.key, "server.key"), auth_dir=_whole(server.auth_dir, "server.auth_dir")),
+        model=replace(
+            model,
+            name=folder if Path(folder).exists() else model.name,
+            cache_dir=_whole(model.cache_dir, "model.cache_dir"),
+        ),
+        link=replace(link, client_key=_key(link.client_key, "link.client_key") if server.key else ""),
     )
 
 
-def _key(value: str) -> str:
+def _key(value: str, setting: str) -> str:
     """A path where it has a slash, else a name."""
-    return _whole(value) if "/" in value else value
+    return _whole(value, setting) if "/" in value else value
 
 
-def _whole(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else ""
+def _whole(path: str, setting: str) -> str:
+    from teegpu import files
+
+    return str(files.expanded(path, setting).absolute()) if path else ""
 
 
-def _check_hosts(settings: Config, hosts: list[str], insecure: bool) -> None:
-    """Groups are reached as ``serve`` at that address would be."""
+def _risks(settings: Config, hosts: list[str], insecure: bool) -> set[str]:
+    """Who can use groups that is not meant to: they are reached as ``serve`` at those addresses would be."""
     from teegpu.cli.serve import check_access
 
-    for host in hosts:
-        bind = f"tcp://[{host}]:0" if ":" in host else f"tcp://{host}:0"
-        check_access(replace(settings, server=replace(settings.server, bind=bind)), insecure)
+    binds = [f"tcp://[{host}]:0" if ":" in host else f"tcp://{host}:0" for host in hosts]
+    servers = [replace(settings, server=replace(settings.server, bind=bind)) for bind in binds]
+    return {risk for server in servers if (risk := check_access(server, insecure))}
 
 
 def _takes(bundle: dict[str, float]) -> str:

@@ -30,6 +30,9 @@ ASK_SECONDS: Final = 60.0
 STORE_BYTES: Final = 80 << 20
 """Of shared memory for Ray's objects, about the least that it takes: a fleet has none."""
 
+BOARD_SECONDS: Final = 15.0
+"""How long what the controller said may take to be read."""
+
 FORGET_SECONDS: Final = 60.0
 """How long a group of an earlier fleet may take to end."""
 
@@ -105,13 +108,31 @@ def joined(fleet: str, address: str) -> Iterator[RayCluster]:
     ray.shutdown()
 
 
-def recorded(fleet: str) -> str:
-    """Where ``fleet``'s own Ray on this machine answers; empty where there is none."""
+@contextlib.contextmanager
+def controlled(fleet: str) -> Iterator[None]:
+    """Within it this process is ``fleet``'s controller on this machine. Raises ``UsageError`` where there is one."""
+    folder = files.private_folder(process.folder(fleet))
     try:
-        address = (process.folder(fleet) / "ray").read_text()
-    except OSError:
-        return ""
-    return address if _answers(address) else ""
+        lock = files.Lock(folder / "up.lock", wait=False)
+    except BlockingIOError:
+        raise up_already(fleet) from None
+    with lock:
+        (folder / "ray").unlink(missing_ok=True)  # of one that was killed
+        yield
+
+
+def is_controlled(fleet: str) -> bool:
+    """Whether ``fleet`` has a controller on this machine."""
+    return files.locked(process.folder(fleet) / "up.lock")
+
+
+def recorded(fleet: str) -> str:
+    """Where ``fleet``'s own Ray on this machine answers; empty where there is none. It ends with the controller: at an
+    address that one has left behind somebody else may listen, whom Ray would believe whatever he sends."""
+    with contextlib.suppress(OSError):
+        if is_controlled(fleet):
+            return (process.folder(fleet) / "ray").read_text()
+    return ""
 
 
 def _answers(address: str) -> bool:
@@ -156,8 +177,8 @@ class _Actor:
 class _Board:
     """What a fleet's controller said last, and whether it is to end."""
 
-    def __init__(self) -> None:
-        self._status: dict[str, Any] = {}
+    def __init__(self, status: dict[str, Any]) -> None:
+        self._status = status
         self._to_end = False
 
     def post(self, status: dict[str, Any]) -> bool:
@@ -311,7 +332,7 @@ class RayCluster:
         """The addresses of all machines."""
         return sorted({node["NodeManagerAddress"] for node in self._nodes()})
 
-    def open_board(self) -> None:
+    def open_board(self, status: dict[str, Any]) -> None:
         """Raises ``UsageError`` where there is one of that fleet."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -320,7 +341,7 @@ class RayCluster:
             self._board = (
                 self._ray.remote(_Board)
                 .options(name=_BOARD, num_cpus=0, max_restarts=-1, scheduling_strategy=here)
-                .remote()
+                .remote(status)
             )
         except ValueError:
             raise up_already(self._fleet) from None
@@ -337,17 +358,25 @@ class RayCluster:
         return to_end
 
     def status(self) -> dict[str, Any] | None:
-        """What the fleet's controller said last; None where there is none."""
+        """What the fleet's controller said last; None where there is none. Raises ``ConnectionFailedError`` where
+        that can't be told."""
+        errors = self._ray.exceptions
         try:
             board = self._ray.get_actor(_BOARD)
-            found: dict[str, Any] = self._ray.get(board.read.remote(), timeout=CONNECT_SECONDS)
-        except (ValueError, self._ray.exceptions.RayError):
+            found: dict[str, Any] = self._ray.get(board.read.remote(), timeout=BOARD_SECONDS)
+        except errors.GetTimeoutError:
+            raise ConnectionFailedError(
+                f"what the controller of fleet '{self._fleet}' said last is not to be had within {BOARD_SECONDS:g} s: "
+                "try again"
+            ) from None
+        except (ValueError, errors.RayError):
             return None
         return found
 
     def ask_to_end(self) -> None:
-        """Asks the controller to."""
-        self._ray.get(self._ray.get_actor(_BOARD).ask_to_end.remote(), timeout=CONNECT_SECONDS)
+        """Asks the controller to, which may have ended meanwhile."""
+        with contextlib.suppress(ValueError, self._ray.exceptions.RayError):
+            self._ray.get(self._ray.get_actor(_BOARD).ask_to_end.remote(), timeout=BOARD_SECONDS)
 
     def serving(self) -> list[Found]:
         """What serves on all machines. Raises ``ConfigError`` where one can't tell."""

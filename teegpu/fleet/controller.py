@@ -242,6 +242,7 @@ class Controller:
             "replicas": [self._scaling.least, self._scaling.most],
             "wanted": self._wanted,
             "file": str(self._path),
+            "drain_seconds": self._order.config.server.drain_seconds,
             "groups": [
                 _shown(name, self._looks.get(name), ending=name in leaving) for name in [*self._groups, *leaving]
             ],

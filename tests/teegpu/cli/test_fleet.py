@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from teegpu import files
+from teegpu.fleet import cluster as fleet_cluster
 from teegpu.fleet import process
 from teegpu.fleet.controller import Controller
 from teegpu.fleet.group import TICK_SECONDS, Order
@@ -50,6 +52,7 @@ def _as_before() -> Iterator[None]:
         (["--out", "/nowhere/e.json"], "there is no folder /nowhere"),
         (["--key", "gpu", "--auth", "/keys"], "--key is given and --client-key is not"),
         (["--layers", "front"], "--layers = "),
+        (["--model", "~nobody-here/model"], "model.name = '~nobody-here/model' names a user without a home"),
         (["--ray", "127.0.0.1:1"], "no Ray answers at 127.0.0.1:1"),
     ],
 )
@@ -79,7 +82,7 @@ def test_ctrl_c_ends_the_groups_unless_they_are_kept(
     args: list[str], closed: int, teegpu: Teegpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = SimpleNamespace(
-        hosts=lambda: ["127.0.0.1"], open_board=lambda: None, bundle=lambda _: {"CPU": 1}, post=lambda _: False
+        hosts=lambda: ["127.0.0.1"], open_board=lambda _: None, bundle=lambda _: {"CPU": 1}, post=lambda _: False
     )
     calls: list[float] = []
 
@@ -102,7 +105,7 @@ def test_paths_are_whole_wherever_a_group_starts(
 ) -> None:
     orders: list[Order] = []
     cluster = SimpleNamespace(
-        hosts=lambda: ["10.0.0.1"], open_board=lambda: None, post=lambda _: True,
+        hosts=lambda: ["10.0.0.1"], open_board=lambda _: None, post=lambda _: True,
         bundle=lambda order: orders.append(order) or {"CPU": 1},
     )  # fmt: skip
     monkeypatch.setattr("teegpu.fleet.cluster.started", lambda *_: contextlib.nullcontext(cluster))
@@ -120,16 +123,47 @@ def test_machines_that_others_reach_need_keys(
     key: list[str], code: int, teegpu: Teegpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = SimpleNamespace(
-        hosts=lambda: ["10.0.0.1"], open_board=lambda: None, bundle=lambda _: {"CPU": 1}, post=lambda _: True
+        hosts=lambda: ["10.0.0.1"], open_board=lambda _: None, bundle=lambda _: {"CPU": 1}, post=lambda _: True
     )
     monkeypatch.setattr("teegpu.fleet.cluster.started", lambda *_: contextlib.nullcontext(cluster))
     done = teegpu("fleet", "up", *key)
     assert (done.code, "tcp://10.0.0.1:0 can be reached from other machines" in done.err) == (code, not key)
+    assert ("warning: --insecure: anybody who reaches this address can use the server" in done.err) == bool(key)
 
 
 def test_where_there_is_none(teegpu: Teegpu) -> None:
     assert teegpu("fleet", "down").err == "ended 0 groups\n"
     assert (teegpu("fleet", "status").code, teegpu("fleet", "status", "--json").code) == (4, 4)
+
+
+@pytest.mark.parametrize("command", ["status", "down"])
+def test_a_fleet_that_is_up_is_not_taken_for_one_without_a_controller(command: str, teegpu: Teegpu) -> None:
+    """What is ended behind its back it would place again."""
+    with fleet_cluster.controlled("fleet"):
+        done = teegpu("fleet", command)
+    assert (done.code, "give the --ray it has" in done.err) == (2, True)
+
+
+def test_who_listens_where_a_killed_controller_had_its_ray_is_not_joined(teegpu: Teegpu) -> None:
+    folder = files.private_folder(process.folder("fleet"))
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        (folder / "ray").write_text(f"127.0.0.1:{stranger.getsockname()[1]}")
+        assert teegpu("fleet", "down").err == "ended 0 groups\n"
+        with fleet_cluster.controlled("fleet"):  # another one, which has not begun
+            assert fleet_cluster.recorded("fleet") == ""
+        stranger.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            stranger.accept()
+
+
+def test_a_controller_that_does_not_end_is_not_waited_for_for_ever(
+    teegpu: Teegpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = SimpleNamespace(status=lambda: {"groups": [], "drain_seconds": 0.1}, ask_to_end=lambda: None)
+    monkeypatch.setattr("teegpu.fleet.cluster.joined", lambda *_: contextlib.nullcontext(hung))
+    monkeypatch.setattr("teegpu.cli.fleet._MORE_SECONDS", 0.0)
+    done = teegpu("fleet", "down", "--ray", "127.0.0.1:1")
+    assert (done.code, "asked to end fleet 'fleet' and has not within 0.1 s: kill it" in done.err) == (4, True)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from teegpu import __version__, config
-from teegpu.errors import ConfigError, UsageError
+from teegpu.errors import ConfigError, ConnectionFailedError, UsageError
 from teegpu.fleet import cluster as module
 from teegpu.fleet.cluster import RayCluster
 from teegpu.fleet.controller import Found
@@ -21,6 +21,10 @@ FOUND = [Found("one", "order")]
 
 
 class RayError(Exception):
+    pass
+
+
+class LateError(RayError):
     pass
 
 
@@ -36,7 +40,7 @@ def joined(answer: object, *, ready: bool = True, **more: Any) -> RayCluster:
         get=get,
         wait=lambda asked, timeout: (asked if ready else [], []),
         nodes=lambda: [{"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True}],
-        exceptions=SimpleNamespace(RayError=RayError),
+        exceptions=SimpleNamespace(RayError=RayError, GetTimeoutError=LateError),
         **more,
     )
     made = RayCluster(ray, "f", "127.0.0.1:1")
@@ -49,6 +53,20 @@ def test_a_machine_of_the_same_version_with_a_token_takes_part() -> None:
     waits, asked = joined(None, ready=False), []
     waits._there = lambda *given: asked.append(given)  # type: ignore[method-assign]
     assert (waits.found("a"), waits.found("a"), len(asked)) == (None, None, 1)
+
+
+def test_a_machine_that_takes_its_time_is_asked_once() -> None:
+    made, asked = joined(None, ready=False), list[object]()
+    made._there = lambda *order: asked.append(order)  # type: ignore[method-assign]
+    assert [made.found("a") for _ in range(3)] == [None] * 3
+    assert len(asked) == 1
+
+
+def test_what_the_controller_said_is_not_missing_where_it_is_late() -> None:
+    board = SimpleNamespace(read=SimpleNamespace(remote=object))
+    with pytest.raises(ConnectionFailedError, match="is not to be had within"):
+        joined(LateError(), get_actor=lambda _: board).status()
+    assert joined(RayError("it died"), get_actor=lambda _: board).status() is None
 
 
 @pytest.mark.parametrize(
@@ -98,7 +116,7 @@ def test_two_controllers_of_one_fleet() -> None:
         def options(self, **_: object) -> Taken:
             return self
 
-        def remote(self) -> None:
+        def remote(self, _: object) -> None:
             raise ValueError("the name is taken")
 
     pytest.importorskip("ray")
@@ -108,4 +126,4 @@ def test_two_controllers_of_one_fleet() -> None:
         get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "a" * 56),
     )
     with pytest.raises(UsageError, match="is up already"):
-        made.open_board()
+        made.open_board({})
