@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final
 
 from teegpu import __version__, files
@@ -217,13 +217,17 @@ def _tell(fleet: str) -> tuple[str, str, list[Found]]:
 class RayPlaced:
     """An actor in a placement group of one bundle, in which its processes have room."""
 
-    def __init__(self, ray: Any, name: str, order: Order, bundle: dict[str, float], machine: str | None) -> None:
+    def __init__(
+        self, ray: Any, name: str, order: Order, bundle: dict[str, float], machine: str | None, unfit: Collection[str]
+    ) -> None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self.name, self.found, self.since = name, machine is not None, time.monotonic()
+        self.name, self.machine, self.since = name, machine, time.monotonic()
         self._ray = ray
-        where = None if machine is None else [{"ray.io/node-id": machine}]
-        self._room = ray.util.placement_group([bundle], strategy="SPREAD", bundle_label_selector=where)
+        where = machine or (f"!in({','.join(sorted(unfit))})" if unfit else "")
+        self._room = ray.util.placement_group(
+            [bundle], strategy="SPREAD", bundle_label_selector=[{"ray.io/node-id": where}] if where else None
+        )
         self._actor = (
             ray.remote(_Actor)
             .options(
@@ -252,8 +256,11 @@ class RayPlaced:
     @property
     def ended(self) -> bool:
         if not self._ready(self._ending):
-            return False
-        self._result(self._ending)
+            return bool(self._ray.util.placement_group_table(self._room)["state"] == "PENDING")
+        try:
+            self._result(self._ending)
+        except self._ray.exceptions.ActorUnavailableError as error:  # told twice it would end at once
+            raise LostError(_line(error)) from None
         return True
 
     def leave(self) -> None:
@@ -279,6 +286,7 @@ class RayCluster:
     def __init__(self, ray: Any, fleet: str, address: str) -> None:
         self._ray, self._fleet, self._address = ray, fleet, address
         self._asked: dict[str, tuple[float, Any]] = {}
+        self._unfit: set[str] = set()
         self._board: Any = None
         self._posted: Any = None
 
@@ -302,7 +310,13 @@ class RayCluster:
             del self._asked[machine]
             raise ConfigError(f"machine {self._name(machine)}: Ray starts no worker there within {ASK_SECONDS:g} s")
         del self._asked[machine]
-        version, auth, found = self._answer(machine, asked)
+        try:
+            return self._fit(machine, *self._answer(machine, asked))
+        except ConfigError:
+            self._unfit.add(machine)
+            raise
+
+    def _fit(self, machine: str, version: str, auth: str, found: Sequence[Found]) -> Sequence[Found]:
         if version != __version__:
             raise ConfigError(f"machine {self._name(machine)} has teegpu {version}, and this one {__version__}")
         if auth != "token":
@@ -316,7 +330,7 @@ class RayCluster:
         self._there(machine, end, self._fleet, list(names), FORGET_SECONDS)
 
     def place(self, name: str, order: Order, machine: str | None = None) -> RayPlaced:
-        return RayPlaced(self._ray, name, order, self.bundle(order), machine)
+        return RayPlaced(self._ray, name, order, self.bundle(order), machine, self._unfit)
 
     # For the command
 

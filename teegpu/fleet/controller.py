@@ -47,11 +47,11 @@ class Found:
 
 
 class Placed(Protocol):
-    """A group with its place in the cluster, or in line for one since ``since``. ``found``: it was serving there
-    already."""
+    """A group with its place in the cluster, or in line for one since ``since``. ``machine``: the only one where it may
+    be, as it was serving there already."""
 
     name: str
-    found: bool
+    machine: str | None
     since: float
 
     def look(self) -> tuple[float, Look] | None:
@@ -59,10 +59,11 @@ class Placed(Protocol):
         ``LostError``."""
 
     def end(self) -> None:
-        """Ends it. ``ended`` says when it is over."""
+        """Ends it."""
 
     @property
-    def ended(self) -> bool: ...
+    def ended(self) -> bool:
+        """Whether it is over, or has not begun. Raises ``LostError``."""
 
     def leave(self) -> None:
         """Gives its place back; where it still serves, it goes on."""
@@ -174,7 +175,10 @@ class Controller:
                     self._groups[name] = self._cluster.place(name, self._order, last.node)
                 continue
             if seen is None:
-                if self._clock() - group.since > ROOM_SECONDS:
+                if group.machine is not None and group.machine not in machines:
+                    group.leave()
+                    del self._groups[name]
+                elif self._clock() - group.since > ROOM_SECONDS:
                     self._say(name, NO_ROOM)
                 continue
             at, look = seen
@@ -199,16 +203,15 @@ class Controller:
 
     def _part(self) -> None:
         for name, (end_at, group) in list(self._leaving.items()):
-            look = self._looks.get(name)
-            if look is not None:
-                try:
-                    if end_at and self._clock() >= end_at:
-                        group.end()
-                        self._leaving[name] = (0.0, group)
-                    if end_at or not group.ended:
-                        continue
-                except LostError:
-                    self._cluster.forget(look.node, [name])
+            try:
+                if end_at and self._clock() >= end_at:
+                    group.end()
+                    self._leaving[name] = (0.0, group)
+                if end_at or not group.ended:
+                    continue
+            except LostError:
+                if name in self._looks:
+                    self._cluster.forget(self._looks[name].node, [name])
             group.leave()
             del self._leaving[name]
             self._looks.pop(name, None)
@@ -216,7 +219,7 @@ class Controller:
 
     def _list(self, serving: Sequence[Look]) -> None:
         """Writes the file where it is to be another. It never gets empty: runners would take no notice."""
-        found = any(group.found and name not in self._looks for name, group in self._groups.items())
+        found = any(group.machine is not None and name not in self._looks for name, group in self._groups.items())
         if found and self._clock() - self._began < SETTLE_SECONDS:
             return
         listed = sorted((look.endpoint for look in serving if look.endpoint is not None), key=str)
@@ -252,18 +255,16 @@ class Controller:
         """Removes the file and ends all groups, together. → how many there were."""
         self._path.unlink(missing_ok=True)
         groups = self._groups | {name: group for name, (_, group) in self._leaving.items()}
-        placed = [group for name, group in groups.items() if name in self._looks]
-        for group in placed:
+        for group in groups.values():
             with contextlib.suppress(LostError):
                 group.end()
         deadline = time.monotonic() + wait_seconds
-        for group in placed:
+        for group in groups.values():
             with contextlib.suppress(LostError):
                 while not group.ended and time.monotonic() < deadline:
                     time.sleep(0.05)
-        for group in groups.values():
             group.leave()
-        return len(placed)
+        return sum(name in self._looks for name in groups)
 
 
 def _shown(name: str, look: Look | None, *, ending: bool) -> dict[str, Any]:

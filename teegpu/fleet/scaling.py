@@ -29,9 +29,9 @@ class Scaling:
         self._since: tuple[int, float] = (0, 0.0)
 
     def decide(self, now: float, loads: Sequence[Load]) -> int:
-        """``loads``: of the groups that answer. Where these are fewer than wanted, what they are busy with tells
-        nothing of how many are needed."""
-        step = self._step(loads) if len(loads) == self.wanted else 0
+        """``loads``: of the groups that answer. Where these are fewer than wanted, that they are busy tells nothing of
+        how many are needed."""
+        step = self._step(loads) if loads else 0
         if step != self._since[0]:
             self._since = (step, now)
         patience = self._settings.grow_seconds if step > 0 else self._settings.shrink_seconds
@@ -45,5 +45,6 @@ class Scaling:
         queue = sum(load.queue_seconds for load in loads) / len(loads)
         highest, longest = self._settings.busy_share, self._settings.queue_seconds
         if busy >= highest * len(loads) or queue >= longest:
-            return 1
-        return -1 if busy <= _SLACK * highest * (len(loads) - 1) and queue <= _SLACK * longest else 0
+            return int(len(loads) >= self.wanted)
+        fewer = min(len(loads), self.wanted - 1)
+        return -1 if busy <= _SLACK * highest * fewer and queue <= _SLACK * longest else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from teegpu import __version__, config
 from teegpu.errors import ConfigError, ConnectionFailedError, UsageError
 from teegpu.fleet import cluster as module
-from teegpu.fleet.cluster import RayCluster
-from teegpu.fleet.controller import Found
+from teegpu.fleet.cluster import RayCluster, RayPlaced
+from teegpu.fleet.controller import Found, LostError
 from teegpu.fleet.group import Order
 
 FOUND = [Found("one", "order")]
@@ -25,6 +26,10 @@ class RayError(Exception):
 
 
 class LateError(RayError):
+    pass
+
+
+class UnavailableError(RayError):
     pass
 
 
@@ -40,7 +45,9 @@ def joined(answer: object, *, ready: bool = True, **more: Any) -> RayCluster:
         get=get,
         wait=lambda asked, timeout: (asked if ready else [], []),
         nodes=lambda: [{"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True}],
-        exceptions=SimpleNamespace(RayError=RayError, GetTimeoutError=LateError),
+        exceptions=SimpleNamespace(
+            RayError=RayError, GetTimeoutError=LateError, ActorUnavailableError=UnavailableError
+        ),
         **more,
     )
     made = RayCluster(ray, "f", "127.0.0.1:1")
@@ -60,6 +67,54 @@ def test_a_machine_that_takes_its_time_is_asked_once() -> None:
     made._there = lambda *order: asked.append(order)  # type: ignore[method-assign]
     assert [made.found("a") for _ in range(3)] == [None] * 3
     assert len(asked) == 1
+
+
+class Answers:
+    """Whatever is asked of it is answered by itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *_: object, **__: object) -> Any:
+        return self
+
+
+def placed(answer: object, *, ready: bool = True, room: bool = True, unfit: Sequence[str] = ()) -> RayPlaced:
+    """A group in a cluster that answers so. It is told to end."""
+    pytest.importorskip("ray")
+
+    def group(*_: object, bundle_label_selector: list[dict[str, str]] | None, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(selector=bundle_label_selector)
+
+    util = SimpleNamespace(
+        placement_group=group, placement_group_table=lambda _: {"state": "CREATED" if room else "PENDING"}
+    )
+    made = joined(answer, ready=ready, remote=Answers(), util=util, cluster_resources=dict)
+    made._unfit |= set(unfit)
+    found = made.place("one", Order("f", config.load({}, environ={})))
+    found.end()
+    return found
+
+
+def test_a_group_has_ended_where_it_never_began() -> None:
+    assert placed(None).ended
+    assert not placed(None, ready=False).ended
+    assert placed(None, ready=False, room=False).ended
+
+
+@pytest.mark.parametrize("error", [RayError("it died"), UnavailableError("no route")])
+def test_who_can_not_be_told_to_end_is_lost(error: Exception) -> None:
+    with pytest.raises(LostError):
+        _ = placed(error).ended
+
+
+def test_nothing_is_placed_where_it_can_not_be() -> None:
+    made = joined(("0.0.1", "token", []))
+    with pytest.raises(ConfigError):
+        made.found("a")
+    assert made._unfit == {"a"}
+    assert placed(None)._room.selector is None
+    assert placed(None, unfit=["b", "a"])._room.selector == [{"ray.io/node-id": "!in(a,b)"}]
 
 
 def test_what_the_controller_said_is_not_missing_where_it_is_late() -> None:

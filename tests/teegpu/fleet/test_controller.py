@@ -32,13 +32,14 @@ ORDER = Order("f", config.load({"fleet.grow_seconds": 5.0, "fleet.shrink_seconds
 @dataclass
 class FakeGroup:
     name: str
-    found: bool
+    machine: str | None
     since: float
     seen: tuple[float, Look] | None = None
     lost: bool = False
     ending: bool = False
     gone: bool = False
     left: bool = False
+    room: bool = True
     ended_lost: bool = False
 
     def look(self) -> tuple[float, Look] | None:
@@ -54,7 +55,7 @@ class FakeGroup:
     def ended(self) -> bool:
         if self.ended_lost:
             raise LostError("the actor died")
-        return self.gone
+        return self.gone or not self.room
 
     def leave(self) -> None:
         self.left = True
@@ -82,7 +83,7 @@ class FakeCluster:
         self.forgotten.append((machine, names))
 
     def place(self, name: str, order: Order, machine: str | None = None) -> FakeGroup:
-        group = FakeGroup(name, machine is not None, self.now)
+        group = FakeGroup(name, machine, self.now)
         self.placed.append((group, machine))
         return group
 
@@ -189,6 +190,17 @@ def test_a_lost_actor_comes_again_where_it_was_and_a_lost_machine_elsewhere(clus
     other, machine = cluster.placed[-1]
     assert machine is None
     assert other.name != group.name, "the one before may still be there, where nobody sees it"
+
+
+def test_who_is_awaited_on_a_machine_that_goes_is_placed_elsewhere(cluster: FakeCluster, make: Make) -> None:
+    cluster.serving = {"a": [Found("one", ORDER.fingerprint)]}
+    controller = make(1, 1)
+    controller.tick()
+    cluster.there = {"b"}
+    controller.tick()
+    controller.tick()
+    (one, _), (other, machine) = cluster.placed
+    assert (one.left, other.name != "one", machine) == (True, True, None)
 
 
 def test_what_serves_already_is_taken_over(cluster: FakeCluster, make: Make, listed: Listed, tmp_path: Path) -> None:
@@ -348,13 +360,13 @@ def test_a_cluster_that_is_gone_ends_the_controller_and_no_group(
 def test_the_end(cluster: FakeCluster, make: Make, listed: Listed, tmp_path: Path) -> None:
     controller = make(3, 3)
     controller.tick()
-    serving = cluster.groups[:2]
+    *serving, pending = cluster.groups
+    pending.room = False
     cluster.serve(*serving)
     controller.tick()
     assert listed() == ["0", "1"]
     for group in serving:
         group.gone = True
     assert controller.close(60.0) == 2, "nobody waits for one that never had a place"
-    assert [group.ending for group in cluster.groups] == [True, True, False]
-    assert all(group.left for group in cluster.groups)
+    assert all(group.ending and group.left for group in cluster.groups), "it may get one at any time"
     assert not (tmp_path / "e.json").exists()

@@ -56,7 +56,14 @@ def test_a_line_keeps_a_group_that_is_little_used() -> None:
     assert set(after(scaling, 0, 200, Load(0.1, 0.09))) == {2}
 
 
-def test_while_groups_are_missing_nothing_is_decided() -> None:
+def test_one_that_has_no_room_keeps_nobody_who_is_not_needed() -> None:
+    scaling = Scaling(1, 4, SETTINGS)
+    scaling.wanted = 4
+    assert after(scaling, 0, 61, IDLE, answering=3)[-1] == 3
+    assert after(scaling, 61, 200, IDLE)[-1] == 1
+
+
+def test_while_groups_are_missing_no_more_are_wanted() -> None:
     scaling = Scaling(1, 3, SETTINGS)
     scaling.wanted = 2
     assert set(after(scaling, 0, 200, BUSY, answering=1) + after(scaling, 200, 200, IDLE, answering=0)) == {2}
