@@ -204,7 +204,7 @@ def end(fleet: str, names: Sequence[str], wait_seconds: float) -> int:
     """Ends those groups of ``fleet`` on this machine. → how many there were."""
     ending = [each for each in process.living(fleet) if each.name in names]
     process.end(ending, wait_seconds)
-    return len(ending)
+    return sum(not each.alive for each in ending)
 
 
 def _tell(fleet: str) -> tuple[str, str, list[Found]]:

@@ -28,6 +28,7 @@ _LAUNCH: Final = """sh -c 'echo $$ >"$0" && exec "$@"' "$@" &"""
 _LOG_BYTES: Final = 16 << 20
 _TAIL_BYTES: Final = 4096
 _LOOK_SECONDS: Final = 0.05
+_KILL_SECONDS: Final = 5.0
 
 
 def folder(fleet: str) -> Path:
@@ -42,8 +43,8 @@ def living(fleet: str) -> list[Process]:
 
 
 def end(processes: Sequence[Process], wait_seconds: float) -> None:
-    """SIGTERM to each, and after ``wait_seconds`` SIGKILL; returns when they are gone, and forgets them. Who else
-    watches them finds them not ``wanted`` before they are gone."""
+    """SIGTERM to each, and after ``wait_seconds`` SIGKILL; forgets those that are gone then. Who else watches them
+    finds them not ``wanted`` before they are gone."""
     for process in processes:
         process.dismiss()
         process.signal(signal.SIGTERM)
@@ -52,7 +53,8 @@ def end(processes: Sequence[Process], wait_seconds: float) -> None:
         time.sleep(_LOOK_SECONDS)
     for process in processes:
         process.kill()
-        process.forget()
+        if not process.alive:
+            process.forget()
 
 
 class Process:
@@ -122,15 +124,26 @@ class Process:
         """Sends it; who has just been started is waited for."""
         while self.alive:
             if pid := self.pid:
-                with contextlib.suppress(ProcessLookupError):  # gone meanwhile
-                    os.kill(pid, number)
+                with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                    self._send(pid, number)
                 return
             time.sleep(_LOOK_SECONDS)
 
+    def _send(self, pid: int, number: int) -> None:
+        """Not to another that has the number now: the lock may be held by what the process has begun, or, where a home
+        is shared, by a machine of the same name."""
+        descriptor = os.pidfd_open(pid)
+        try:
+            if os.path.samefile(f"/proc/{pid}/fd/2", self.log):
+                signal.pidfd_send_signal(descriptor, number)
+        finally:
+            os.close(descriptor)
+
     def kill(self) -> None:
-        """SIGKILL; returns when it is gone."""
+        """SIGKILL; returns when it is gone, or after some seconds in which the system, or a driver, does not let go."""
         self.signal(signal.SIGKILL)
-        while self.alive:
+        deadline = time.monotonic() + _KILL_SECONDS
+        while self.alive and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
 
     def dismiss(self) -> None:

@@ -74,6 +74,21 @@ def test_its_number_is_never_that_of_another(begin: Begin) -> None:
         other.kill()
 
 
+def test_what_it_has_begun_is_not_taken_for_it(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its children may have its log, and with that its lock, for longer than it lives."""
+    monkeypatch.setattr(process, "_KILL_SECONDS", 0.2)
+    one = begin("one", ["sh", "-c", "sleep 60 & echo $!; wait"])
+    until(lambda: one.last_words().isdigit())
+    os.kill(one.pid, signal.SIGKILL)
+    with subprocess.Popen(SLEEPS) as other:
+        one.log.with_suffix(".pid").write_text(str(other.pid))
+        process.end([one], 0)
+        assert (other.poll(), one.alive) == (None, True)
+        other.kill()
+    os.kill(int(one.last_words()), signal.SIGKILL)
+    until(lambda: not one.alive)
+
+
 def test_one_name_is_one_process(begin: Begin) -> None:
     begin("one", SLEEPS)
     with pytest.raises(BlockingIOError):
