@@ -164,8 +164,9 @@ class _Actor:
     def __init__(self, name: str, order: Order) -> None:
         import ray
 
-        node = ray.get_runtime_context().get_node_id()
-        self._group = Group(name, order, host=ray.util.get_node_ip_address(), node=node)
+        here = ray.get_runtime_context()
+        devices = ",".join(here.get_accelerator_ids()["GPU"])
+        self._group = Group(name, order, host=ray.util.get_node_ip_address(), node=here.get_node_id(), devices=devices)
 
     def look(self) -> Look:
         return self._group.look()

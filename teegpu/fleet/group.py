@@ -97,17 +97,18 @@ LOADS: Final = "it loads"
 
 
 class Group:
-    """The group ``name`` on this machine, at an address of ``host``. One that is there already is taken over."""
+    """The group ``name`` on this machine, at an address of ``host``. One that is there already is taken over, where it
+    has the same ``devices``: which are its own now."""
 
-    def __init__(self, name: str, order: Order, *, host: str, node: str = "") -> None:
-        self._order, self._host = order, host
+    def __init__(self, name: str, order: Order, *, host: str, node: str = "", devices: str = "") -> None:
+        self._order, self._host, self._devices = order, host, devices
         self._process = Process(order.fleet, name)
         self._settings = order.config.fleet
         self._seen = Look(name, node)
         self._before: tuple[float, HealthReport] | None = None
         self._failures = 0
         self._since = self._start_at = time.monotonic()
-        self._watched = self._dismissed = False
+        self._watched = False
         self._starting = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name=f"group {name}")
@@ -115,15 +116,18 @@ class Group:
 
     def look(self) -> Look:
         """Raises ``UsageError`` where somebody else has ended it: it is not started anew, and not watched any more."""
-        if self._dismissed:
-            raise UsageError("somebody ended it")
+        if not self._thread.is_alive() and not self._over.is_set():
+            raise UsageError("nobody watches it any more: somebody ended it, or to watch it failed")
         return self._seen
 
     def end(self) -> None:
         """Lets it answer what it has, and ends it; returns when it is gone."""
         self._over.set()
         with self._starting:
-            end([self._process], self._order.config.server.drain_seconds + _END_SECONDS)
+            self._end()
+
+    def _end(self) -> None:
+        end([self._process], self._order.config.server.drain_seconds + _END_SECONDS)
 
     # The thread
 
@@ -132,9 +136,7 @@ class Group:
         while not self._over.wait(TICK_SECONDS):
             now = time.monotonic()
             if self._watched and not self._process.wanted:
-                # As 'fleet down' does where Ray's head is gone, and Ray has not yet ended us.
-                self._dismissed = True
-                return
+                return  # As 'fleet down' does where Ray's head is gone, and Ray has not yet ended us.
             if self._watched and not self._process.alive:
                 words = "" if self._process.served else self._process.last_words()
                 self._failed(f"it ended: {words or self._process.log}")
@@ -145,14 +147,17 @@ class Group:
                 ask_at = now + ASK_SECONDS
 
     def _start(self) -> None:
-        """Where it is there already, it is taken over."""
+        """Where it is there already, it is taken over, unless the devices that it has may be another group's now."""
         try:
             with self._starting:
-                found = self._process.alive
-                address = self._process.about.get("address", "") if found else _free_address(self._host)
+                about = self._process.about
+                found = self._process.alive and about.get("devices", "") == self._devices
+                address = about.get("address", "") if found else _free_address(self._host)
                 endpoint = self._endpoint(address)
                 if not found and not self._over.is_set():
-                    about = {"address": address, "order": self._order.fingerprint}
+                    if self._process.alive:
+                        self._end()
+                    about = {"address": address, "order": self._order.fingerprint, "devices": self._devices}
                     self._process.begin(self._order.command(address), self._order.environment(), about)
         except (TeegpuError, TransportError, OSError) as error:
             self._failed(str(error))

@@ -84,6 +84,25 @@ def test_one_that_is_there_is_taken_over(ordered: Ordered) -> None:
     assert process.living("f") == []
 
 
+def test_one_whose_devices_are_another_s_now_is_not_taken_over(ordered: Ordered) -> None:
+    """A cluster that is new gives them out as it likes: two groups would be on one."""
+    order = ordered()
+    before = Group("one", order, host="127.0.0.1", devices="0")
+    first = settled(before)
+    before._over.set()
+    after = Group("one", order, host="127.0.0.1", devices="1")
+    assert (settled(after) != first, after.look().starts, len(process.living("f"))) == (True, 1, 1)
+    after.end()
+
+
+def test_one_whose_watch_failed_does_not_seem_to_serve(ordered: Ordered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Group, "_watch", lambda _: None)
+    group = Group("one", ordered(), host="127.0.0.1")
+    group._thread.join()
+    with pytest.raises(UsageError, match="nobody watches it"):
+        group.look()
+
+
 def test_one_that_does_not_come_up_says_why_and_is_tried_more_and_more_seldom(ordered: Ordered) -> None:
     group = Group("one", ordered(**{"model.name": "/nowhere", "model.offline": True}), host="127.0.0.1")
     until(lambda: group.look().starts == 2)
