@@ -91,6 +91,7 @@ def up(
     console = message_console()
     threads = max(1, settings.server.threads)
     with (
+        sigterm_as_interrupt(),
         cluster.controlled(name),
         cluster.joined(name, ray) if ray else cluster.started(name, max(os.cpu_count() or 1, most * threads)) as on,
     ):
@@ -100,15 +101,13 @@ def up(
         on.open_board(controller.status())
         wanted = plural(least, "group") if least == most else f"{least} to {most} groups"
         console.print(f"fleet '{name}': {wanted} of {_takes(on.bundle(order))}, listed in {out}")
-        # Within: Ray has set up a handler of its own.
-        with sigterm_as_interrupt():
-            try:
-                _watch(controller, on)
-            except KeyboardInterrupt:
-                if keep:
-                    console.print("the groups serve on: 'teegpu fleet down' ends them")
-                    return
-            ended = controller.close(settings.server.drain_seconds + _MORE_SECONDS)
+        try:
+            _watch(controller, on)
+        except KeyboardInterrupt:
+            if keep:
+                console.print("the groups serve on: 'teegpu fleet down' ends them")
+                return
+        ended = controller.close(settings.server.drain_seconds + _MORE_SECONDS)
         console.print(f"ended {plural(ended, 'group')}")
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -145,10 +146,15 @@ def _answers(address: str) -> bool:
 
 
 def _init(ray: Any, fleet: str, address: str, **more: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, namespace=f"teegpu-{fleet}", log_to_driver=False, logging_level="error", **more)
+    except SystemExit:  # by Ray's own handler
+        raise KeyboardInterrupt from None
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise ConnectionFailedError(f"Ray at {address} can't be used: {_line(error)}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from teegpu import files
+from teegpu.errors import EXIT_INTERRUPTED
 from teegpu.fleet import cluster as fleet_cluster
 from teegpu.fleet import process
 from teegpu.fleet.controller import Controller
@@ -98,6 +99,17 @@ def test_ctrl_c_ends_the_groups_unless_they_are_kept(
     monkeypatch.setattr(Controller, "close", close)
     done = teegpu("fleet", "up", *args)
     assert (done.code, len(calls), "the groups serve on" in done.err) == (0, closed, not closed)
+
+
+def test_a_signal_while_it_starts_is_an_interrupt(teegpu: Teegpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*_: object, **__: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(fleet_cluster, "_ray", lambda **_: SimpleNamespace(init=told))
+    assert teegpu("fleet", "up").code == EXIT_INTERRUPTED
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_paths_are_whole_wherever_a_group_starts(
