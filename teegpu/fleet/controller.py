@@ -116,7 +116,7 @@ class Controller:
         """Looks at everything once. Raises ``TeegpuError`` where the fleet can't go on."""
         machines = self._cluster.machines()
         ready = self._meet(machines)
-        serving = self._look(machines)
+        serving = self._alike(self._look(machines))
         if ready or self._wanted:
             wanted = self._scaling.decide(self._clock(), [look.load for look in serving.values()])
             if self._wanted not in (0, wanted):
@@ -185,10 +185,18 @@ class Controller:
             self._looks[name] = look
             if look.serving and self._clock() - at <= UNSEEN_SECONDS:
                 serving[name] = look
-                self._say(name, f"serves at {look.endpoint}" if look.endpoint is not None else "")
             elif look.said:
                 self._say(name, look.said)
         return serving
+
+    def _alike(self, serving: Mapping[str, Look]) -> dict[str, Look]:
+        """Those with the model that most have: one name may be two models on two machines."""
+        digests = [look.digest for look in serving.values()]
+        digest = max(digests, key=digests.count, default="")
+        for name, look in serving.items():
+            other = f"not listed: its model is {look.digest[:12]}, and that of the others {digest[:12]}"
+            self._say(name, f"serves at {look.endpoint}" if look.digest == digest else other)
+        return {name: look for name, look in serving.items() if look.digest == digest}
 
     def _retire(self, many: int, serving: Mapping[str, Look]) -> None:
         """Takes out those that do least. They are ended when runners have followed."""
@@ -253,7 +261,8 @@ class Controller:
 
     def close(self, wait_seconds: float) -> int:
         """Removes the file and ends all groups, together. → how many there were."""
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # groups end all the same
+            self._path.unlink()
         groups = self._groups | {name: group for name, (_, group) in self._leaving.items()}
         for group in groups.values():
             with contextlib.suppress(LostError):

@@ -172,6 +172,21 @@ def test_one_that_does_not_serve_is_not_listed_unless_it_is_the_last(
     assert listed() == ["0"], "nor is one that was not heard of"
 
 
+def test_one_with_another_model_is_not_listed(cluster: FakeCluster, make: Make, listed: Listed) -> None:
+    controller = make(3, 3)
+    controller.tick()
+    cluster.serve(*cluster.groups)
+    other = cluster.groups[0]
+    assert other.seen is not None
+    other.seen = other.seen[0], replace(other.seen[1], digest="f" * 64)
+    controller.tick()
+    controller.tick()
+    assert listed() == ["1", "2"]
+    assert [line for line in cluster.told if other.name in line] == [
+        f"group {other.name}: not listed: its model is ffffffffffff, and that of the others "
+    ]
+
+
 def test_a_lost_actor_comes_again_where_it_was_and_a_lost_machine_elsewhere(cluster: FakeCluster, make: Make) -> None:
     controller = make(1, 1)
     controller.tick()
@@ -355,6 +370,15 @@ def test_a_cluster_that_is_gone_ends_the_controller_and_no_group(
     with pytest.raises(ConnectionFailedError):
         controller.tick()
     assert not cluster.groups[0].ending
+
+
+def test_a_file_that_can_not_be_removed_keeps_no_group(cluster: FakeCluster, make: Make, tmp_path: Path) -> None:
+    (tmp_path / "e.json").mkdir()
+    controller = make(1, 1)
+    controller.tick()
+    cluster.groups[0].gone = True
+    controller.close(1.0)
+    assert cluster.groups[0].ending
 
 
 def test_the_end(cluster: FakeCluster, make: Make, listed: Listed, tmp_path: Path) -> None:
