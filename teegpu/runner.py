@@ -353,7 +353,7 @@ class Runner:
         chosen = self.choice.chunk_tokens if self.choice is not None else config.run.chunk_tokens
         self.chunk_tokens = chosen or default_chunk(overlaps=overlaps)
         if self.capacity.alone_tokens is not None:
-            self.chunk_tokens = min(self.chunk_tokens, self.capacity.step_tokens)
+            self.chunk_tokens = min(self.chunk_tokens, self.capacity.chunk_tokens)
         local = LocalProducts(self._weights, self.recorder)
         return self._engine_over(
             self.spec,

@@ -675,9 +675,9 @@ class ApiSettings:
         minimum=1,
     )
     step_tokens: int = setting(
-        128,
-        "Tokens that go through the model together where several requests share a step, and the longest chunk of a "
-        "prompt. Less: those that generate wait less while a prompt is read, which then takes longer.",
+        256,
+        "Tokens of prompts that are read in a step, half of them of one prompt at most. Less: those that generate wait "
+        "less while a prompt is read, which then takes longer.",
         minimum=8,
         maximum=65536,
     )

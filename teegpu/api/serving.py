@@ -51,7 +51,7 @@ def capacity(settings: Config) -> Capacity:
         kv_bytes=api.kv_mib * MIB,
         prefix_bytes=min(settings.run.prefix_cache_mib, api.kv_mib) * MIB,
         step_tokens=api.step_tokens,
-        alone_tokens=4 * api.step_tokens,
+        alone_tokens=2 * api.step_tokens,
         answer_seconds=settings.run.deadline_seconds or None,
     )
 

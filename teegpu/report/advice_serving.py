@@ -79,7 +79,7 @@ def _disturbed(run: Reading) -> Iterator[Advice]:
     if usual and worst > DISTURBED_TIMES * usual and tokens >= 16 and figure(run.prefill.data, "seconds"):
         text = (
             f"One token in a hundred came {human_seconds(worst)} after the one before, where {human_seconds(usual)} is "
-            f"usual: prompts are read in chunks of {tokens:.0f} tokens meanwhile. Smaller ones disturb less."
+            f"usual: up to {tokens:.0f} tokens of prompts are read in a step meanwhile. Fewer disturb less."
         )
         evidence = {"itl_p50_seconds": usual, "itl_p99_seconds": worst}
         yield Advice("serving-chunks", text, {"api.step_tokens": f"{tokens / 2:.0f}"}, 0.0, evidence)

@@ -41,7 +41,7 @@ AHEAD: Final = 256
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """``sequences`` at once, ``waiting`` behind them; ``kv_bytes`` for the keys and values of all, prefixes included,
-    of which ``prefix_bytes`` for prefixes at most. ``step_tokens``: rows of a step, where several sequences share it.
+    of which ``prefix_bytes`` for prefixes at most. ``step_tokens``: of prompts, in a step that several sequences share.
     ``alone_tokens``: of a prompt that is read alone, in a step; None: all of it. ``answer_seconds``: for each, from its
     arrival on."""
 
@@ -52,6 +52,11 @@ class Capacity:
     step_tokens: int = 256
     alone_tokens: int | None = None
     answer_seconds: float | None = None
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Of one prompt, at most, where several sequences share a step: two of them get into one."""
+        return self.step_tokens // 2
 
 
 @dataclass(slots=True)
@@ -124,7 +129,7 @@ class Engine:
         # What became of requests since the last step: written down by the thread that computes.
         self._news: deque[Arrived | Left] = deque()
         # By whether prompts are read, and by how many sequences there are: 1, 2 to 3, 4 to 7, and so on.
-        self._flights: defaultdict[tuple[bool, int], Flights] = defaultdict(Flights)
+        self._flights: defaultdict[tuple[bool, int, int], Flights] = defaultdict(Flights)
         # Of the step under way: see Stepped.
         self._rows: list[tuple[int, int, int]] = []
         # Of the phase of decode that is under way, which goes over many steps.
@@ -416,7 +421,7 @@ class Engine:
         parts = [part for sequence in running if (part := self.next_row(sequence)) is not None]
         parts = [part for part in parts if part.sequence.cache is not None]  # one may have given way since
         parts.sort(key=_place)
-        chunks = list(self._chunks(running, self.capacity.step_tokens - sum(len(part.ids) for part in parts)))
+        chunks = list(self._chunks(running))
         if chunks:
             self._rest()
             self._record.begin(PREFILL, sum(len(part.ids) for part in chunks))
@@ -462,10 +467,10 @@ class Engine:
             return None
         return Part(sequence, len(tokens) - 1, [tokens[-1], *drafts], "all" if drafts else "last", drafts)
 
-    def _chunks(self, running: list[Sequence], budget: int) -> Iterator[Part]:
-        """The next chunk of each prompt, whole, up to ``budget`` tokens; one in any case. So where a prompt is cut does
-        not depend on what else runs, and neither do its bits."""
-        first = True
+    def _chunks(self, running: list[Sequence]) -> Iterator[Part]:
+        """The next chunk of each prompt, whole, as many as a step may have tokens of; one in any case. So where a
+        prompt is cut does not depend on what else runs, and neither do its bits."""
+        first, budget = True, self.capacity.step_tokens
         for sequence in running:
             if not sequence.reading or sequence.cache is None:
                 continue
@@ -499,7 +504,7 @@ class Engine:
         """Computes ``steps``, each whole or in parts that are under way together, as is quickest."""
         parts = [part for _, several in steps for part in several]
         rows = sum(len(part.ids) for part in parts)
-        flights = self._flights[reading, len(parts).bit_length()]
+        flights = self._flights[reading, len(parts).bit_length(), rows.bit_length()]
         ways, began_ns = flights.choose(len(parts)), self._record.clock_ns()
         self._prepare_angles(parts)
         if ways == 1:

@@ -182,6 +182,21 @@ def test_who_generates_does_not_wait_for_a_long_prompt(runner: Harness) -> None:
     assert long.made
 
 
+def test_two_prompts_share_a_step_with_who_generates(runner: Harness) -> None:
+    """Those that generate take nothing of what a step may read."""
+    capacity = Capacity(sequences=4, waiting=4, step_tokens=16)
+    engine = runner.engine("fused", chunk_tokens=capacity.chunk_tokens, capacity=capacity)
+    first, *others = [Request(random_ids(count, seed=count).tolist(), 20, 0) for count in (4, 16, 15, 14)]
+    engine.add(first.sequence())
+    engine.step()
+    for request in others:
+        engine.add(request.sequence())
+    for steps, began in enumerate(([0, 0, 0], [1, 1, 0], [2, 2, 0], [3, 3, 1]), start=1):
+        engine.step()
+        assert [len(request.made) for request in others] == began
+        assert len(first.made) == 1 + steps
+
+
 def test_first_come_first_served(runner: Harness) -> None:
     engine = runner.engine("local", capacity=Capacity(sequences=2, waiting=8))
     asked = [Request(random_ids(5, seed=n).tolist(), 3, 0) for n in range(6)]
