@@ -23,7 +23,7 @@ from teegpu.errors import TeegpuError, UsageError
 from teegpu.fleet.process import Process, end
 from teegpu.fleet.scaling import Load
 from teegpu.remote import embedded
-from transports.errors import TransportError
+from transports.errors import AuthenticationError, TransportError
 
 if TYPE_CHECKING:
     from teegpu.wire.messages import HealthReport
@@ -183,7 +183,7 @@ class Group:
         try:
             found = health.probe(endpoint, replace(config, run=RunSettings(endpoints=(str(endpoint),)), link=link))
         except (TeegpuError, TransportError) as error:
-            self._silent(str(error))
+            self._silent(str(error), loads=not isinstance(error, AuthenticationError))
             return
         if not self._process.wanted:
             return
@@ -198,7 +198,8 @@ class Group:
             model=found.welcome.model, digest=found.welcome.digest, said="it is being stopped" if ends else "",
         )  # fmt: skip
 
-    def _silent(self, why: str) -> None:
+    def _silent(self, why: str, *, loads: bool) -> None:
+        """``loads``: whether it may be that it is not yet there."""
         served = self._process.served
         seconds = self._settings.hung_seconds if served else self._settings.load_seconds
         if not self._process.alive or self._over.is_set():
@@ -207,7 +208,9 @@ class Group:
             self._process.kill()
             self._failed(f"it was given up, after {seconds:g} s without an answer: {why}")
         else:
-            self._seen = replace(self._seen, pid=self._process.pid, serving=False, said=why if served else LOADS)
+            self._seen = replace(
+                self._seen, pid=self._process.pid, serving=False, said=LOADS if loads and not served else why
+            )
 
     def _failed(self, why: str) -> None:
         """It is started anew: at once, and if it does not come up after more and more time."""

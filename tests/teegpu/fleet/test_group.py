@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -121,6 +122,16 @@ def test_the_public_key_is_told_and_groups_are_asked_with_a_key(ordered: Ordered
     assert endpoint is not None
     assert endpoint.key == keys.public("gpu").text
     assert parse(str(endpoint)) == endpoint
+    group.end()
+
+
+def test_one_that_does_not_know_the_key_says_so_while_it_loads(ordered: Ordered, tmp_path: Path) -> None:
+    for name in ("gpu", "probe"):
+        keys.new(name)
+    order = ordered(**{"server.key": "gpu", "server.auth_dir": str(tmp_path), "link.client_key": "probe"})
+    group = Group("one", order, host="127.0.0.1")
+    until(lambda: "does not know this client's key (link.client_key" in group.look().said)
+    assert not group.look().serving
     group.end()
 
 
