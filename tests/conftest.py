@@ -21,6 +21,10 @@ _USER_CACHE = user_folder("cache")
 
 TinyModel = Callable[..., ModelFolder]
 
+if not Path("/proc/driver/nvidia").exists():
+    # Triton, where there is one, looks at it when whatever imports it: its kernels can then be tried without a GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_configure() -> None:
     """A shell starts what it puts in the background with SIGINT ignored, and every process below inherits that: tests
