@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NoReturn
@@ -78,10 +79,11 @@ class DealerClient(Client):
             self._bandwidth = link = Bandwidth()
             self._compressor = Compressor(options.compression_level, lambda: link.bytes_per_second)
         try:
-            before = _threads()
-            # zmq starts its threads with a context's first socket.
-            self._context.socket(zmq.PAIR).close(0)
-            self._threads = tuple(_threads() - before)
+            with _beginning:
+                before = _threads()
+                # zmq starts its threads with a context's first socket.
+                self._context.socket(zmq.PAIR).close(0)
+                self._threads = tuple(_threads() - before)
             self._connection = self._connect()
         except BaseException as error:
             self._context.destroy(linger=0)
@@ -495,6 +497,10 @@ class LockStepClient(DealerClient):
 class CompressedLockStepClient(LockStepClient):
     name: ClassVar[str] = "zmq+zstd"
     compresses: ClassVar[bool] = True
+
+
+_beginning = threading.Lock()
+"""Clients that begin at the same time would take each other's threads for their own."""
 
 
 def _threads() -> set[int]:

@@ -107,13 +107,24 @@ class Inflow:
         if unfinished <= FRAMING_BYTES:
             self._then = None
             return
-        resident, worked = resident_bytes(), sum(map(time.clock_gettime, self._clocks))
+        resident, worked = resident_bytes(), self._worked()
         if self._then is None:
             self._then = (resident, worked)
             return
         grown, worked = resident - self._then[0], worked - self._then[1]
         if grown > unfinished + GROWTH_BYTES and worked > unfinished * WORK_SECONDS_PER_BYTE:
             self._end("sends a reply that takes far more memory than it has bytes", hostile=False)
+
+    def _worked(self) -> float:
+        """Seconds on a processor of zmq's threads."""
+        seconds = 0.0
+        for clock in list(self._clocks):
+            try:
+                seconds += time.clock_gettime(clock)
+            except OSError:  # of a thread that has ended: it was not zmq's, and what it has worked goes
+                self._clocks.remove(clock)
+                self._then = None
+        return seconds
 
     def _end(self, excess: str, *, hostile: bool) -> None:
         self.excess, self.hostile = excess, hostile

@@ -13,7 +13,7 @@ import pytest
 
 from tests.hostile import CutLine
 from tests.transports.conftest import Peer, Script
-from transports import ClientOptions, Message, Server, connect, envelope
+from transports import Client, ClientOptions, Message, Server, connect, envelope
 from transports.dealer import MAX_STRAYS
 from transports.errors import ConnectionLostError, FrameError, ReplyTimeoutError
 from transports.inflow import Inflow
@@ -351,6 +351,48 @@ def test_bytes_are_counted_from_the_last_whole_message() -> None:
         inflow.close()
         assert inflow.unfinished() == 0
         far.close()
+
+
+def test_a_thread_that_has_ended_keeps_nobody_from_looking() -> None:
+    """One of ours that began, and ended, beside zmq's: without a look, nothing would be bounded any more."""
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    assert thread.native_id is not None
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
+        far, _ = listener.accept()
+        with far:
+            inflow = Inflow((thread.native_id,))
+            inflow.connected(near.fileno())
+            inflow.awaited_bytes = MIB
+            far.sendall(bytes(100_000))
+            while inflow.unfinished() < 100_000:
+                near.recv(100_000)
+            inflow.look()
+            inflow.look()
+            assert inflow.counts
+            inflow.close()
+
+
+def test_clients_that_begin_at_once_have_threads_of_their_own(serve: Callable[[], Server]) -> None:
+    address = serve().address
+    with contextlib.ExitStack() as stack:
+        clients: list[Client] = []
+        begin = threading.Barrier(8)
+
+        def connected() -> None:
+            begin.wait(10)
+            clients.append(connect("zmq", address, OPTIONS))
+
+        threads = [threading.Thread(target=connected) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for client in clients:
+            stack.callback(client.close)
+        found = [thread for client in clients for thread in vars(client)["_threads"]]
+        assert len(found) == len(set(found)) >= len(clients)
 
 
 def test_over_ipc_nothing_is_counted() -> None:
