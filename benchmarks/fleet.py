@@ -190,8 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 killed = time.perf_counter()
                 script.tell(f"{victim} is killed")
                 while not (new := set(fleet.seen) - old):
+                    if time.perf_counter() - killed > _UP_SECONDS:
+                        raise TeegpuError(f"no other group serves {_UP_SECONDS:g} s later")
                     time.sleep(_LOOK_SECONDS)
-                ((address, listed),) = ((each, fleet.seen[each]) for each in new)
+                address, listed = min(((each, fleet.seen[each]) for each in new), key=lambda found: found[1])
                 time.sleep(given.seconds)
     if tell(script, loads, began, killed, listed, address, folder):
         sys.exit(ThresholdError.exit_code)

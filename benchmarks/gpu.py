@@ -126,7 +126,7 @@ def compared(rows: int, outputs: int, columns: int, device: torch.device) -> dic
     }
     del near
     weights = _copies(ringkernels.padded(weight) if weight.is_cuda else weight)
-    for name in ("float64", *ringkernels.CANDIDATES["cuda" if operand.is_cuda else "cpu"]):
+    for name in ("float64", *ringkernels.CANDIDATES[device.type]):
 
         def product(factor: torch.Tensor, way: ringkernels.Way = ringkernels.WAYS[name]) -> None:
             way(operand, factor, (out,))

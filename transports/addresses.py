@@ -33,6 +33,11 @@ class Address:
         return self.scheme != "tcp" or host == "localhost" or _LOOPBACK.fullmatch(host) is not None
 
 
+def at(host: str, port: int) -> str:
+    """``host:port`` as addresses have it, with brackets around IPv6."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_local(text: str) -> bool:
     """``Address.local`` of an address as it was written; False for what is none."""
     try:

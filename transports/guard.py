@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from transports import addresses
 from transports.sockets import (
     FRAMING_BYTES,
     NOBLOCK,
@@ -374,7 +375,7 @@ def _address_of(socket: sockets.socket) -> str:
         host, port = socket.getpeername()[:2]
     except OSError:
         return "unknown"
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return addresses.at(host, port)
 
 
 def _trim() -> None:

@@ -31,4 +31,4 @@ def resolve(text: str) -> list[str]:
     hosts = list(dict.fromkeys((family, str(place[0])) for family, _, _, _, place in found))
     if len(hosts) == 1 and hosts[0][0] == socket.AF_INET:
         return [text]
-    return [f"tcp://{f'[{host}]' if family == socket.AF_INET6 else host}:{address.port}" for family, host in hosts]
+    return [f"tcp://{addresses.at(host, address.port)}" for _, host in hosts]

@@ -51,8 +51,7 @@ class Address:
 
     @property
     def text(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"unix:{self.path}" if self.path else f"{host}:{self.port}"
+        return f"unix:{self.path}" if self.path else addresses.at(self.host, self.port)
 
     def listen(self, setting: str) -> socket.socket:
         """A socket that listens here; a unix socket is for its own user. Raises ``ConfigError``."""

@@ -27,6 +27,12 @@ ConfigFile = Annotated[
 ]
 """The type of a command's ``config_file`` parameter; None where it is not given."""
 
+InsecureServers = Annotated[
+    bool,
+    typer.Option("--insecure", help="Allow addresses that others can reach without --key, and --key without --auth."),
+]
+"""The type of ``insecure`` where a command starts servers: see ``serve.check_access``."""
+
 
 OF_SETTING: Final = "flag_"
 """Begins the names of parameters that give a setting. What others are given may be text that is for nobody's log."""

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from teegpu.cli.common import Commands, ConfigFile, message_console, result_console, sigterm_as_interrupt
+from teegpu.cli.common import (
+    Commands,
+    ConfigFile,
+    InsecureServers,
+    message_console,
+    result_console,
+    sigterm_as_interrupt,
+)
 from teegpu.cli.flags import Flags, takes_settings
 from teegpu.errors import ConfigError, ConnectionFailedError, UsageError
 from teegpu.units import plural
@@ -62,12 +69,7 @@ def up(
     name: Name = "fleet",
     ray: Ray = "",
     keep: Annotated[bool, typer.Option("--keep", help="Leave the groups serving when this command ends.")] = False,
-    insecure: Annotated[
-        bool,
-        typer.Option(
-            "--insecure", help="Allow addresses that others can reach without --key, and --key without --auth."
-        ),
-    ] = False,
+    insecure: InsecureServers = False,
     config_file: ConfigFile = None,
 ) -> None:
     """Keep groups serving, each a 'teegpu serve', until Ctrl-C or SIGTERM.
@@ -272,8 +274,9 @@ def _whole(path: str, setting: str) -> str:
 def _risks(settings: Config, hosts: list[str], insecure: bool) -> set[str]:
     """Who can use groups that is not meant to: they are reached as ``serve`` at those addresses would be."""
     from teegpu.cli.serve import check_access
+    from transports import addresses
 
-    binds = [f"tcp://[{host}]:0" if ":" in host else f"tcp://{host}:0" for host in hosts]
+    binds = [f"tcp://{addresses.at(host, 0)}" for host in hosts]
     servers = [replace(settings, server=replace(settings.server, bind=bind)) for bind in binds]
     return {risk for server in servers if (risk := check_access(server, insecure))}
 

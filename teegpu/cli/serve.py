@@ -19,7 +19,7 @@ import typer
 
 from teegpu import errors
 from teegpu.cli import interrupts, logs
-from teegpu.cli.common import ConfigFile, message_console
+from teegpu.cli.common import ConfigFile, InsecureServers, message_console
 from teegpu.cli.flags import Flags, takes_settings
 
 if TYPE_CHECKING:
@@ -40,12 +40,7 @@ _AT_ONCE_SECONDS = 1.0
 @takes_settings("serve", panels=False)
 def serve(
     flags: Flags,
-    insecure: Annotated[
-        bool,
-        typer.Option(
-            "--insecure", help="Allow an address that others can reach without --key, and --key without --auth."
-        ),
-    ] = False,
+    insecure: InsecureServers = False,
     config_file: ConfigFile = None,
     embedded: Annotated[bool, typer.Option("--embedded", hidden=True)] = False,
 ) -> None:

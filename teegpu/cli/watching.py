@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from teegpu.cli import interrupts
 from teegpu.cli.common import message_console
 from teegpu.errors import ConfigError, nearest
 from teegpu.monitor import feed
@@ -145,7 +146,7 @@ def watch_run(settings: Config, arguments: Sequence[str], *, typed: bytes | None
             watched.interrupt()
             player.leave() if number == signal.SIGINT else player.end()
 
-        with signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on):
+        with signals(interrupts.ENDS, pass_on):
             if not plain:
                 _on_screen(settings, player, watched, clean=scratch.close)
             elif not quiet:

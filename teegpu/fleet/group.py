@@ -23,6 +23,7 @@ from teegpu.errors import TeegpuError, UsageError
 from teegpu.fleet.process import Process, end
 from teegpu.fleet.scaling import Load
 from teegpu.remote import embedded
+from transports import addresses
 from transports.errors import AuthenticationError, TransportError
 
 if TYPE_CHECKING:
@@ -235,8 +236,4 @@ def _free_address(host: str) -> str:
     """With a port that nobody has now: where another takes it first, the server ends, and the next one gets another."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as free:
         free.bind((host, 0))
-        return f"tcp://{_bracketed(host)}:{free.getsockname()[1]}"
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+        return f"tcp://{addresses.at(host, free.getsockname()[1])}"

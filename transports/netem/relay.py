@@ -130,7 +130,7 @@ class Relay:
         if path is not None:
             return address
         host, port = listening.getsockname()[:2]
-        return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        return f"tcp://{addresses.at(host, port)}"
 
     def drop(self) -> int:
         """Reset every connection; returns how many there were. New ones are accepted, unless the link is cut."""
