@@ -286,6 +286,7 @@ def test_machines_that_come_and_go_and_a_head_that_goes(
     up = fleet.up("--replicas", "1..2")
     until_said(up, "serves at")
     until(lambda: len(fleet.listed()) == 1)
+    until(lambda: [each["state"] for each in fleet.groups()] == ["serving"])  # it is told a moment after the file
     ((group,), before) = fleet.groups(), fleet.listed()
     assert (group["state"], group["endpoint"], group["model"]) == ("serving", before[0], model.path.name)
     assert "is up already" in fleet.call("up").err
