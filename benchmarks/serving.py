@@ -24,9 +24,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from benchmarks.harness import Script, model_of, ms, spread
 from benchmarks.soak import growth
-from teegpu import children, machine
+from teegpu import children, facts, machine
 from teegpu.api.asked import completion
 from teegpu.api.choice import Choice
 from teegpu.bench import document as doc
@@ -38,9 +40,12 @@ from teegpu.config import Config
 from teegpu.errors import TeegpuError, ThresholdError, UsageError
 from teegpu.model import random
 from teegpu.model.folder import ModelFolder
+from teegpu.model.reader import read_spec
 from teegpu.model.tokenizer import Tokenizer
+from teegpu.model.weights import WeightStore, load_matrix
 from teegpu.record.events import Arrived, Event, Left, Stepped
 from teegpu.record.store import RunStore
+from teegpu.tee.plans import LM_HEAD, programs
 from teegpu.tee.sampling import SamplingOptions
 from teegpu.units import human_bytes
 
@@ -63,6 +68,7 @@ OWN_STEPS: Final = 60
 _START_SECONDS: Final = 120.0
 _END_SECONDS: Final = 30.0
 _WAIT_SECONDS: Final = 120.0
+_PRODUCTS_TIMES: Final = 3
 _PREFIX_MIB: Final = 4
 """For the tiny model: kept prefixes fill it within the first requests, and memory is flat from then on."""
 
@@ -184,21 +190,58 @@ async def made(streams: Sequence[Took], more: int) -> None:
 # Clients: what so many bring together
 
 
+class Products:
+    """The products of the model by themselves, in bf16 on all cores: what no engine on this machine is quicker than."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        spec = read_spec(folder)
+        with contextlib.closing(WeightStore(folder, spec)) as store:
+            layers = [load_matrix(store, spec, one.weights, torch.bfloat16)
+                      for layer in programs(spec, facts.plan("local")) for one in layer.plain]  # fmt: skip
+            self._head = load_matrix(store, spec, LM_HEAD.weights, torch.bfloat16)
+        self._layers = layers
+
+    def seconds(self, rows: int, wanted: int) -> float:
+        """Of ``rows`` rows, ``wanted`` of which go through lm_head too."""
+        found = []
+        inputs = {matrix.shape[1]: torch.ones(rows, matrix.shape[1], dtype=torch.bfloat16) for matrix in self._layers}
+        last = torch.ones(wanted, self._head.shape[1], dtype=torch.bfloat16)
+        for _ in range(_PRODUCTS_TIMES):
+            began = time.perf_counter()
+            for matrix in self._layers:
+                matrix.product(inputs[matrix.shape[1]])
+            self._head.product(last)
+            found.append(time.perf_counter() - began)
+        return statistics.median(found)
+
+    def throughput(self, count: int, prompt_tokens: int, max_tokens: int) -> float:
+        """Tokens/s of ``count`` clients, all of whom are read, two prompts a step, and then generate together."""
+        together = min(count, 2)
+        read = self.seconds(together * prompt_tokens, together) * count / together
+        return count * max_tokens / (read + (max_tokens - 1) * self.seconds(count, count))
+
+
 def clients(given: Any, measured: Measured) -> Iterator[dict[str, Any]]:
     counts = [int(part) for part in given.clients.split(",")]
+    products = None if given.privacy or given.link else Products(measured.folder)
     for _ in range(given.repeats):
         for count in counts:
             asked = count * given.requests
             first = next(itertools.islice(measured.numbers, asked - 1, None)) - asked + 1
             took, seconds = asyncio.run(load.run(measured.wanted, count, asked, first))
-            yield load.figures(count, took, seconds)
+            sample = load.figures(count, took, seconds)
+            if products is not None:
+                tokens = round(statistics.median(one.prompt_tokens for one in took))
+                sample["products_throughput"] = products.throughput(count, tokens, measured.wanted.max_tokens)
+            yield sample
 
 
 def told_of_clients(samples: Samples) -> tuple[list[list[str]], list[str]]:
     counts = sorted({sample["max_concurrency"] for sample in samples})
     found = {count: [sample for sample in samples if sample["max_concurrency"] == count] for count in counts}
     rates = {count: statistics.median(one["output_throughput"] for one in found[count]) for count in counts}
-    rows = [["clients", "repeats", "tokens/s", "min–max", "of one", "first token, ms", "between tokens, ms", "p95"]]
+    rows = [["clients", "repeats", "tokens/s", "min–max", "of one", "first token, ms", "between tokens, ms", "p95",
+             "the products alone, tokens/s"]]  # fmt: skip
     for count in counts:
         each = [sample["output_throughput"] for sample in found[count]]
         times = [
@@ -206,9 +249,14 @@ def told_of_clients(samples: Samples) -> tuple[list[list[str]], list[str]]:
             for key in ("p50_ttft_ms", "p50_itl_ms", "p95_itl_ms")
         ]
         rows.append([str(count), str(len(each)), f"{rates[count]:.1f}", f"{min(each):.1f}–{max(each):.1f}",
-                     f"{rates[count] / rates[counts[0]]:.1f} ×", *times])  # fmt: skip
+                     f"{rates[count] / rates[counts[0]]:.1f} ×", *times, _alone(found[count])])  # fmt: skip
     failed = sum(sample["failed"] for sample in samples)
     return rows, [f"{OVER}{failed} requests failed"] if failed else []
+
+
+def _alone(samples: Samples) -> str:
+    each = [sample["products_throughput"] for sample in samples if "products_throughput" in sample]
+    return f"{statistics.median(each):.1f}" if each else "–"
 
 
 # Arrival: what those who generate wait while a long prompt is read

@@ -110,6 +110,9 @@ def _load(folder: Path, architecture: str) -> Loaded:
     described = _described(folder)
     if architecture in _TRUSTED and (plain := _plain(folder, described)) is not None:
         return plain
+    # Most of the time would go to loading torch, which no tokenizer needs: transformers finds that there is none.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # and is not to say so
     from transformers import AutoConfig, AutoTokenizer
 
     allow(LOAD_BYTES)

@@ -6,6 +6,7 @@ and progress bars go with it; and its libraries' global settings stay out of the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -352,11 +353,10 @@ def _run(
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below ``folder``, which may be changing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for place, _, names in os.walk(folder):  # passes over a folder that is gone by now
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 

@@ -448,6 +448,21 @@ def test_the_size_of_a_folder_counts_all_files_below(tmp_path: Path) -> None:
     assert sources.folder_bytes(tmp_path / "missing") == 0
 
 
+def test_a_folder_that_goes_while_its_bytes_are_counted(tmp_path, monkeypatch) -> None:
+    """As pip's own do when it has what it wants."""
+    (tmp_path / "goes").mkdir()
+    (tmp_path / "file").write_bytes(b"12345")
+    scan = os.scandir
+
+    def late(path):
+        if Path(path).name == "goes":
+            Path(path).rmdir()
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert sources.folder_bytes(tmp_path) == 5
+
+
 @pytest.mark.parametrize(
     "given",
     [
