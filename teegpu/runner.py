@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -523,7 +523,9 @@ class Runner:
         self.recorder.processor_seconds.clear()
         self.summary = Summary()
 
-    def report(self, status: str, *, output: dict[str, Any] | None = None, error: str | None = None) -> dict[str, Any]:
+    def report(
+        self, status: str, *, outputs: Sequence[Mapping[str, Any]] = (), error: str | None = None
+    ) -> dict[str, Any]:
         """The run so far as a ``teegpu.report/1`` document."""
         self.recorder.flush()
         server_pid = self.embedded.pid if self.embedded is not None else None
@@ -547,7 +549,7 @@ class Runner:
             server=self._server(),
             summary=self.summary,
             processor_seconds=self.recorder.processor_seconds,
-            output=output,
+            outputs=outputs,
             error=error,
             note=self.config.run.note,
             environment=environment.describe() | ({"load": self._load.to_json()} if self._alone_here else {}),

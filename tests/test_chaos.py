@@ -152,7 +152,7 @@ def expected(model: ModelFolder, run: Callable[..., tuple[int, dict[str, Any], s
     """The tokens of a run in which nothing goes wrong: all in the runner, without a network."""
     if model.path not in _expected:
         _, document, _ = run("--plan", "local")
-        _expected[model.path] = document["output"]["token_ids"]
+        _expected[model.path] = document["outputs"][0]["token_ids"]
     assert len(_expected[model.path]) == MAX_TOKENS
     return _expected[model.path]
 
@@ -276,8 +276,8 @@ def test_a_run_in_chaos(
         arguments = [part for endpoint in endpoints for part in ("--endpoint", endpoint)]
         code, document, errors = run("--plan", chaos.plan, "--transport", chaos.transport, *arguments)
         chaos.over()
-    assert "output" in document, document["error"]
-    made = document["output"]["token_ids"]
+    assert document["outputs"], document["error"]
+    made = document["outputs"][0]["token_ids"]
     retries = sum(phase["rpc_retries"] for phase in document["phases"].values())
     # What stands still and goes on is waited for: sending again would be work for nothing.
     if fault != "spread":  # the one of two that was killed may have had nothing to answer then

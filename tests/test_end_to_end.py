@@ -175,7 +175,7 @@ def test_a_question_is_answered_with_nothing_but_defaults(smollm2: ModelFolder) 
     command.append("What is the capital of France?")
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     document = json.loads(done.stdout)
-    assert "Paris" in document["output"]["text"]
+    assert "Paris" in document["outputs"][0]["text"]
     assert document["server"]["embedded"] is True
     assert done.stderr.startswith("no endpoint given: ")
     assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["no endpoint given", "privacy none"]

@@ -202,7 +202,7 @@ def secrets(model: ModelFolder) -> Secrets:
     finally:
         sys.stdout = before
     assert code == 0
-    answer = json.loads(out.getvalue())["output"]
+    answer = json.loads(out.getvalue())["outputs"][0]
     ids = Tokenizer(model).encode_chat(PROMPT, system=SYSTEM)
     assert len(answer["token_ids"]) == TOKENS
     return Secrets(answer["text"], answer["token_ids"], list(ids))
@@ -386,7 +386,7 @@ def test_no_token_id_leaves_the_tee(
     address, messages = captured
     done = run("--plan", plan, *more, "--json", endpoint=address)
     assert done.code == 0
-    own = replace(secrets, answer_ids=json.loads(done.out)["output"]["token_ids"])
+    own = replace(secrets, answer_ids=json.loads(done.out)["outputs"][0]["token_ids"])
     assert bool(messages) == (plan != "local")
     for request in messages[::2]:
         assert not integers_in(request)

@@ -273,10 +273,7 @@ class Answering:
     def _document(self) -> dict[str, Any]:
         """The run as it is now. Without a runner it has the same keys, and what is known."""
         if self._runner is not None:
-            answers: Any = self._answers
-            if not self._prompts.several:
-                answers = answers[0] if answers else None
-            return self._runner.report(self._status, output=answers, error=self._error)
+            return self._runner.report(self._status, outputs=self._answers, error=self._error)
         return without_runner(self._settings, self._start, self._status, self._error)
 
 

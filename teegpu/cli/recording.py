@@ -157,7 +157,7 @@ def without_runner(settings: Config, start: Start, status: str, error: str | Non
         tee={"kind": machine.tee_kind(), "attested": False},
         server={},
         summary=Summary(),
-        output=None,
+        outputs=(),
         error=error,
         note=run.note,
         environment=environment.describe(),

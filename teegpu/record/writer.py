@@ -259,13 +259,8 @@ class RunWriter:
 
 def _without_text(document: dict[str, Any]) -> dict[str, Any]:
     """``document`` without what a model was told and what it said."""
-
-    def stripped(output: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in output.items() if key not in ("text", "token_ids")}
-
-    output = document.get("output")
-    if isinstance(output, dict):
-        return document | {"output": stripped(output)}
-    if isinstance(output, list):
-        return document | {"output": [stripped(one) for one in output]}
-    return document
+    outputs = document.get("outputs")
+    if not outputs:
+        return document
+    kept = [{key: value for key, value in one.items() if key not in ("text", "token_ids")} for one in outputs]
+    return document | {"outputs": kept}

@@ -186,8 +186,10 @@ def server(document: look.Document, *, version: bool = True) -> list[str]:
 
 def answers(document: look.Document) -> list[Mapping[str, Any]]:
     """What became of each prompt, as far as the record has it; ``text`` only where that was to be saved."""
-    output = look.at(document, "output")
-    return [output] if isinstance(output, Mapping) else look.entries(document, "output")
+    before = look.at(document, "output")  # as older documents have it, of one prompt and of several
+    return (
+        [before] if isinstance(before, Mapping) else look.entries(document, "outputs" if before is None else "output")
+    )
 
 
 def advice(document: look.Document) -> list[dict[str, Any]]:

@@ -36,14 +36,15 @@ def document(
     tee: dict[str, Any],
     server: dict[str, Any],
     summary: Summary,
-    output: dict[str, Any] | None,
+    outputs: Sequence[Mapping[str, Any]],
     error: str | None = None,
     note: str = "",
     processor_seconds: Mapping[str, float] | None = None,
     environment: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The document. ``status`` is ``complete``, ``interrupted`` or ``failed`` (then ``error`` says why).
+    """The document. ``status`` is ``complete``, ``interrupted`` or ``failed`` (then ``error`` says why); ``outputs``
+    has an entry for each prompt that was begun.
 
     ``processor_seconds``: the runner's, of each phase. ``record`` says what is missing from the run's record:
     ``truncated``, ``failure``, ``damage``. Advice is added by who asks for it.
@@ -67,7 +68,7 @@ def document(
         "settings": settings,
         "tee": tee,
         "server": server,
-        **({"output": output} if output is not None else {}),
+        "outputs": list(outputs),
         "phases": {
             name: phase(summary.phases.get(name, PhaseTotal()), (processor_seconds or {}).get(name))
             for name in (PREFILL, DECODE)
@@ -107,7 +108,7 @@ def rebuild(
     summary: Summary,
     status: str,
     *,
-    output: dict[str, Any] | None = None,
+    outputs: Sequence[Mapping[str, Any]] = (),
     error: str | None = None,
     **record: Any,
 ) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def rebuild(
         tee=dict(meta.get("tee") or {}),
         server=dict(meta.get("server") or {}),
         summary=summary,
-        output=output,
+        outputs=outputs,
         error=error,
         note=str(meta.get("note") or ""),
         environment=meta.get("environment"),
@@ -155,12 +156,12 @@ def recorded(run: RunFolder) -> dict[str, Any]:
     except RecordError as error:
         damage.append(str(error))
         meta = {"id": run.id}
-    outputs: Any = [{"text": "".join(pieces), "finish_reason": INTERRUPTED} for pieces in texts if pieces]
+    outputs = [{"text": "".join(pieces), "finish_reason": INTERRUPTED} for pieces in texts if pieces]
     return rebuild(
         meta,
         summary,
         status,
-        output=outputs[0] if len(outputs) == 1 else outputs or None,
+        outputs=outputs,
         truncated=reader.truncated,
         failure=failure,
         damage=[*damage, *reader.damage],

@@ -115,7 +115,7 @@ def test_a_bad_answer_ends_the_run_and_leaves_its_record(
     server = hostile(script, at=at, once=kind != "silence")
     done = run("--endpoint", server.address, "--transport", transport, "--json", "-q")
     document = failed(teegpu, done, code, message)
-    assert len(document["output"]["token_ids"]) == (0 if at == 3 else 2)
+    assert len(document["outputs"][0]["token_ids"]) == (0 if at == 3 else 2)
     assert document["phases"]["prefill"]["rpc_calls"] <= 5
 
 

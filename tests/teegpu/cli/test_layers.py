@@ -57,12 +57,12 @@ def test_two_servers_with_half_the_model_each_do_what_one_does_with_all(
     for plan in ("fused", "per-op"):
         parted, together = (run("--plan", plan, "--json", *where) for where in (cut, whole))
         assert parted.code == 0, parted.err
-        assert parted.document["output"]["token_ids"] == together.document["output"]["token_ids"]
+        assert parted.document["outputs"][0]["token_ids"] == together.document["outputs"][0]["token_ids"]
         calls = parted.document["phases"]["decode"]["rpc_calls"]
         assert calls == 5 * facts.plan(plan).rpc_calls(LAYERS, 2)
         assert calls - together.document["phases"]["decode"]["rpc_calls"] == (5 if plan == "fused" else 0)
     chunked = run("--chunk-tokens", 8, "--transport", "pipelined", "--json", *cut)
-    assert chunked.document["output"] == run("--json", *whole).document["output"]
+    assert chunked.document["outputs"] == run("--json", *whole).document["outputs"]
 
     alone = run(*cut[:2])
     assert alone.code == 2
@@ -97,4 +97,4 @@ def test_an_embedded_server_holds_all_layers_in_one_process(
     monkeypatch.setenv("TEEGPU_SERVER_RANKS", "17")  # more than a matrix has rows
     done = run("--json")
     assert done.code == 0, done.err
-    assert len(done.document["output"]["token_ids"]) == 6
+    assert len(done.document["outputs"][0]["token_ids"]) == 6

@@ -82,7 +82,7 @@ def test_a_run_has_a_record(run: Teegpu, store: RunStore, server: LocalServer, m
     assert printed["record"] == {"truncated": False, "failure": None, "damage": []}
     assert printed["environment"]["teegpu"] == printed["settings"]["version"]
     kept = recorded(folder)
-    output, kept_output = printed.pop("output"), kept.pop("output")
+    (output,), (kept_output,) = printed.pop("outputs"), kept.pop("outputs")
     assert kept == printed
     assert kept_output == {key: output[key] for key in ("finish_reason", "prompt_tokens", "reused_tokens")}
     meta = folder.meta()
@@ -131,7 +131,7 @@ def test_no_text_and_no_token_is_in_it(run: Teegpu, store: RunStore) -> None:
     assert b"Rpc" not in everything
     label = next(event.label for event in events_of(only(store)) if isinstance(event, ev.Rpc))
     assert label.encode() in everything, "or we have not looked into the events"
-    for text in (done.document["output"]["text"], json.dumps(done.document["output"]["text"])[1:-1]):
+    for text in (done.document["outputs"][0]["text"], json.dumps(done.document["outputs"][0]["text"])[1:-1]):
         assert len(text) > 5
         assert text.encode() not in everything
     assert not any(isinstance(event, ev.TextMade) for event in events_of(only(store)))
@@ -140,10 +140,10 @@ def test_no_text_and_no_token_is_in_it(run: Teegpu, store: RunStore) -> None:
 def test_text_that_is_to_be_saved(run: Teegpu, store: RunStore) -> None:
     printed = run("--json", "--save-text", "--system", "Be brief", f"Hi {SECRET}").document
     folder = only(store)
-    assert recorded(folder)["output"] == printed["output"]
+    assert recorded(folder)["outputs"] == printed["outputs"]
     assert folder.meta()["prompt"] == {"text": f"Hi {SECRET}", "system": "Be brief"}
     pieces = [event.text for event in events_of(folder) if isinstance(event, ev.TextMade)]
-    assert "".join(pieces) == printed["output"]["text"]
+    assert "".join(pieces) == printed["outputs"][0]["text"]
 
 
 def test_several_prompts(run: Teegpu, store: RunStore, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_several_prompts(run: Teegpu, store: RunStore, tmp_path: Path) -> None:
     assert done.code == 0
     folder = only(store)
     assert folder.meta()["prompt"]["text"] == ["Hi", "Ho"]
-    assert len(recorded(folder)["output"]) == 2
+    assert len(recorded(folder)["outputs"]) == 2
     assert recorded(folder)["phases"]["prefill"]["passes"] == 2
 
 

@@ -58,7 +58,7 @@ def test_a_prompt_is_tokenised_once(run: Teegpu, monkeypatch: pytest.MonkeyPatch
 def test_the_text_goes_to_stdout_and_the_summary_to_stderr(run: Teegpu, model: ModelFolder) -> None:
     done = run("Hi")
     assert done.code == 0
-    expected = run("--json", "Hi").document["output"]["text"]
+    expected = run("--json", "Hi").document["outputs"][0]["text"]
     assert len(expected) > 12
     assert done.out == expected + "\n"
     privacy, *lines = done.err.splitlines()
@@ -72,7 +72,7 @@ def test_the_text_goes_to_stdout_and_the_summary_to_stderr(run: Teegpu, model: M
 def test_quiet_prints_the_text_alone(run: Teegpu) -> None:
     done = run("-q", "Hi")
     assert (done.code, done.err) == (0, "")
-    assert done.out == run("--json", "Hi").document["output"]["text"] + "\n"
+    assert done.out == run("--json", "Hi").document["outputs"][0]["text"] + "\n"
 
 
 def test_what_is_not_for_a_terminal_stays_whole(run: Teegpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,15 +135,15 @@ def test_standard_input_is_part_of_the_prompt(stdin: str, run: Teegpu, monkeypat
     os.close(writer)
     with os.fdopen(reader) as stream:
         monkeypatch.setattr(sys, "stdin", stream)
-        joined = run("--json", "Look:").document["output"]
+        joined = run("--json", "Look:").document["outputs"][0]
     same = "Look:\n\npiped text" if stdin else "Look:"
-    assert joined == run("--json", same).document["output"]
+    assert joined == run("--json", same).document["outputs"][0]
 
 
 def test_a_system_message_and_raw_text(run: Teegpu, model: ModelFolder) -> None:
     tokenizer = Tokenizer(model)
     chat, system, raw = (
-        run("--json", *options, "Hi").document["output"]["prompt_tokens"]
+        run("--json", *options, "Hi").document["outputs"][0]["prompt_tokens"]
         for options in ([], ["--system", "Be brief."], ["--raw"])
     )
     assert chat == len(tokenizer.encode_chat("Hi"))
@@ -154,7 +154,7 @@ def test_a_system_message_and_raw_text(run: Teegpu, model: ModelFolder) -> None:
 def test_a_stdout_that_is_not_utf_8(teegpu: Teegpu, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Characters that it lacks are replaced in text, and escaped in a document."""
     command = ["run", "--model", tiny_model("llama").path, "--plan", "local", "--max-tokens", 12, "Hi"]
-    text = teegpu(*command, "--json").document["output"]["text"]
+    text = teegpu(*command, "--json").document["outputs"][0]["text"]
     assert not text.isascii()
     printed = []
     for option in ("-q", "--json"):
@@ -164,7 +164,7 @@ def test_a_stdout_that_is_not_utf_8(teegpu: Teegpu, tiny_model: TinyModel, monke
             assert teegpu(*command, option).code == 0
         printed.append(stdout.buffer.getvalue())  # type: ignore[attr-defined]
     assert printed[0] == text.encode("ascii", "replace") + b"\n"
-    assert json.loads(printed[1])["output"]["text"] == text
+    assert json.loads(printed[1])["outputs"][0]["text"] == text
 
 
 # The document
@@ -174,9 +174,9 @@ def test_the_document(run: Teegpu, server: LocalServer) -> None:
     document = run("--json", "Hi").document
     assert document["status"] == "complete"
     assert "error" not in document
-    assert set(document["output"]) == {"text", "token_ids", "finish_reason", "prompt_tokens", "reused_tokens"}
-    assert len(document["output"]["token_ids"]) == 12
-    assert document["output"]["finish_reason"] == "length"
+    assert set(document["outputs"][0]) == {"text", "token_ids", "finish_reason", "prompt_tokens", "reused_tokens"}
+    assert len(document["outputs"][0]["token_ids"]) == 12
+    assert document["outputs"][0]["finish_reason"] == "length"
     assert document["model"]["layers"] == 2
     assert document["settings"]["endpoints"] == [server.address]
     assert document["server"]["embedded"] is False
@@ -193,13 +193,13 @@ def test_nothing_but_the_document_is_on_stdout_and_notes_are_still_told(run: Tee
 
 @pytest.mark.parametrize("option", ["--max-tokens", "--max-new-tokens"])
 def test_both_names_of_max_tokens(option: str, run: Teegpu) -> None:
-    assert len(run("--json", option, 3, "Hi").document["output"]["token_ids"]) == 3
+    assert len(run("--json", option, 3, "Hi").document["outputs"][0]["token_ids"]) == 3
 
 
 def test_one_token_needs_no_decode(run: Teegpu) -> None:
     done = run("--json", "--max-tokens", 1, "Hi")
     assert done.document["phases"]["decode"]["passes"] == 0
-    assert done.document["output"]["finish_reason"] == "length"
+    assert done.document["outputs"][0]["finish_reason"] == "length"
     assert "decode" not in run("--max-tokens", 1, "Hi").err
 
 
@@ -207,7 +207,7 @@ def test_plan_local_needs_no_server(teegpu: Teegpu, run: Teegpu, model: ModelFol
     options = ["--model", model.path, "--max-tokens", 12, "--plan", "local", "--local-dtype", "fp32"]
     document = teegpu("run", "--json", *options, "Hi").document
     assert document["server"] == {}
-    assert document["output"]["token_ids"] == run("--json", "Hi").document["output"]["token_ids"]
+    assert document["outputs"][0]["token_ids"] == run("--json", "Hi").document["outputs"][0]["token_ids"]
     assert "embedded" not in teegpu("run", *options, "Hi").err
 
 
@@ -232,7 +232,7 @@ def test_a_plan_for_each_phase(run: Teegpu) -> None:
 def test_a_seed_repeats_itself_and_another_does_not(run: Teegpu) -> None:
     def ids(seed: int) -> list[int]:
         options = ["--temperature", 1, "--top-p", "0.95", "--top-k", 50, "--min-p", "0.01", "--seed", seed]
-        found: list[int] = run("--json", *options, "Hi").document["output"]["token_ids"]
+        found: list[int] = run("--json", *options, "Hi").document["outputs"][0]["token_ids"]
         return found
 
     first = ids(7)
@@ -242,7 +242,7 @@ def test_a_seed_repeats_itself_and_another_does_not(run: Teegpu) -> None:
 
 @pytest.mark.parametrize("plan", ["local", "attention", "per-op"])
 def test_greedy_is_the_same_for_every_plan(plan: str, run: Teegpu) -> None:
-    assert run("--json", "--plan", plan, "Hi").document["output"] == run("--json", "Hi").document["output"]
+    assert run("--json", "--plan", plan, "Hi").document["outputs"][0] == run("--json", "Hi").document["outputs"][0]
 
 
 def test_a_stop_string_that_is_a_special_token_ends_the_text(
@@ -251,21 +251,21 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(
     """No decoded text shows one, so it is known by its id, whatever else ends an answer."""
     path = shutil.copytree(model.path, tmp_path / "model")
     options = ["run", "--model", path, "--plan", "local", "--max-tokens", "6", "--ignore-eos", "--json", "Hi"]
-    ids = teegpu(*options).document["output"]["token_ids"]
+    ids = teegpu(*options).document["outputs"][0]["token_ids"]
     content = json.loads((path / "tokenizer.json").read_text())
     word = next(word for word, index in content["model"]["vocab"].items() if index == ids[2])
     content["added_tokens"].append(content["added_tokens"][0] | {"id": ids[2], "content": word})
     (path / "tokenizer.json").write_text(json.dumps(content))
     assert ids[2] not in ids[:2]
-    assert teegpu(*options).document["output"]["token_ids"] == ids
-    output = teegpu(*options, "--stop", word).document["output"]
+    assert teegpu(*options).document["outputs"][0]["token_ids"] == ids
+    output = teegpu(*options, "--stop", word).document["outputs"][0]
     assert (output["token_ids"], output["finish_reason"]) == (ids[:2], "stop")
 
 
 def test_a_stop_string_ends_the_text_before_it(run: Teegpu) -> None:
-    text = run("--json", "Hi").document["output"]["text"]
+    text = run("--json", "Hi").document["outputs"][0]["text"]
     stop = text[len(text) // 2 :][:3]
-    output = run("--json", "--stop", "never said", "--stop", stop, "Hi").document["output"]
+    output = run("--json", "--stop", "never said", "--stop", stop, "Hi").document["outputs"][0]
     assert output["text"] == text[: text.index(stop)]
     assert output["finish_reason"] == "stop"
     assert len(output["token_ids"]) < 12
@@ -275,14 +275,14 @@ def test_a_stop_string_ends_the_text_before_it(run: Teegpu) -> None:
 def test_the_end_token_ends_the_text_unless_it_is_ignored(
     teegpu: Teegpu, run: Teegpu, tiny_model: TinyModel, server_for: ServerFor
 ) -> None:
-    ids = run("--json", "Hi").document["output"]["token_ids"]
+    ids = run("--json", "Hi").document["outputs"][0]["token_ids"]
     end = ids[5]
     model = tiny_model("llama", vocab_size=1000, eos_token_id=end)  # the same weights
     options = ["--model", model.path, "--plan", "local", "--max-tokens", 12, "--json"]
-    output = teegpu("run", *options, "Hi").document["output"]
+    output = teegpu("run", *options, "Hi").document["outputs"][0]
     assert output["token_ids"] == ids[: ids.index(end)]
     assert output["finish_reason"] == "stop"
-    ignored = teegpu("run", *options, "--ignore-eos", "Hi").document["output"]
+    ignored = teegpu("run", *options, "--ignore-eos", "Hi").document["outputs"][0]
     assert ignored["token_ids"] == ids
     assert ignored["finish_reason"] == "length"
 
@@ -294,10 +294,10 @@ def test_several_prompts_reuse_what_they_share(run: Teegpu, tmp_path: Path) -> N
     beginning = "A common beginning of some length. "
     (tmp_path / "prompts").write_text(f"{beginning}One?\n{beginning}Two?\nNo\n")
     options = ["--prompts-file", tmp_path / "prompts", "--max-tokens", 4]
-    outputs = run("--json", *options).document["output"]
+    outputs = run("--json", *options).document["outputs"]
     assert [output["reused_tokens"] > len(beginning) for output in outputs] == [False, True, False]
     for prompt, output in zip((beginning + "One?", beginning + "Two?", "No"), outputs, strict=True):
-        alone = run("--json", "--max-tokens", 4, prompt).document["output"]
+        alone = run("--json", "--max-tokens", 4, prompt).document["outputs"][0]
         assert output["token_ids"] == alone["token_ids"]
     done = run(*options)
     assert done.out == "\n\n".join(output["text"] for output in outputs) + "\n"
@@ -306,15 +306,15 @@ def test_several_prompts_reuse_what_they_share(run: Teegpu, tmp_path: Path) -> N
 
 def test_one_prompt_in_a_file_still_gives_a_list(run: Teegpu, tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text("Hi\n")
-    outputs = run("--json", "--prompts-file", tmp_path / "prompts").document["output"]
-    assert [output["text"] for output in outputs] == [run("--json", "Hi").document["output"]["text"]]
+    outputs = run("--json", "--prompts-file", tmp_path / "prompts").document["outputs"]
+    assert [output["text"] for output in outputs] == [run("--json", "Hi").document["outputs"][0]["text"]]
 
 
 def test_a_prompt_of_exactly_so_many_tokens(run: Teegpu, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("A text, over and over. ")
     for options in (["--text-file", tmp_path / "text"], []):
         document = run("--json", "--prompt-tokens", 100, *options).document
-        assert document["output"]["prompt_tokens"] == document["phases"]["prefill"]["tokens"] == 100
+        assert document["outputs"][0]["prompt_tokens"] == document["phases"]["prefill"]["tokens"] == 100
 
 
 # What is counted
@@ -359,14 +359,14 @@ def test_times_add_up_in_a_prefill_of_chunks(plan: str, transport: str, run: Tee
     assert document["phases"]["prefill"]["rpc_calls"] > 7 * facts.plan(plan).rpc_calls(1)
     sums(document)
     whole = run("--json", "--plan", plan, "--prompt-tokens", 120, "--max-tokens", 4).document
-    assert document["output"]["token_ids"] == whole["output"]["token_ids"]
+    assert document["outputs"][0]["token_ids"] == whole["outputs"][0]["token_ids"]
 
 
 @pytest.mark.parametrize("transport", [name for name in transports.names() if name != "inprocess"])
 def test_every_transport(transport: str, run: Teegpu) -> None:
     document = run("--json", "--transport", transport, "Hi").document
     assert document["settings"]["transport"] == transport
-    assert document["output"] == run("--json", "Hi").document["output"]
+    assert document["outputs"][0] == run("--json", "Hi").document["outputs"][0]
 
 
 def test_an_emulated_link_is_felt_and_told_of(run: Teegpu) -> None:
@@ -402,7 +402,7 @@ def test_two_runners_at_once_on_one_server(model: ModelFolder, server: LocalServ
         thread.start()
     for thread in threads:
         thread.join()
-    assert answers == {prompt: run("--json", prompt).document["output"]["token_ids"] for prompt in prompts}
+    assert answers == {prompt: run("--json", prompt).document["outputs"][0]["token_ids"] for prompt in prompts}
 
 
 # Nowhere to write to

@@ -118,14 +118,14 @@ def test_a_prompt_longer_than_the_context(run: Teegpu, server: LocalServer) -> N
     assert done.code == 3
     assert one_line(done) == "the prompt has 257 tokens, the model's context ends at 256: shorten it"
     full = run("--endpoint", server.address, "--raw", "--json", "a" * 250)
-    assert full.document["output"]["finish_reason"] == "length"
+    assert full.document["outputs"][0]["finish_reason"] == "length"
 
 
 def test_one_prompt_of_several_is_too_long(run: Teegpu, server: LocalServer, tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text(f"Hi\n{'a' * 300}\nHo\n")
     done = run("--endpoint", server.address, "--raw", "--json", "--prompts-file", tmp_path / "prompts")
     assert done.code == 3
-    first, second = done.document["output"]
+    first, second = done.document["outputs"]
     assert (len(first["token_ids"]), second["token_ids"], second["finish_reason"]) == (12, [], "interrupted")
 
 
@@ -165,7 +165,7 @@ def test_no_server(transport: str, options: list[str], run: Teegpu, monkeypatch:
         assert (document["status"], document["error"]) == ("failed", one_line(done))
         assert document["settings"]["endpoints"] == [address]
         assert document["phases"]["prefill"]["passes"] == 0
-        assert "output" not in document
+        assert document["outputs"] == []
 
 
 def test_a_server_of_another_model(run: Teegpu, tiny_model: TinyModel, server_for: ServerFor) -> None:
@@ -286,7 +286,7 @@ def test_a_server_that_does_not_reply_in_time(
         done = run("--endpoint", server.address, "--json", "Hi")
     assert done.code == 4
     assert "within 0.3 s (link.reply_timeout_seconds)" in one_line(done)
-    assert len(done.document["output"]["token_ids"]) == 1
+    assert len(done.document["outputs"][0]["token_ids"]) == 1
 
 
 # A server that dies
@@ -330,7 +330,7 @@ def test_the_embedded_server_dies_in_prefill(
     )
     assert done.document["status"] == "failed"
     assert done.document["error"] == one_line(done)
-    assert done.document["output"]["text"] == ""
+    assert done.document["outputs"][0]["text"] == ""
     assert done.document["phases"]["prefill"]["seconds"] > 0.2
     nothing_left()
 
@@ -401,8 +401,8 @@ def test_a_separate_server_dies_in_decode(run: Teegpu, start: Start, model: Mode
     error = one_line(replace(done, err=f"{lines[0]}\n{lines[-1]}"))
     assert error.startswith(f"no reply from {address} for 1.0 s, in spite of ")
     assert done.document["status"] == "failed"
-    assert len(done.document["output"]["token_ids"]) == 3
-    assert done.document["output"]["text"]
+    assert len(done.document["outputs"][0]["token_ids"]) == 3
+    assert done.document["outputs"][0]["text"]
 
 
 def test_whom_a_run_waits_for_is_said(run: Teegpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,7 +465,7 @@ def test_ctrl_c_while_loading(
     assert done.code == 130
     assert all(line.startswith("privacy ") for line in done.err.splitlines())
     assert done.document["status"] == "interrupted"
-    assert "output" not in done.document
+    assert done.document["outputs"] == []
     nothing_left()
 
 
@@ -493,8 +493,8 @@ def test_a_signal_in_prefill(send: Send, start: Start, model: ModelFolder, serve
     assert all(line.startswith("privacy ") for line in done.err.splitlines())
     document = done.document
     assert document["status"] == "interrupted"
-    assert document["output"]["text"] == ""
-    assert document["output"]["prompt_tokens"] == 100
+    assert document["outputs"][0]["text"] == ""
+    assert document["outputs"][0]["prompt_tokens"] == 100
     assert document["phases"]["prefill"]["passes"] == 1
     assert document["phases"]["decode"]["passes"] == 0
 

@@ -39,7 +39,7 @@ def run(teegpu: Teegpu, model: ModelFolder) -> Callable[..., Outcome]:
 
 def tokens(done: Outcome) -> list[int]:
     assert done.code == 0, done.err
-    found: list[int] = done.document["output"]["token_ids"]
+    found: list[int] = done.document["outputs"][0]["token_ids"]
     return found
 
 

@@ -28,14 +28,14 @@ def test_private_and_verified_runs_answer_as_the_reference(
     teegpu: Teegpu, model: str, isolated_user_files: Path
 ) -> None:
     plans = ("--plan", "attention")
-    expected = answer(teegpu, model, *plans, "--privacy", "reference").document["output"]["token_ids"]
+    expected = answer(teegpu, model, *plans, "--privacy", "reference").document["outputs"][0]["token_ids"]
     done = answer(teegpu, model, *plans, "--privacy", "pads")
-    assert done.document["output"]["token_ids"] == expected
+    assert done.document["outputs"][0]["token_ids"] == expected
     assert "making pads for" in done.err
     assert done.document["settings"]["offline"]["seconds"] > 0
     assert {"FIXED_POINT", "MASK", "VERIFY", "UNMASK"} <= set(done.document["phases"]["decode"]["ops"])
     done = answer(teegpu, model, *plans, "--verify")
-    assert done.document["output"]["token_ids"] == expected
+    assert done.document["outputs"][0]["token_ids"] == expected
     assert "pads" not in done.err
     assert done.document["settings"]["offline"] is None
     # Neither left anything secret behind.

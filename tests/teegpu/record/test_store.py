@@ -89,17 +89,16 @@ def test_other_ends(store: RunStore, status: str) -> None:
 
 def test_text_stays_out_unless_it_is_to_be_saved(store: RunStore) -> None:
     answer = {"text": "a secret", "token_ids": [1, 2], "finish_reason": "stop"}
-    for run_id, output in (("one", answer), ("two", [answer, answer])):
+    for run_id, outputs in (("one", [answer]), ("two", [answer, answer]), ("none", [])):
         writer = create(store, run_id)
-        told = writer.finish({"schema": "teegpu.report/1", "status": "complete", "output": output})
+        told = writer.finish({"schema": "teegpu.report/1", "status": "complete", "outputs": outputs})
         writer.close()
-        assert told["output"] == output
-        kept = writer.folder.document()["output"]
-        assert kept == ({"finish_reason": "stop"} if run_id == "one" else [{"finish_reason": "stop"}] * 2)
+        assert told["outputs"] == outputs
+        assert writer.folder.document()["outputs"] == [{"finish_reason": "stop"}] * len(outputs)
     writer = store.create("three", {}, events_bytes=1 << 20, save_text=True)
-    writer.finish({"schema": "teegpu.report/1", "status": "complete", "output": answer})
+    writer.finish({"schema": "teegpu.report/1", "status": "complete", "outputs": [answer]})
     writer.close()
-    assert writer.folder.document()["output"] == answer
+    assert writer.folder.document()["outputs"] == [answer]
 
 
 def test_two_runs_at_once(store: RunStore) -> None:

@@ -310,7 +310,7 @@ def test_a_run_that_ended_inside_of_its_prompt_is_advised_without_a_fault(plan: 
 def test_a_run_that_never_began_gets_no_advice() -> None:
     nothing = document(
         run_id="x", status="failed", started_at="", model={}, settings={}, tee={}, server={}, summary=Summary(),
-        output=None,
+        outputs=(),
     )  # fmt: skip
     assert advise(nothing) == []
     assert advise({}) == []

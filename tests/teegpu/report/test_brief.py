@@ -49,7 +49,7 @@ def make(
         "tee": {},
         "server": {"device": "cpu"},
         "summary": summary,
-        "output": None,
+        "outputs": [],
     }
     return document(**(values | changes))
 
@@ -130,7 +130,7 @@ def test_a_run_without_any_phase_has_no_table() -> None:
 
 def test_reused_tokens_of_several_prompts() -> None:
     answers = [{"prompt_tokens": 1000, "reused_tokens": 0}, {"prompt_tokens": 500, "reused_tokens": 480}]
-    assert brief(make(output=answers)).plain.endswith("\n480 of 1,500 prompt tokens reused from the prompt before")
+    assert brief(make(outputs=answers)).plain.endswith("\n480 of 1,500 prompt tokens reused from the prompt before")
 
 
 def test_accepted_guesses() -> None:

@@ -220,5 +220,5 @@ def run(
         tee={"kind": "none", "attested": False},
         server={"device": "cuda", "dtype": "bf16", "threads": 1, "embedded": False} | (server or {}) if remote else {},
         summary=summary,
-        output=None,
+        outputs=(),
     )

@@ -81,7 +81,7 @@ def made(summary: Summary, **more: Any) -> dict[str, Any]:
         "settings": {"prefill_plan": "fused"},
         "tee": {"kind": "none", "attested": False},
         "server": {"device": "cpu"},
-        "output": None,
+        "outputs": (),
     }
     fields |= more
     return document(summary=summary, **fields)
@@ -92,7 +92,7 @@ def test_the_keys_of_a_document(summary: Summary) -> None:
     assert got["schema"] == SCHEMA == "teegpu.report/1"
     assert list(got) == [
         "schema", "id", "status", "started_at", "note", "environment", "record", "model", "settings", "tee", "server",
-        "phases", "generated_tokens", "latency", "link", "memory", "endpoints", "limit", "advice",
+        "outputs", "phases", "generated_tokens", "latency", "link", "memory", "endpoints", "limit", "advice",
     ]  # fmt: skip
     assert set(got["phases"]) == {"prefill", "decode"}
     for each in got["phases"].values():
@@ -102,10 +102,11 @@ def test_the_keys_of_a_document(summary: Summary) -> None:
     assert got["advice"] == []
 
 
-def test_output_and_error_are_there_when_given(summary: Summary) -> None:
-    assert made(summary, output={"text": ""})["output"] == {"text": ""}
+def test_outputs_and_an_error(summary: Summary) -> None:
+    assert made(summary, outputs=[{"text": ""}])["outputs"] == [{"text": ""}]
     assert made(summary, status="failed", error="the server is gone")["error"] == "the server is gone"
-    assert not {"output", "error"} & set(made(summary))
+    assert made(summary)["outputs"] == []
+    assert "error" not in made(summary)
 
 
 def test_the_figures_of_a_phase(summary: Summary) -> None:
@@ -259,7 +260,7 @@ def test_a_run_that_does_not_conclude_is_made_of_its_events(store: RunStore) -> 
     prefill = document["phases"]["prefill"]
     assert prefill["seconds"] == pytest.approx(0.006)
     assert prefill["tee_seconds"] == pytest.approx(0.004)
-    assert "output" not in document
+    assert document["outputs"] == []
 
 
 def test_a_clock_that_goes_backwards_breaks_nothing(store: RunStore) -> None:
@@ -276,11 +277,11 @@ def test_saved_text_of_a_run_that_was_killed(store: RunStore) -> None:
     one = create(store, "one")
     one([RUN[0], ev.TextMade(1, "Once "), ev.TextMade(2, "upon")])
     one.close()
-    assert recorded(one.folder)["output"] == {"text": "Once upon", "finish_reason": "interrupted"}
+    assert recorded(one.folder)["outputs"] == [{"text": "Once upon", "finish_reason": "interrupted"}]
     two = create(store, "two")
     two([RUN[0], ev.TextMade(1, "a"), RUN[0], ev.TextMade(2, "b")])
     two.close()
-    assert [output["text"] for output in recorded(two.folder)["output"]] == ["a", "b"]
+    assert [output["text"] for output in recorded(two.folder)["outputs"]] == ["a", "b"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "5"])
