@@ -261,7 +261,8 @@ def test_what_is_not_answered_in_time_is_told_so(start: StartEndpoint) -> None:
         gate.release(5)
         next(stream)
         endpoint.serving.end()
-        threading.Timer(0.5, gate.release, (1,)).start()
+        until(lambda: endpoint.serving._worker._stopping)
+        gate.release(1)
         with pytest.raises(openai.APIError, match="ending"):
             list(stream)
     endpoint.join()
