@@ -1,8 +1,8 @@
 """What ``teegpu api`` promises of itself while many ask at once; each part is a subcommand.
 
-The endpoint is a process of its own, with an embedded server in bf16; the load is that of ``teegpu bench serve``, from
-this process. ``--add`` puts the samples beside those that ``--out`` has already, so that a long measurement can be had
-in pieces. Exits with 9 where a bound does not hold.
+The endpoint is a process of its own, with an embedded server in ``--dtype``; the load is that of ``teegpu bench
+serve``, from this process. ``--add`` puts the samples beside those that ``--out`` has already, so that a long
+measurement can be had in pieces. Exits with 9 where a bound does not hold.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from teegpu.bench.samples import quantile
 from teegpu.cli.common import sigterm_as_interrupt
 from teegpu.config import Config
 from teegpu.errors import TeegpuError, ThresholdError, UsageError
+from teegpu.kernels import DTYPES
 from teegpu.model import random
 from teegpu.model.folder import ModelFolder
 from teegpu.model.reader import read_spec
@@ -191,21 +192,22 @@ async def made(streams: Sequence[Took], more: int) -> None:
 
 
 class Products:
-    """The products of the model by themselves, in bf16 on all cores: what no engine on this machine is quicker than."""
+    """The products of the model by themselves, on all cores: what no engine on this machine is quicker than."""
 
-    def __init__(self, folder: ModelFolder) -> None:
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype) -> None:
         spec = read_spec(folder)
+        self._dtype = dtype
         with contextlib.closing(WeightStore(folder, spec)) as store:
-            layers = [load_matrix(store, spec, one.weights, torch.bfloat16)
+            layers = [load_matrix(store, spec, one.weights, dtype)
                       for layer in programs(spec, facts.plan("local")) for one in layer.plain]  # fmt: skip
-            self._head = load_matrix(store, spec, LM_HEAD.weights, torch.bfloat16)
+            self._head = load_matrix(store, spec, LM_HEAD.weights, dtype)
         self._layers = layers
 
     def seconds(self, rows: int, wanted: int) -> float:
         """Of ``rows`` rows, ``wanted`` of which go through lm_head too."""
         found = []
-        inputs = {matrix.shape[1]: torch.ones(rows, matrix.shape[1], dtype=torch.bfloat16) for matrix in self._layers}
-        last = torch.ones(wanted, self._head.shape[1], dtype=torch.bfloat16)
+        inputs = {matrix.shape[1]: torch.ones(rows, matrix.shape[1], dtype=self._dtype) for matrix in self._layers}
+        last = torch.ones(wanted, self._head.shape[1], dtype=self._dtype)
         for _ in range(_PRODUCTS_TIMES):
             began = time.perf_counter()
             for matrix in self._layers:
@@ -223,7 +225,7 @@ class Products:
 
 def clients(given: Any, measured: Measured) -> Iterator[dict[str, Any]]:
     counts = [int(part) for part in given.clients.split(",")]
-    products = None if given.privacy or given.link else Products(measured.folder)
+    products = None if given.privacy or given.link else Products(measured.folder, DTYPES[given.dtype])
     for _ in range(given.repeats):
         for count in counts:
             asked = count * given.requests
@@ -535,7 +537,7 @@ def flags_of(given: Any) -> list[object]:
     if given.part == "memory":
         return [*flags, "--plan", "fused"]
     flags += ["--plan", "attention" if given.privacy else "fused"]
-    flags += ["--privacy", given.privacy] if given.privacy else ["--dtype", "bf16"]
+    flags += ["--privacy", given.privacy] if given.privacy else ["--dtype", given.dtype]
     return [*flags, *(["--link", given.link] if given.link else [])]
 
 
@@ -560,6 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--max-tokens", type=int, default=64)
     add("--long-tokens", type=int, default=1160, help="about, of the prompt that arrives: 1,024 (arrival)")
     add("--count", type=int, default=10_000, help="requests (memory)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of the server; fp32 where the processor has no other")
     add("--link", help="emulate one: rtt=5ms,bandwidth=1gbit")
     add("--privacy", choices=("two-server", "pads"))
     add("--other-cores", type=float, default=0.15, help="what is timed while others had more of them is left out")
