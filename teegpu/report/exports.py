@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Iterable, Iterator
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.terminal_theme import TerminalTheme
+from rich.text import Text
 
 from teegpu import formats
 from teegpu.report import facts, look
@@ -162,9 +164,18 @@ def as_svg(blocks: list[RenderableType], title: str, width: int) -> str:
 
 
 def as_plain(blocks: list[RenderableType], width: int) -> str:
-    """The same as lines of text without colour and without spaces at their ends."""
+    """The same as lines of text without colour and without spaces at their ends. What is no table keeps its lines, of
+    whatever length: whoever searches them finds them whole."""
     console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, highlight=False, _environ={})
     with console.capture() as captured:
-        for block in blocks:
-            console.print(block)
+        for part in _parts(blocks):
+            console.print(part, soft_wrap=isinstance(part, Text))
     return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def _parts(blocks: Iterable[RenderableType]) -> Iterator[RenderableType]:
+    for block in blocks:
+        if isinstance(block, Group):
+            yield from _parts(block.renderables)
+        else:
+            yield block

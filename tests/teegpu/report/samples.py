@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import copy
+import io
+from collections.abc import Iterable
 from typing import Any
+
+from rich.console import Console, RenderableType
 
 from teegpu.record import events as ev
 
 MS = 1_000_000
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 <script>alert(1)</script> [bold]x[/bold] `a`|b\n@all \u202egnp"
+
+
+def on_terminal(blocks: Iterable[RenderableType], width: int) -> str:
+    """What a terminal without colours shows, without the spaces at the ends of lines."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, highlight=False, _environ={})
+    with console.capture() as captured:
+        for block in blocks:
+            console.print(block)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
 def operations(*entries: tuple[str, str, int, float]) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from rich.cells import cell_len
 
 from teegpu.errors import UsageError
 from teegpu.report.comparison import Condition, comparison, failures, warnings
-from teegpu.report.exports import as_plain
 from teegpu.report.measures import MEASURES, Measure, find, relative_change
 from teegpu.report.sidebyside import compared, compared_csv, compared_markdown, letter
-from tests.teegpu.report.samples import HOSTILE, document
+from tests.teegpu.report.samples import HOSTILE, document, on_terminal
 
 
 def other(**changes: Any) -> dict[str, Any]:
@@ -181,7 +180,7 @@ def test_a_run_without_a_server_may_be_compared_with_one_that_has_it() -> None:
 
 def table(width: int, *documents: dict[str, Any], conditions: tuple[str, ...] = ()) -> str:
     runs = list(documents)
-    return as_plain(compared(comparison(runs, conditions), width), width)
+    return on_terminal(compared(comparison(runs, conditions), width), width)
 
 
 def test_two_runs() -> None:

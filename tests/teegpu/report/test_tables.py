@@ -14,11 +14,11 @@ from teegpu.report import facts
 from teegpu.report.exports import as_plain
 from teegpu.report.sections import Strip
 from teegpu.report.tables import ASCII_SHADES, SHADES, strip_lines, tables
-from tests.teegpu.report.samples import DECODE, HOSTILE, document
+from tests.teegpu.report.samples import DECODE, HOSTILE, document, on_terminal
 
 
 def text(width: int = 80, **changes: Any) -> str:
-    return as_plain(tables(document(**changes)), width)
+    return on_terminal(tables(document(**changes)), width)
 
 
 def row(shown: str, section: str, label: str) -> list[str]:
@@ -181,6 +181,12 @@ def test_shades_for_terminals_without_unicode() -> None:
             plain.print(block)
     assert not set(SHADES[1:]) & set(shown.get())
     assert "@" in shown.get()
+
+
+def test_in_a_file_what_is_no_table_keeps_its_lines() -> None:
+    """Who searches it finds them whole."""
+    note = "over the switch in the other room, " * 8
+    assert f"note: {note.strip()}\n" in as_plain(tables(document(note=note.strip())), 40)
 
 
 # What is missing, and what is hostile
