@@ -164,10 +164,13 @@ def _those(values: torch.Tensor, least: float) -> torch.Tensor:
 
 
 def _penalise(logits: torch.Tensor, context: Sequence[int], penalty: float) -> torch.Tensor:
-    """Repetition penalty of CTRL (Keskar et al. 2019): seen tokens' logits divided by it, or multiplied if negative."""
+    """Repetition penalty of CTRL (Keskar et al. 2019): seen tokens' logits divided by it, or multiplied if negative.
+
+    Where that is beyond all numbers it is the largest: what is no number is a server's doing, never a penalty's."""
     seen = torch.tensor(sorted(set(context)), dtype=torch.int64)
     values = logits[seen]
-    return logits.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
+    made = torch.where(values < 0, values * penalty, values / penalty).nan_to_num()
+    return logits.index_copy(0, seen, torch.where(values.isfinite(), made, values))
 
 
 def _logprobs(logits: torch.Tensor, token: int, count: int) -> tuple[int, float, list[tuple[int, float]]]:

@@ -97,6 +97,15 @@ def test_what_no_token_can_be_drawn_from_is_told(value: float, options: Sampling
         Sampler(options)(damaged, [])
 
 
+@pytest.mark.parametrize("penalty", [1e-30, 1e-38, 1e-40, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 0.7])
+def test_no_penalty_makes_numbers_of_a_server_into_none(temperature: float, penalty: float) -> None:
+    """It would be taken for a server's fault, which ends all that runs."""
+    values = torch.arange(-25.0, 26.0)
+    options = SamplingOptions(temperature=temperature, repetition_penalty=penalty, seed=1)
+    assert Sampler(options)(values, list(range(51))) > 25
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 5e-324])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
 @pytest.mark.parametrize("scale", [1.0, -1.0, 3e38])
