@@ -176,6 +176,8 @@ class Engine:
             )
         if tokens > self.max_positions:
             raise prompt_too_long(tokens, self.max_positions)
+        if (worst := max(sequence.tokens)) >= self._spec.vocab_size:  # a tokenizer may know more than the model
+            raise PromptError(f"the prompt has token {worst}, and the model has {self._spec.vocab_size} tokens")
         if self._most(sequence) > self.most_positions:
             raise PromptError(
                 f"a prompt of {tokens} tokens and {sequence.max_tokens} more are more than the {self.most_positions} "

@@ -91,7 +91,9 @@ def test_generation_ends_with_the_context(runner: Harness) -> None:
     assert (len(full.token_ids), full.finish_reason) == (1, "length")
 
 
-@pytest.mark.parametrize(("prompt", "message"), [([], "empty"), ([1] * 17, "17 tokens.*ends at 16")])
+@pytest.mark.parametrize(
+    ("prompt", "message"), [([], "empty"), ([1] * 17, "17 tokens.*ends at 16"), ([1, 9999], "9999")]
+)
 def test_prompts_that_can_not_be(prompt: list[int], message: str, runner: Harness) -> None:
     with pytest.raises(PromptError, match=message):
         generate(runner.engine("local", max_positions=16), prompt)
