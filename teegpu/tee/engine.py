@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from teegpu.errors import BusyError, DeadlineError, PromptError, TeegpuError, UnmetError, prompt_too_long
+from teegpu.errors import BadReplyError, BusyError, DeadlineError, PromptError, TeegpuError, UnmetError, prompt_too_long
 from teegpu.model.spec import ModelSpec
 from teegpu.record.events import DECODE, PREFILL, TEE, Admitted, Arrived, GaveWay, Left, Speculated, Stepped
 from teegpu.record.recorder import Recorder
@@ -218,6 +218,8 @@ class Engine:
                 self._end(sequence, error)
         for sequence in list(self._running):
             self._leave(sequence, error)
+        while isinstance(error, BadReplyError) and self.prefixes.drop_one():
+            pass  # who asks again would go on from what came of such replies, and fail again
         self._rest()
         self._tell()
 

@@ -311,6 +311,22 @@ def test_those_that_ran_can_be_ended_with_the_error(runner: Harness) -> None:
     assert asked[2].ends == [None]
 
 
+def test_what_a_false_reply_left_is_not_gone_on_from(runner: Harness) -> None:
+    engine = runner.engine("local", capacity=Capacity(sequences=2, prefix_bytes=1 << 30))
+    first, again = (Request(random_ids(20).tolist(), 5, 0) for _ in range(2))
+    sequence = first.sequence()
+    engine.add(sequence)
+    engine.step()
+    sequence.held.slab.values[0].fill_(float("inf"))  # as values too large make it, which are found out by the logits
+    with pytest.raises(BadReplyError) as caught:
+        engine.step()
+    engine.fail(caught.value)
+    engine.add(again.sequence())
+    while engine.step():
+        pass
+    assert again.made == alone(runner.engine("local"), again)
+
+
 def test_what_can_not_be_prepared_for_ends_alone(runner: Harness) -> None:
     def prepare(tokens: int, prompts: int, rows: int) -> None:
         if tokens + rows > 100:
