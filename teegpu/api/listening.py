@@ -92,16 +92,30 @@ def tls(certificate: str, key: str) -> ssl.SSLContext | None:
 class _Protocol(H11Protocol):
     """A connection that says nothing is closed: h11's own time-out begins after the first answer only."""
 
+    _head_until: float | None = None
+    """When the head that has begun to come has to be whole, by the loop's clock."""
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(HEAD_SECONDS, self._say_something)
+        self._wait_for_a_head()
 
     def data_received(self, data: bytes) -> None:
-        waiting = self.cycle is None or self.cycle.response_complete
+        waiting = self._waiting
         super().data_received(data)
-        if waiting and (self.cycle is None or self.cycle.response_complete) and not self.timeout_keep_alive_task:
-            # Still no whole head: the clock goes on from where it was.
-            self.timeout_keep_alive_task = self.loop.call_later(HEAD_SECONDS, self._say_something)
+        if not waiting or not self._waiting:
+            self._head_until = None
+        elif not self.timeout_keep_alive_task:  # still no whole head: the clock goes on from where it was
+            self._wait_for_a_head()
+
+    @property
+    def _waiting(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _wait_for_a_head(self) -> None:
+        if self._head_until is None:
+            self._head_until = self.loop.time() + HEAD_SECONDS
+        self.timeout_keep_alive_task = self.loop.call_at(self._head_until, self._say_something)
 
     def _say_something(self) -> None:
         if not self.transport.is_closing():

@@ -126,6 +126,24 @@ def test_half_a_request(sent: bytes, start: StartEndpoint, monkeypatch: pytest.M
     endpoint.end()
 
 
+@pytest.mark.parametrize("sent", [b"GET /", b"POST /nothing HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"])
+def test_a_head_that_comes_byte_by_byte(sent: bytes, start: StartEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does a body that nobody wants any more."""
+    monkeypatch.setattr("teegpu.api.listening.HEAD_SECONDS", 1.0)
+    endpoint = start()
+    with connected(endpoint) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(sent)
+        connection.settimeout(0.2)
+        for _ in range(50):
+            with contextlib.suppress(TimeoutError):
+                if not connection.recv(65536):
+                    break
+            connection.sendall(b"x")
+        else:
+            pytest.fail("it was waited for without end")
+    endpoint.end()
+
+
 SMUGGLED = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
