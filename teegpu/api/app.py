@@ -242,10 +242,6 @@ class Api:
         """Begins every choice of every prompt. Raises ``ApiError`` and what ``Engine.add`` does."""
         worker, runner = self._worker, self._worker.ready
         who = request.scope["teegpu.namespace"]
-        wished = len(prompts) * wanted.choices
-        if self._key_requests and self._asking[who] + wished > self._key_requests:
-            message = f"this API key may have {self._key_requests} requests at once (api.key_requests): try again later"
-            raise ApiError(429, message, code="key_busy")
         namespace = f"{who}/{wanted.cache_salt}"
         queue: Queue = asyncio.Queue()
         choices: list[Choice] = []
@@ -264,6 +260,10 @@ class Api:
                 choices.append(
                     Choice(index, list(prompt), wanted, most, runner.tokenizer, namespace, put, grammar, calls)
                 )
+        # Nothing is waited for from here on: others with this key would find the same number.
+        if self._key_requests and self._asking[who] + len(choices) > self._key_requests:
+            message = f"this API key may have {self._key_requests} requests at once (api.key_requests): try again later"
+            raise ApiError(429, message, code="key_busy")
         answer = _Answer(worker, choices, queue, form, wanted, self._asking, who)
         answer.begin()
         return answer

@@ -9,6 +9,7 @@ import logging
 import subprocess
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,27 @@ def test_one_key_does_not_take_all_places(start: StartEndpoint, keys: str) -> No
         assert [bool(list(stream)) for stream in (held, other)] == [True, True]
         until(lambda: not endpoint.serving._api._asking)
         assert one.completions.create(model=MODEL, prompt="a", n=2, max_tokens=2).choices
+    endpoint.end()
+
+
+def test_one_key_does_not_take_all_places_while_grammars_are_made(start: StartEndpoint, keys: str) -> None:
+    endpoint = start(api__keys=keys, api__key_requests=1)
+    body = {"prompt": "a", "max_tokens": 3, "response_format": {"type": "json_object"}}
+
+    def status(_: int) -> int:
+        try:
+            post(endpoint, "/v1/completions", body, authorization="Bearer one")
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+        return 200
+
+    with endpoint.gated() as gate, ThreadPoolExecutor(4) as pool:
+        statuses = [pool.submit(status, number) for number in range(4)]
+        until(lambda: sum(each.done() for each in statuses) == 3 or endpoint.engine.waiting > 1)
+        assert endpoint.engine.waiting == 1
+        gate.release(100)
+    assert sorted(each.result() for each in statuses) == [200, 429, 429, 429]
     endpoint.end()
 
 
