@@ -15,6 +15,10 @@ from teegpu.units import one_line
 
 MOST_SCHEMA_BYTES: Final = 64 * 1024
 
+MOST_TOGETHER: Final = 12
+"""Patterns of a schema, where several may have to hold for one text: each doubles what that takes, and no limit of
+llguidance ends it."""
+
 _SPACE: Final = r"[ \n]{1,8}"
 """Room for an indentation, and not for a model that has nothing to say but spaces."""
 
@@ -35,6 +39,8 @@ class Grammars:
         text = json.dumps(schema)
         if len(text) > MOST_SCHEMA_BYTES:
             raise ApiError(400, f"the schema is longer than {MOST_SCHEMA_BYTES} bytes", param=param)
+        if _patterns_together(schema) > MOST_TOGETHER:
+            raise _refused(f"it has more than {MOST_TOGETHER} patterns and joins some of them", param)
         with self._lock:
             if self._made is None:
                 self._made = _tokens_of(self._tokenizer)
@@ -46,6 +52,23 @@ class Grammars:
         if matcher.is_error():
             raise _refused(matcher.get_error(), param)
         return Grammar(matcher)
+
+
+def _patterns_together(schema: dict[str, Any]) -> int:
+    """How many patterns a text may have to follow at once, at most; 0 where nothing joins any."""
+    count, joined = 0, False
+    parts: list[Any] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            patterns = sum(isinstance(part.get(name), str) for name in ("pattern", "format"))
+            every = part.get("allOf")
+            several = sum(isinstance(part.get(name), list) for name in ("allOf", "anyOf", "oneOf"))
+            count += patterns
+            joined |= (patterns > 0) + several + isinstance(part.get("$ref"), str) > 1
+            joined |= isinstance(every, list) and len(every) > 1
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return count if joined else 0
 
 
 def _tokens_of(tokenizer: Tokenizer) -> LLTokenizer:

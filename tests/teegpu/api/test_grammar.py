@@ -34,3 +34,41 @@ def test_a_schema_that_is_nested_too_deep_is_refused() -> None:
     tokenizer: Any = SimpleNamespace(to_json=lambda: JSON, vocab_size=300, eos_token_ids=(2,))
     with pytest.raises(ApiError, match="the schema can't be followed"):
         Grammars(tokenizer).of(schema, "response_format")
+
+
+def pattern(number: int) -> dict[str, Any]:
+    return {"type": "string", "pattern": f"a.{{{number}}}b"}
+
+
+def chained(name: str) -> dict[str, Any]:
+    made: dict[str, Any] = {"type": "string"}
+    for number in range(14):
+        made = {**pattern(number), name: [made]}
+    return made
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [pattern(number) for number in range(14)]},
+        {"allOf": [{"properties": {"a": pattern(number)}} for number in range(14)]},
+        chained("allOf"),
+        chained("anyOf"),
+        {
+            "$defs": {f"d{n}": {**pattern(n), "$ref": f"#/$defs/d{n + 1}"} for n in range(14)} | {"d14": {}},
+            "$ref": "#/$defs/d0",
+        },
+    ],
+)
+def test_many_patterns_for_one_text_are_refused(schema: dict[str, Any]) -> None:
+    """Of 24 a minute is spent, of 40 all time there is."""
+    tokenizer: Any = SimpleNamespace(to_json=lambda: JSON, vocab_size=300, eos_token_ids=(2,))
+    with pytest.raises(ApiError, match="more than 12 patterns"):
+        Grammars(tokenizer).of(schema, "response_format")
+
+
+def test_many_patterns_beside_each_other_are_taken() -> None:
+    tokenizer: Any = SimpleNamespace(to_json=lambda: JSON, vocab_size=300, eos_token_ids=(2,))
+    optional = {"anyOf": [pattern(1), {"type": "null"}], "title": "Optional"}
+    properties = {f"a{number}": pattern(number) for number in range(30)} | {"format": optional, "pattern": optional}
+    assert Grammars(tokenizer).of({"type": "object", "properties": properties}, "response_format")
