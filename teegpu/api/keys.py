@@ -36,10 +36,10 @@ class ApiKeys:
             raise ConfigError(f"api.keys: {path} has no digest, so that nobody could use this endpoint")
 
     def whose(self, authorization: str) -> str | None:
-        """The name under which the one with this ``Authorization`` header is known here: the digest of its key, or None
-        where there is no such key. It takes as long for all."""
+        """The name under which the one with this ``Authorization`` header (read as Latin-1) is known here: the digest
+        of its key, or None where there is no such key. It takes as long for all."""
         scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(key.strip(" \t").encode("latin-1")).digest()
         known = False
         for each in self._digests:
             known |= hmac.compare_digest(each, digest)

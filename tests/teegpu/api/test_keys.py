@@ -32,6 +32,13 @@ def test_who_has_a_key_is_known_by_its_digest(tmp_path: Path) -> None:
         assert keys.whose(wrong) is None
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "voilà", "键", "sk-_=+/.~"])
+def test_a_key_is_the_bytes_that_are_sent(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(digest(key))
+    assert ApiKeys(str(path)).whose(f"Bearer  {key} ".encode().decode("latin-1")) == digest(key)
+
+
 @pytest.mark.parametrize("text", ["", "# none\n", "abc\n", digest("a")[:-1], digest("a") + "b"])
 def test_files_that_hold_no_digests(text: str, tmp_path: Path) -> None:
     path = tmp_path / "keys"
