@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +61,7 @@ class Sampler:
         self.seed = secrets.randbits(63) if options.seed is None else options.seed
         self._generator = torch.Generator().manual_seed(self.seed)
         self._counts: Counter[int] = Counter()
+        self._bias: tuple[torch.Tensor, torch.Tensor] | None = None
         self.drawn: tuple[int, float, list[tuple[int, float]]] | None = None
 
     def __call__(self, logits: torch.Tensor, context: Sequence[int]) -> int:
@@ -98,13 +99,13 @@ class Sampler:
     def _shifted(self, logits: torch.Tensor) -> torch.Tensor:
         """``logits`` with penalties and bias, and without ids that no tokenizer knows."""
         options, size = self.options, logits.shape[-1]
-        shifts = {token: value for token, value in options.bias if token < size}
-        for token, count in self._counts.items():
-            penalty = options.presence_penalty + count * options.frequency_penalty
-            shifts[token] = shifts.get(token, 0.0) - penalty
-        if shifts:
-            ids = torch.tensor(list(shifts), dtype=torch.int64)
-            logits = logits.index_add(0, ids, torch.tensor(list(shifts.values())))
+        if options.bias:
+            if self._bias is None:  # once: it may be as long as a request's body
+                self._bias = _shifts({token: value for token, value in options.bias if token < size})
+            logits = logits.index_add(0, *self._bias)
+        if self._counts:
+            once, each = options.presence_penalty, options.frequency_penalty
+            logits = logits.index_add(0, *_shifts({t: -(once + count * each) for t, count in self._counts.items()}))
         if options.vocabulary is not None and options.vocabulary < size:
             logits = logits.clone()
             logits[options.vocabulary :] = float("-inf")
@@ -151,6 +152,11 @@ class Sampler:
         upto = probabilities.cumsum(dim=-1, dtype=torch.float64)
         point = upto[-1] * (1.0 - torch.rand((), dtype=torch.float64, generator=self._generator))  # above 0
         return int(torch.searchsorted(upto, point))
+
+
+def _shifts(numbers: Mapping[int, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and what is added to the logit of each."""
+    return torch.tensor(list(numbers), dtype=torch.int64), torch.tensor(list(numbers.values()), dtype=torch.float32)
 
 
 def _numpy(values: torch.Tensor) -> npt.NDArray[np.float32]:

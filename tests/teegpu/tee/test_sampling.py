@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -95,6 +96,20 @@ def test_what_no_token_can_be_drawn_from_is_told(value: float, options: Sampling
         return
     with pytest.raises(BadReplyError, match="not numbers"):
         Sampler(options)(damaged, [])
+
+
+def test_a_bias_is_read_once_however_long_it_is() -> None:
+    """Others wait for each token while it is."""
+    read: list[int] = []
+
+    class Bias(tuple[tuple[int, float], ...]):
+        def __iter__(self) -> Iterator[tuple[int, float]]:
+            read.append(1)
+            return super().__iter__()
+
+    sampler = Sampler(SamplingOptions(bias=Bias([(7, 50.0), (99, 100.0)]), presence_penalty=2.0))
+    assert [sampler(logits(), []) for _ in range(4)] == [7] * 4
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("penalty", [1e-30, 1e-38, 1e-40, 1e-300])
