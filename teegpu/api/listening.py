@@ -24,6 +24,9 @@ from transports.errors import BadAddressError
 HEAD_SECONDS: Final = 10.0
 """How long a connection may take to send the head of its first request, and how long it may be idle afterwards."""
 
+UNREAD_SECONDS: Final = 30.0
+"""How long a client may leave unread what fills a connection before that is given up."""
+
 
 @dataclass(frozen=True)
 class Address:
@@ -94,6 +97,7 @@ class _Protocol(H11Protocol):
 
     _head_until: float | None = None
     """When the head that has begun to come has to be whole, by the loop's clock."""
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -106,6 +110,23 @@ class _Protocol(H11Protocol):
             self._head_until = None
         elif not self.timeout_keep_alive_task:  # still no whole head: the clock goes on from where it was
             self._wait_for_a_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._read()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._read()
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     @property
     def _waiting(self) -> bool:

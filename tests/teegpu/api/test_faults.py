@@ -144,6 +144,21 @@ def test_a_head_that_comes_byte_by_byte(sent: bytes, start: StartEndpoint, monke
     endpoint.end()
 
 
+def test_answers_that_nobody_reads(start: StartEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teegpu.api.listening.UNREAD_SECONDS", 0.3)
+    endpoint = start()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(endpoint.address)
+        connection.settimeout(1.0)
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" * 100)
+        until(lambda: not endpoint.serving._server.server_state.connections)
+    until(lambda: endpoint.serving._api.active == 0)
+    endpoint.end()
+
+
 SMUGGLED = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
