@@ -62,7 +62,8 @@ def replacing(
     power cut doesn't undo it either. ``overwrite`` False: ``FileExistsError`` where ``path`` has come to be there.
 
     Raises ``OSError``."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    # A name may have 255 bytes, and a character of it has up to four.
+    temporary = path.with_name(f".{path.name[:60]}.{os.urandom(4).hex()}")
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
     descriptor = os.open(temporary, flags, 0o666 if mode is None else mode)
     try:

@@ -108,7 +108,7 @@ class Output:
 
     def keep(self, document: dict[str, Any]) -> None:
         """Writes what there is so far, where the result is a JSON file: so much survives whatever ends the process."""
-        if self._quietly.path is not None and self.form == "json":
+        if self._quietly.path is not None and not self._quietly.flows and self.form == "json":
             from teegpu.bench import render
 
             self._quietly.write(render.render(document, self.form))
