@@ -47,6 +47,14 @@ def expanded(path: str, setting: str) -> Path:
         raise ConfigError(f"{setting} = {path!r} names a user without a home folder: give the whole path") from None
 
 
+def there(path: Path) -> bool:
+    """Whether something is at ``path``, or may be: where that can't be looked at, who then reads it is told why."""
+    try:
+        return path.exists()
+    except OSError:  # Python takes a folder that may not be entered, or a name that is too long, for an error
+        return True
+
+
 def private_folder(path: Path) -> Path:
     """``path``, made with what is above it for this user alone where it is missing. Raises ``OSError``."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ import msgpack
 import zstandard
 
 from teegpu.errors import RecordError
+from teegpu.files import there
 from teegpu.record import events as ev
 from teegpu.units import printable
 
@@ -111,14 +112,18 @@ def to_write(folder: Path) -> sqlite3.Connection:
 def to_read(folder: Path) -> sqlite3.Connection:
     """For one thread at a time. Raises ``RecordError`` where there is none that this release can read."""
     path = folder / FILE
-    if not path.exists():
+    if not there(path):
         if (folder / "meta.json").exists():
             raise RecordError(
                 f"run {folder.name} was recorded by an older teegpu, in files that this one does not read: read it "
                 f"with that release, or delete it: teegpu report rm {folder.name}"
             )
         raise RecordError(f"run {folder.name}: there is no {FILE} in {folder}")
-    if not path.is_file():  # to open a FIFO would wait for its writer
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise RecordError(f"run {folder.name}: {FILE} can't be read: {error.strerror}") from None
+    if not is_file:  # to open a FIFO would wait for its writer
         raise RecordError(f"run {folder.name}: {FILE} is not a file")
     uri = f"{path.absolute().as_uri()}?mode=ro"
     with contextlib.ExitStack() as undo:

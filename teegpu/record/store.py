@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from teegpu.config import Config
 from teegpu.errors import RecordError, nearest
-from teegpu.files import Lock, expanded, locked, private_folder, user_folder
+from teegpu.files import Lock, expanded, locked, private_folder, there, user_folder
 from teegpu.record import database
 from teegpu.record.run import FAILED, INTERRUPTED, LOCK, RunFolder
 from teegpu.record.writer import RunWriter
@@ -157,8 +157,9 @@ def open_store(config: Config) -> RunStore:
 
 
 def _looks_like_a_run(path: Path) -> bool:
-    """``meta.json``: records of older releases are there to be listed and removed, not to be read."""
-    return (path / database.FILE).exists() or (path / "meta.json").exists()
+    """``meta.json``: records of older releases are there to be listed and removed, not to be read. So is one of another
+    user, such as root's, that can't be looked at: the others are none the worse for it."""
+    return there(path / database.FILE) or (path / "meta.json").exists()
 
 
 def _never_began(run: RunFolder) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from datetime import UTC, datetime, timedelta
@@ -141,6 +142,22 @@ def test_a_record_of_an_older_release_is_listed_and_can_be_removed(store: RunSto
             read()
     store.remove(old)
     assert ids(store) == ["new"]
+
+
+def test_a_record_that_can_not_be_looked_at_hides_no_others(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run_id in ("mine", "roots"):
+        concluded(store, run_id)
+    stat_of = Path.stat
+
+    def stat(path: Path, **how: bool) -> os.stat_result:
+        if path.parent.name == "roots":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat_of(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert set(ids(store)) == {"mine", "roots"}
+    with pytest.raises(RecordError, match=r"run roots: run\.sqlite can't be read: Permission denied"):
+        store.find("roots").meta()
 
 
 def test_what_is_no_run_is_not_listed(store: RunStore) -> None:
