@@ -16,6 +16,7 @@ Nothing here needs torch, or any package: the command line is built on it and mu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import textwrap
@@ -27,7 +28,7 @@ from typing import Any
 from teegpu import operators
 from teegpu.errors import ConfigError, nearest
 from teegpu.fields import Setting, Value
-from teegpu.files import expanded, replace, user_folder
+from teegpu.files import expanded, replace, there, user_folder
 from teegpu.settings import (
     GONE,
     PLANS,
@@ -137,12 +138,15 @@ def files(
     config_file: Path | None = None, *, environ: Mapping[str, str] | None = None, folder: Path | None = None
 ) -> list[Path]:
     """The files that ``load`` reads, strongest last. Raises ``ConfigError`` where ``config_file`` does not exist."""
-    if config_file is not None and not config_file.exists():
+    if config_file is not None and not there(config_file):
         raise ConfigError(f"--config {config_file}: there is no such file")
     if config_file is None:
-        return [path for path in (user_file(environ), (folder or Path()) / FILE_NAME) if path.exists()]
+        return [path for path in (user_file(environ), (folder or Path()) / FILE_NAME) if there(path)]
     own = user_file(environ)
-    return [own, config_file] if own.exists() and not own.samefile(config_file) else [config_file]
+    same = False
+    with contextlib.suppress(OSError):  # one of them is not there, or can't be read, which is told when it is
+        same = own.samefile(config_file)
+    return [own, config_file] if there(own) and not same else [config_file]
 
 
 def load(

@@ -56,17 +56,21 @@ def secret_path(name: str) -> Path:
 
 
 def all_keys() -> list[Found]:
-    """Every key of the folder, by name, those that can't be used included."""
-    names: set[str] = set()
-    if folder().is_dir():
-        files = (entry.name for entry in os.scandir(folder()) if not entry.name.startswith("."))
-        names = {name[:-4] for name in files if name.endswith((PUBLIC_SUFFIX, SECRET_SUFFIX))}
+    """Every key of the folder, by name, those that can't be used included. Raises ``ConfigError`` where the folder
+    can't be read."""
+    try:
+        files = [name for name in os.listdir(folder()) if not name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        files = []
+    except OSError as error:
+        raise ConfigError(f"the keys in {folder()} can't be read: {error.strerror}") from None
+    names = {name[:-4] for name in files if name.endswith((PUBLIC_SUFFIX, SECRET_SUFFIX))}
     return [_find(name) for name in sorted(names)]
 
 
 def folder_trouble() -> str:
     """Why the folder itself is no place for secrets; empty where it is one, or is not there."""
-    return security.unsafe(folder(), folder().stat()) if folder().is_dir() else ""
+    return security.unsafe(folder(), folder().stat()) if os.path.isdir(folder()) else ""
 
 
 def _find(name: str) -> Found:

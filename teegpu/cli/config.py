@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -52,9 +53,9 @@ def init(
 ) -> None:
     """Write a settings file in which every setting is explained; prints its path."""
     target = settings.user_file() if path is None else path
-    if target.is_dir():
+    if os.path.isdir(target):  # not Path's: that raises where it may not look
         raise ConfigError(f"{target} is a folder: name the file to write, as in '{target / settings.FILE_NAME}'")
-    if target.exists() and not force:
+    if os.path.exists(target) and not force:
         raise ConfigError(f"{target} exists: give --force to replace it")
     try:
         settings.write(target, settings.render(active=active))

@@ -207,8 +207,11 @@ def _store(config_file: Path | None) -> RunStore:
 def _find(store: RunStore, name: str) -> RunFolder | Path:
     """The run, or the file that is meant. Raises ``RecordError``."""
     path = Path(name)
-    if (path.suffix == ".json" or "/" in name) and path.is_file():
-        return path
+    try:
+        if (path.suffix == ".json" or "/" in name) and path.is_file():
+            return path
+    except OSError as error:
+        raise RecordError(f"{path} can't be read: {error.strerror}") from None
     return store.find(name)
 
 

@@ -11,6 +11,7 @@ from teegpu.cli.common import ConfigFile, message_console, sigterm_as_interrupt
 from teegpu.cli.destination import Destination
 from teegpu.cli.flags import Flags, takes_settings
 from teegpu.errors import ConfigError, UsageError
+from teegpu.files import there
 
 if TYPE_CHECKING:
     from teegpu.bench.tuning import Wanted
@@ -169,7 +170,7 @@ def _stored(settings: Config, folder: Any) -> Profile:
         digest = store.digest()
     place = profiles.path_of(run.endpoints, link, digest)
     renewal = profiles.renewal(run.endpoints, link, settings.model.name)
-    if not place.exists():
+    if not there(place):
         raise ConfigError(f"--saved: there is no profile of these yet: '{renewal}' measures one")
     found = profiles.read(place)
     if reason := found.misfit(digest=digest):
@@ -182,7 +183,7 @@ def _what_if(specs: list[str], settings: Config, prompt_tokens: int, decode_toke
     from teegpu.facts import AUTO, BF16
 
     def shape_of(model: str) -> Shape:
-        known = model in whatif.MODELS or not (set(model) & set("/.~") or Path(model).exists())
+        known = model in whatif.MODELS or not (set(model) & set("/.~") or there(Path(model)))
         return whatif.known(model) if known else _shape_of(model, settings)
 
     name = settings.model.name

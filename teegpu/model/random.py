@@ -54,9 +54,9 @@ def write(
         raise UsageError(
             f"a random model can't be of the architecture '{spec.architecture}': choose one of {', '.join(_CLASSES)}"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not empty: give a new folder with --out")
     try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"{out} exists and is not empty: give a new folder with --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}~", dir=out.parent))
         try:

@@ -201,7 +201,7 @@ def stored(
 ) -> tuple[Profile | None, str]:
     """The profile that fits, if there is one; else None and, where there is one that does not, why."""
     path = path_of(endpoints, link, digest)
-    if not path.exists():
+    if not files.there(path):
         return None, ""
     try:
         found = read(path)

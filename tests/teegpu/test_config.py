@@ -76,6 +76,14 @@ def test_a_given_file_replaces_the_one_in_the_folder(environ: dict[str, str], tm
     assert (loaded.run.max_tokens, loaded.run.threads) == (3, 0)
 
 
+def test_a_file_that_can_not_be_looked_at_is_told(environ: dict[str, str], tmp_path: Path) -> None:
+    far = tmp_path / ("a" * 300)
+    with pytest.raises(ConfigError, match="a: can't be read: File name too long"):
+        load(config_file=far, environ=environ, folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.toml: can't be read: File name too long"):
+        load(environ=environ | {"XDG_CONFIG_HOME": str(far)}, folder=tmp_path)
+
+
 def test_a_given_file_must_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--config .*none\.toml: there is no such file"):
         load(config_file=tmp_path / "none.toml", environ={})

@@ -113,3 +113,9 @@ def test_no_home_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
     assert user_folder("cache", {"XDG_CACHE_HOME": "/somewhere"}) == Path("/somewhere/teegpu")
     with pytest.raises(ConfigError, match=r"record\.dir = '~nosuchuser/x' names a user without a home folder"):
         expanded("~nosuchuser/x", "record.dir")
+
+
+def test_what_can_not_be_looked_at_may_be_there(tmp_path: Path) -> None:
+    assert files.there(tmp_path)
+    assert not files.there(tmp_path / "nothing")
+    assert files.there(tmp_path / ("a" * 300))

@@ -156,3 +156,10 @@ def test_no_pair_is_made_over_another(pairs: tuple[KeyPair, KeyPair]) -> None:
     with pytest.raises(BadKeyError, match="exists already"):
         keys.new("me")
     assert keys.new("me", replace=True) != pairs[1]
+
+
+def test_a_folder_that_can_not_be_looked_at_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / ("a" * 300)))
+    assert not keys.folder_trouble()
+    with pytest.raises(ConfigError, match="/keys can't be read: File name too long"):
+        keys.all_keys()

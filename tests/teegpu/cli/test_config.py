@@ -101,3 +101,8 @@ def test_init_where_nothing_can_be_written(capsys: pytest.CaptureFixture[str]) -
     Path("file").write_text("")
     assert run(["config", "init", "file/config.toml"]) == 2
     assert capsys.readouterr().err == "teegpu: file/config.toml: can't be written: File exists\n"
+
+
+def test_init_with_a_name_that_can_not_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config", "init", "a" * 300]) == 2
+    assert capsys.readouterr().err.endswith("a: can't be written: File name too long\n")

@@ -306,6 +306,13 @@ def test_a_file_with_the_text_of_a_run_is_for_the_user_alone(
     assert written.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_file_that_can_not_be_looked_at(store: RunStore, teegpu: Teegpu) -> None:
+    put(store)
+    done = teegpu("report", "show", "a" * 300 + ".json")
+    assert done.code == 8
+    assert done.err.endswith(".json can't be read: File name too long\n")
+
+
 def test_a_table_in_a_file_is_plain(store: RunStore, teegpu: Teegpu, tmp_path: Path) -> None:
     put(store)
     assert teegpu("report", "last", "--out", tmp_path / "report.txt").code == 0

@@ -133,6 +133,11 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path) -> None:
         random.write(SMALL, tmp_path / "file" / "made")
 
 
+def test_a_folder_that_can_not_be_looked_at_is_named(tmp_path) -> None:
+    with pytest.raises(ModelError, match=r"can't be written to .* \(File name too long\)"):
+        random.write(SMALL, tmp_path / ("a" * 300))
+
+
 def test_an_interrupt_leaves_nothing(tmp_path) -> None:
     def interrupt(text: str, share: float | None) -> None:
         raise KeyboardInterrupt

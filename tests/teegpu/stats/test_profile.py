@@ -23,6 +23,13 @@ def test_a_profile_is_found_again_and_is_its_users_alone(isolated_user_files: Pa
     assert [path.name for path in place.parent.iterdir()] == [place.name]
 
 
+def test_a_profile_that_can_not_be_looked_at_fails_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / ("a" * 300)))
+    found, why = profiles.stored((), "", "x", 1, None)
+    assert found is None
+    assert why.endswith("can't be read: File name too long")
+
+
 def test_each_link_and_model_has_its_own() -> None:
     one = profiles.path_of(("a", "b"), "", "x")
     assert one == profiles.path_of(("b", "a"), "", "x")
