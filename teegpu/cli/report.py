@@ -97,19 +97,20 @@ def list_runs(
 
     as_json = _form(form, as_json, None, ("table", "json")) == "json"
     runs = _store(config_file).all()
-    chosen = [_line(run) for run in (runs[:limit] if limit else runs)]
+    newest = runs[:limit] if limit else runs
+    chosen = [one for one in map(_line, newest) if one is not None]
     if as_json:
         text = json.dumps({"schema": "teegpu.runs/1", "runs": [entry(line) for line in chosen]}, indent=2)
         Destination(None, force=False).write(text + "\n")
         return
-    if not runs:
+    if not chosen:
         message_console().print(_NO_RUNS)
         return
     console = result_console()
     for line in listing(chosen, datetime.now(UTC), console.width if console.is_terminal else None):
         console.print(line, soft_wrap=not console.is_terminal)
-    if len(runs) > len(chosen):
-        message_console().print(f"and {len(runs) - len(chosen)} older ones: --limit 0 lists all")
+    if len(runs) > len(newest):
+        message_console().print(f"and {len(runs) - len(newest)} older ones: --limit 0 lists all")
 
 
 @app.command()
@@ -180,11 +181,13 @@ def rm(
     if not chosen:
         message_console().print("there is nothing to delete")
         return
+    from teegpu.files import there
+
     if not (yes or _confirmed(chosen)):
         message_console().print("nothing is deleted")
         return
     for run in chosen:
-        if run.status == "running":
+        if run.status == "running" and there(run.path):  # another who removes it holds it as a run does
             raise RecordError(f"run {run.id} is still going: end it first, then delete its record")
     for number, run in enumerate(chosen):
         try:
@@ -320,8 +323,9 @@ def _print(blocks: Any, destination: Destination) -> None:
     destination.write(as_plain(rendered, PLAIN_WIDTH))
 
 
-def _line(run: RunFolder) -> Line:
-    """A run for the list. One that can't be read has a line that says so."""
+def _line(run: RunFolder) -> Line | None:
+    """A run for the list. One that can't be read has a line that says so, and one that went meanwhile has none."""
+    from teegpu.files import there
     from teegpu.report import look
     from teegpu.report.listing import Line
     from teegpu.stats.document import recorded
@@ -330,7 +334,7 @@ def _line(run: RunFolder) -> Line:
     try:
         return Line(run.id, run.status, look.check(recorded(run), f"the record of run {run.id}"))
     except RecordError as error:
-        return Line(run.id, "unreadable", {}, printable(str(error)))
+        return Line(run.id, "unreadable", {}, printable(str(error))) if there(run.path) else None
 
 
 def _begun(run: RunFolder) -> Line:

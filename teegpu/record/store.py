@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sqlite3
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,9 @@ _HIDDEN: Final = "."
 """How names begin that are not there for readers: what is being made, and what is being removed."""
 
 _SWEEP_SECONDS: Final = 3600.0
+
+_LOOK_SECONDS: Final = 0.2
+"""More than it takes another to look at a lock, or to remove a record: both hold it as a run does."""
 
 
 class RunStore:
@@ -106,11 +110,16 @@ class RunStore:
         return removed
 
     def remove(self, run: RunFolder) -> None:
-        """Raises ``RecordError`` where the run is under way, or may not be removed."""
-        if locked(run.path / LOCK):
-            raise RecordError(f"run {run.id} is under way: end it before its record")
-        if not self._take_away(run):
-            raise RecordError(f"run {run.id} can't be removed from {self.root}")
+        """Raises ``RecordError`` where the run is under way, or may not be removed. One that another removes at the
+        same time is removed."""
+        until = time.monotonic() + _LOOK_SECONDS
+        while not self._take_away(run):
+            if time.monotonic() < until:
+                time.sleep(_LOOK_SECONDS / 20)
+            elif locked(run.path / LOCK):
+                raise RecordError(f"run {run.id} is under way: end it before its record")
+            else:
+                raise RecordError(f"run {run.id} can't be removed from {self.root}")
 
     def _take_away(self, run: RunFolder) -> bool:
         """Whether ``run`` is gone now. Two who do this at once don't get into each other's way."""
@@ -119,7 +128,7 @@ class RunStore:
             with Lock(run.path / LOCK, wait=False):
                 run.path.rename(going)
         except OSError:
-            return False
+            return not there(run.path)
         shutil.rmtree(going, ignore_errors=True)
         return True
 

@@ -178,6 +178,18 @@ def test_an_empty_store_says_how_to_make_a_run(store: RunStore, teegpu: Teegpu) 
     assert '"runs": []' in listed.pop()
 
 
+def test_a_run_that_goes_while_they_are_listed_is_not_in_the_list(
+    two: RunStore, teegpu: Teegpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = two.all()
+    two.remove(runs[1])
+    monkeypatch.setattr(RunStore, "all", lambda _: runs)
+    assert [each["id"] for each in json.loads(teegpu("report", "list", "--json").out)["runs"]] == [runs[0].id]
+    assert teegpu("report", "rm", "--all", "--yes").code == 0
+    done = teegpu("report", "list")
+    assert (done.out, "no runs are recorded" in done.err) == ("", True)
+
+
 def test_an_unknown_run_names_the_nearest(store: RunStore, teegpu: Teegpu) -> None:
     put(store)
     done = teegpu("report", "show", "20260102-030405-abcdee")

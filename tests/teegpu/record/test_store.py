@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -263,8 +265,25 @@ def test_a_run_under_way_is_never_pruned_nor_removed(store: RunStore) -> None:
     old.close()
     store.remove(old.folder)
     assert ids(store) == ["new"]
-    with pytest.raises(RecordError, match="run old can't be removed"):
-        store.remove(old.folder)
+
+
+def test_what_can_not_be_removed_is_told(store: RunStore) -> None:
+    run = concluded(store, "one")
+    (store.root / ".one.old" / "in the way").mkdir(parents=True)
+    with pytest.raises(RecordError, match="run one can't be removed"):
+        store.remove(run)
+    assert ids(store) == ["one"]
+
+
+def test_two_who_remove_the_same_record_have_both_removed_it(store: RunStore) -> None:
+    run = concluded(store, "one")
+    with ThreadPoolExecutor(1) as pool, Lock(run.path / LOCK):  # as another holds it who removes it, or looks
+        removal = pool.submit(store.remove, run)
+        time.sleep(0.05)
+        run.path.rename(store.root / ".one.old")
+    removal.result()
+    store.remove(run)
+    assert ids(store) == []
 
 
 def test_pruning_while_one_is_written_and_another_is_read(store: RunStore) -> None:
