@@ -296,7 +296,7 @@ def _bind_ipc(socket: zmq.Socket[bytes], address: addresses.Address) -> Binding:
     path = Path(address.path)
     try:
         path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
-        _remove_stale(path)
+        remove_stale(path, f"ipc://{path}")
         # Private from its first moment on, even in a directory that others can enter.
         previous = os.umask(PRIVATE_SOCKET_UMASK)
         try:
@@ -310,18 +310,17 @@ def _bind_ipc(socket: zmq.Socket[bytes], address: addresses.Address) -> Binding:
         raise BadAddressError(f"can't listen on {address.text}: {(error.strerror or str(error)).lower()}") from error
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove the socket file of a server that is gone. zmq would remove any file, a living server's socket included."""
+def remove_stale(path: Path, text: str) -> None:
+    """Remove the socket file of a server that is gone. zmq would remove any file, a living server's socket included.
+    ``text`` is the address for people. Raises ``BadAddressError`` for what is there and is none, and ``OSError``."""
     try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise BadAddressError(f"can't listen on ipc://{path}: there is a file of that name that is not a socket")
-    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
-        try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise BadAddressError(f"can't listen on {text}: there is a file of that name that is not a socket")
+        with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
             probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-    raise BadAddressError(f"can't listen on ipc://{path}: another server listens there; choose another path")
+    except FileNotFoundError:  # its server may go at this moment
+        return
+    except ConnectionRefusedError:
+        path.unlink(missing_ok=True)
+        return
+    raise BadAddressError(f"can't listen on {text}: another server listens there; choose another path")

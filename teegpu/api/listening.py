@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from teegpu.errors import ConfigError
 from transports import addresses
 from transports.errors import BadAddressError
+from transports.sockets import Binding, remove_stale
 
 HEAD_SECONDS: Final = 10.0
 """How long a connection may take to send the head of its first request, and how long it may be idle afterwards."""
@@ -56,21 +57,29 @@ class Address:
     def text(self) -> str:
         return f"unix:{self.path}" if self.path else addresses.at(self.host, self.port)
 
-    def listen(self, setting: str) -> socket.socket:
-        """A socket that listens here; a unix socket is for its own user. Raises ``ConfigError``."""
+    def listen(self, setting: str) -> tuple[socket.socket, Binding]:
+        """A socket that listens here, and what to release when it is closed; a unix socket is for its own user. Raises
+        ``ConfigError``, also where another listens, or where there is a file that is no socket."""
         try:
-            if self.path:
-                Path(self.path).unlink(missing_ok=True)
-                listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                before = os.umask(0o177)
-                try:
-                    listener.bind(self.path)
-                finally:
-                    os.umask(before)
-                return listener
-            return socket.create_server((self.host, self.port), family=_family(self.host))
+            if not self.path:
+                return socket.create_server((self.host, self.port), family=_family(self.host)), Binding(self.text)
+            path = Path(self.path)
+            remove_stale(path, self.text)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            before = os.umask(0o177)
+            try:
+                listener.bind(self.path)
+                listener.listen()
+            except OSError:
+                listener.close()
+                raise
+            finally:
+                os.umask(before)
+            return listener, Binding(self.text, path, path.lstat().st_ino)
         except OSError as error:
             raise ConfigError(f"{setting}: can't listen at {self.text} ({error.strerror or error})") from None
+        except BadAddressError as error:
+            raise ConfigError(f"{setting}: {error}") from None
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -90,7 +90,7 @@ class Serving:
         own = self._attesting.identity
         self._context = tls(api.tls_cert, api.tls_key) if own is None else own.context
         self._address = Address.parse(api.listen, "api.listen")
-        self._listener = self._address.listen("api.listen")
+        self._listener, self._binding = self._address.listen("api.listen")
         self._signals = 0
         self._answered = 0
         self._ending: asyncio.Task[None] | None = None
@@ -100,7 +100,10 @@ class Serving:
     def run(self) -> int:
         """Serves until it is told to end; how many sequences it computed. Raises what ended it otherwise, and
         ``KeyboardInterrupt`` where its thread was left behind in the middle of a step or of its start."""
-        answered = asyncio.run(self._run())
+        try:
+            answered = asyncio.run(self._run())
+        finally:
+            self._binding.release()
         if self._left_behind:
             raise KeyboardInterrupt
         return answered

@@ -24,7 +24,7 @@ class Serving:
             )
         self._upstream = upstream
         self._on_ready = on_ready
-        self._listener = self._address.listen("--listen")
+        self._listener, self._binding = self._address.listen("--listen")
 
     def run(self) -> None:
         """Serves until it is told to end. Raises what the first connection to the endpoint does."""
@@ -50,4 +50,5 @@ class Serving:
             await self._server.serve([self._listener])
         finally:
             self._listener.close()
+            self._binding.release()
             self._upstream.close()

@@ -399,6 +399,27 @@ def test_a_unix_socket(start: StartEndpoint, tmp_path: Path) -> None:
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 200")
     endpoint.end()
+    assert not path.exists()
+
+
+def test_a_unix_socket_takes_the_place_of_one_that_was_left_alone(tmp_path: Path) -> None:
+    import socket
+
+    from teegpu.api.listening import Address
+
+    path = tmp_path / "api.sock"
+    address = Address(path=str(path))
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))  # as a process leaves it that was killed
+    listener, binding = address.listen("api.listen")
+    with listener, pytest.raises(ConfigError, match=r"api\.listen: can't listen on unix:/.*: another server listens"):
+        address.listen("api.listen")
+    assert path.is_socket()
+    binding.release()
+    path.write_text("precious")
+    with pytest.raises(ConfigError, match="there is a file of that name that is not a socket"):
+        address.listen("api.listen")
+    assert path.read_text() == "precious"
 
 
 # What is seen of it
