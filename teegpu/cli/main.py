@@ -153,6 +153,9 @@ def run(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. What went wrong is printed to stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # its encoding may lack a character of an answer, or of ours
+    for size in ("COLUMNS", "LINES"):
+        if not os.environ.get(size, "unset").strip("0"):  # of a terminal without a size, where rich prints nothing
+            del os.environ[size]
     try:
         # in this mode usage errors are raised to us, and an exit code, if any, is returned
         result = typer.main.get_command(app).main(args=args, prog_name="teegpu", standalone_mode=False)

@@ -64,6 +64,15 @@ def test_help_lists_every_command(args: list[str], capsys: pytest.CaptureFixture
     assert "Exit codes: 0 done" in out
 
 
+def test_a_terminal_without_a_size_is_printed_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns in ("0", ""):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert cli.run(["model", "list"]) == 0
+        assert "smollm2-135m" in capsys.readouterr().out
+
+
 def test_help_explains_every_exit_code() -> None:
     explained = {int(part.split()[0]) for part in cli.EPILOG.removeprefix("Exit codes: ").split(", ")}
     kinds = [
