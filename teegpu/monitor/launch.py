@@ -111,7 +111,7 @@ class WatchedRun:
                 stdin=subprocess.PIPE if typed is not None else _standard_input(),
                 stdout=subprocess.PIPE if hold_stdout else None,
                 stderr=subprocess.PIPE if hold_stderr else None,
-                pass_fds=(write_end,),
+                pass_fds=(write_end, *_given()),
                 start_new_session=True,
                 env=children.environment(given),
             )
@@ -179,6 +179,16 @@ class WatchedRun:
         self.wait()
         self._reader.join()
         os.close(self._feed)
+
+
+def _given() -> list[int]:
+    """Descriptors that we were started with beside the usual three, such as a shell's ``<(…)``: the run reads them."""
+    found = []
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # the folder's own, which is closed by now
+            if number > 2 and os.get_inheritable(number):
+                found.append(number)
+    return found
 
 
 def _standard_input() -> int | None:
