@@ -60,10 +60,10 @@ COMMANDS: dict[str, Entry] = {
 }
 
 EPILOG = (
-    "Exit codes: 0 done, 2 usage or settings, 3 model or prompt, 4 no connection to the server, 5 server of another "
-    "model or version, 6 refused by the server, 7 invalid message, 8 record of a run, 9 above a threshold, 10 privacy "
-    "that can't be kept, 11 a server's answer is wrong, 12 evidence that is refused, 70 a bug, 130 interrupted, "
-    "141 reader of the output gone."
+    "Exit codes: 0 done, 1 full disk or failed cases, 2 usage or settings, 3 model or prompt, 4 no connection to the "
+    "server, 5 server of another model or version, 6 refused by the server, 7 invalid message, 8 record of a run, 9 "
+    "above a threshold, 10 privacy that can't be kept, 11 a server's answer is wrong, 12 evidence that is refused, 70 "
+    "a bug, 130 interrupted, 141 reader of the output gone."
 )
 
 
