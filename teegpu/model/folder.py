@@ -129,7 +129,7 @@ class ModelFolder:
         wanted = [name for name in sorted(names) if any(fnmatch.fnmatchcase(name, form) for form in TEXT_FILES)]
         if len(wanted) > _MOST_FILES:
             raise ModelError(f"{self.path} has {len(wanted)} tokenizer files, more than {_MOST_FILES}: {self.repair}")
-        return {name: self._read(name) for name in wanted if not self._is_gone(name)}
+        return {name: self.read(name) for name in wanted if not self._is_gone(name)}
 
     def _is_gone(self, name: str) -> bool:
         """Whether ``name`` is no file that could be read: a folder, or a link to nothing."""

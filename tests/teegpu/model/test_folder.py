@@ -74,6 +74,20 @@ def test_a_pinned_folder_is_what_it_was(copied_model) -> None:
     assert (digest(folder), read_spec(folder), Tokenizer(folder).encode_chat("hello")) == before
 
 
+def test_a_file_that_goes_while_they_are_read_is_missing(copied_model, monkeypatch) -> None:
+    looked = ModelFolder._is_gone
+
+    def look(folder: ModelFolder, name: str) -> bool:
+        gone = looked(folder, name)
+        if name == "config.json":
+            (folder.path / name).unlink()
+        return gone
+
+    monkeypatch.setattr(ModelFolder, "_is_gone", look)
+    with pytest.raises(ModelError, match=r"config\.json is missing: restore the file"):
+        copied_model("llama").pinned()
+
+
 def test_libraries_are_given_a_private_copy_of_those_files_alone(copied_model) -> None:
     folder = copied_model("llama")
     (folder.path / "evil.py").write_text("")
