@@ -103,7 +103,7 @@ def _layers(value: str, text: str) -> Layers:
 def file_of(text: str) -> Path | None:
     """The file that lists endpoints, where ``text`` names one."""
     address = text.strip().partition("#")[0]
-    return Path(address[1:]).expanduser() if address.startswith("@") else None
+    return files.expanded(address[1:], "run.endpoints") if address.startswith("@") else None
 
 
 def _listed(text: str) -> list[Endpoint]:

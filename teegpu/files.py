@@ -41,6 +41,8 @@ def _home(variable: str) -> Path:
 
 def expanded(path: str, setting: str) -> Path:
     """``path``, the value of ``setting``, with a user's home in the place of ~. Raises ``ConfigError``."""
+    if "\0" in path:
+        raise ConfigError(f"{setting} = {path!r} is no path: there is a NUL in it")
     try:
         return Path(path).expanduser()
     except RuntimeError:

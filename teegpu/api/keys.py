@@ -6,9 +6,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from pathlib import Path
 
 from teegpu.errors import ConfigError
+from teegpu.files import expanded
 
 _LINE = re.compile(r"([0-9a-fA-F]{64})(\s.*)?")
 
@@ -18,7 +18,7 @@ class ApiKeys:
 
     def __init__(self, path: str) -> None:
         try:
-            lines = Path(path).expanduser().read_text("utf-8").splitlines()
+            lines = expanded(path, "api.keys").read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"api.keys: {path} can't be read ({error})") from None
         self._digests: list[bytes] = []

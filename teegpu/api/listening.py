@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from teegpu.errors import ConfigError
+from teegpu.files import expanded
 from transports import addresses
 from transports.errors import BadAddressError
 from transports.sockets import Binding, remove_stale
@@ -40,7 +41,7 @@ class Address:
     @classmethod
     def parse(cls, text: str, setting: str) -> Address:
         """``host:port`` or ``unix:/path``. Raises ``ConfigError``."""
-        if text.startswith("unix:/"):
+        if text.startswith("unix:/") and "\0" not in text:
             return cls(path=text.removeprefix("unix:"))
         try:
             found = addresses.parse(f"tcp://{text}", listening=True)
@@ -95,7 +96,7 @@ def tls(certificate: str, key: str) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(Path(certificate).expanduser(), Path(key).expanduser())
+        context.load_cert_chain(expanded(certificate, "api.tls_cert"), expanded(key, "api.tls_key"))
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"api.tls_cert, api.tls_key: no certificate with its key can be read ({error})") from None
     return context

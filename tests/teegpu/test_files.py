@@ -119,3 +119,8 @@ def test_what_can_not_be_looked_at_may_be_there(tmp_path: Path) -> None:
     assert files.there(tmp_path)
     assert not files.there(tmp_path / "nothing")
     assert files.there(tmp_path / ("a" * 300))
+
+
+def test_a_path_with_a_nul_is_told_as_that() -> None:
+    with pytest.raises(ConfigError, match=r"record\.dir = 'a\\x00b' is no path: there is a NUL in it"):
+        expanded("a\0b", "record.dir")

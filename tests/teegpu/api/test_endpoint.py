@@ -382,7 +382,7 @@ def test_addresses_that_others_reach_need_tls_and_keys(keys: str) -> None:
             check(listen=listen, keys=keys)
         assert "can be reached" in check(insecure=True, listen=listen)
         assert check(listen=listen, keys=keys, tls_cert="c", tls_key="k") == ""
-    for wrong in ("", "80", "localhost", "unix:x", "tcp://a:1"):
+    for wrong in ("", "80", "localhost", "unix:x", "unix:/tmp/a\0b", "tcp://a:1"):
         with pytest.raises(ConfigError, match=r"api\.listen"):
             check(listen=wrong)
 
@@ -400,6 +400,16 @@ def test_a_unix_socket(start: StartEndpoint, tmp_path: Path) -> None:
     assert answer.startswith(b"HTTP/1.1 200")
     endpoint.end()
     assert not path.exists()
+
+
+def test_files_of_nobodys_home_are_told() -> None:
+    from teegpu.api.keys import ApiKeys
+    from teegpu.api.listening import tls
+    from teegpu.endpoints import file_of
+
+    for read in (ApiKeys, lambda path: tls(path, path), lambda path: file_of("@" + path)):
+        with pytest.raises(ConfigError, match=r"'~nobody-has-this/x' names a user without a home folder"):
+            read("~nobody-has-this/x")
 
 
 def test_a_unix_socket_takes_the_place_of_one_that_was_left_alone(tmp_path: Path) -> None:
