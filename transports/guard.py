@@ -104,7 +104,8 @@ class Peer:
     settled_bytes: int = 0
     unfinished: int = 0
     resident_then: int | None = None
-    explained_then: int = 0
+    held_then: int = 0
+    unfinished_then: int = 0
     ended: bool = False
 
 
@@ -312,14 +313,15 @@ class Guard:
         peer.unfinished = received - peer.settled_bytes
 
     def _judge(self, suspects: list[Peer], unfinished: int) -> None:
-        resident, explained = resident_bytes(), self._explained_bytes() + unfinished
+        resident, held = resident_bytes(), self._explained_bytes()
         for peer in suspects:
             if peer.resident_then is None or resident < peer.resident_then:
-                peer.resident_then, peer.explained_then = resident, explained
+                peer.resident_then, peer.held_then, peer.unfinished_then = resident, held, unfinished
 
         def unexplained(peer: Peer) -> int:
             grown = resident - (peer.resident_then or 0)
-            return grown - max(0, explained - peer.explained_then)
+            # Each by itself: what is no longer held is not free yet, where our user still has it.
+            return grown - max(0, held - peer.held_then) - max(0, unfinished - peer.unfinished_then)
 
         if max(map(unexplained, suspects)) <= UNEXPLAINED_BYTES + self.user_bytes:
             return

@@ -42,7 +42,9 @@ def event_of(record: logging.LogRecord) -> str:
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD and name != "event"}
+    """What the code that logs gave. Names that begin with ``_`` are those of libraries (Ray) which mark all lines."""
+    known = _STANDARD | {"event"}
+    return {name: value for name, value in vars(record).items() if name not in known and not name.startswith("_")}
 
 
 class Bounded(logging.Filter):

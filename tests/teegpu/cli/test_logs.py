@@ -24,7 +24,7 @@ def lines(form: str, level: str, write: Callable[[], None]) -> list[str]:
 
 
 def test_json_lines_have_event_and_fields() -> None:
-    about = {"event": "client-came", "connection": 3, "peer": "127.0.0.1:5"}
+    about = {"event": "client-came", "connection": 3, "peer": "127.0.0.1:5", "_ray_timestamp_ns": 1}
     line, other = (
         json.loads(line)
         for line in lines(
