@@ -4,8 +4,8 @@ PYTHON ?= python3
 PROMPT ?= Why does the moon have phases? Explain it in three short sentences.
 # More arguments for 'teegpu run' or pytest, as in: make test ARGS="-k wire"
 ARGS ?=
-# Tests at once. More than cores: half of them wait, for a process or for a time-out.
-JOBS ?= 3
+# Tests at once.
+JOBS ?= 2
 # Another index for PyTorch. The CPU build is much smaller: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
