@@ -260,7 +260,7 @@ class Runner:
         weights.preload(facts.LOCAL)
         silent = Recorder()
         decoder = Decoder(spec, weights, rotary, facts.LOCAL, LocalProducts(weights, silent), silent)
-        return Drafter(decoder, spec, rotary, self.recorder)
+        return Drafter(decoder, spec, rotary, self.recorder, vocab_size=self.spec.vocab_size)
 
     def _client(self, pool: Pool, wire: str, ids: Iterator[int]) -> GpuClient:
         config = self.config

@@ -41,13 +41,17 @@ class Draft:
 
 class Drafter:
     """Guesses with ``decoder``, which computes in the TEE alone and records nothing; its time is ``DRAFT`` of
-    ``recorder``."""
+    ``recorder``. ``vocab_size``: tokens of the model that it guesses for; with the same tokenizer either may have rows
+    for more."""
 
-    def __init__(self, decoder: Decoder, spec: ModelSpec, rotary: Rotary, recorder: Recorder) -> None:
+    def __init__(
+        self, decoder: Decoder, spec: ModelSpec, rotary: Rotary, recorder: Recorder, *, vocab_size: int
+    ) -> None:
         self._decoder = decoder
         self._spec = spec
         self._rotary = rotary
         self._record = recorder
+        self._vocab_size = vocab_size
         self._slabs = Slabs(spec, shared=True, most=spec.max_positions)
 
     def begin(self) -> Draft:
@@ -55,15 +59,16 @@ class Drafter:
 
     def guess(self, asked: Several[tuple[Draft, list[int], int]]) -> list[list[int]]:
         """For each draft, of the sequence with these tokens, that many that may come next; none where the small model's
-        context ends before."""
+        context ends before, or where it has no row for a token."""
         made: list[list[int]] = [[] for _ in asked]
-        left = [
-            (place, draft, tokens, most)
-            for place, (draft, tokens, most) in enumerate(asked)
-            if most > 0 and len(tokens) + most <= self._spec.max_positions
-        ]
-        for _, draft, tokens, most in left:
+        left = []
+        for place, (draft, tokens, most) in enumerate(asked):
+            if most <= 0 or len(tokens) + most > self._spec.max_positions:
+                continue
             draft.keep(tokens)
+            if max(tokens[len(draft.held) :]) < self._spec.vocab_size:
+                left.append((place, draft, tokens, most))
+        for _, draft, tokens, most in left:
             draft.cache.reserve(len(tokens) + most)
             while len(tokens) - len(draft.held) > CHUNK:
                 self._read([(draft, tokens[len(draft.held) : len(draft.held) + CHUNK])], "none")
@@ -72,7 +77,7 @@ class Drafter:
             rows = [(draft, [*tokens, *made[place]][len(draft.held) :]) for place, draft, tokens, _ in left]
             logits = self._read(rows, "last")
             assert logits is not None
-            for (place, *_), token in zip(left, logits.argmax(dim=-1).tolist(), strict=True):
+            for (place, *_), token in zip(left, logits[:, : self._vocab_size].argmax(dim=-1).tolist(), strict=True):
                 made[place].append(token)
             left = [one for one in left if len(made[one[0]]) < one[3]]
         self._record.lap(TEE, "DRAFT")

@@ -15,7 +15,8 @@ from tests.teegpu.test_runner_many import open_runner
 
 
 def drafter(runner: Harness, other: Harness) -> Drafter:
-    return Drafter(other.decoder("local"), other.spec, other.rotary, runner.recorder)
+    vocab_size = runner.spec.vocab_size
+    return Drafter(other.decoder("local"), other.spec, other.rotary, runner.recorder, vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -56,6 +57,19 @@ def test_a_context_that_is_shorter_ends_the_guesses(
     serve(engine, [asked])
     assert len(asked.made) == 40
     assert runner.summary.phases["decode"].drafted_tokens
+
+
+@pytest.mark.parametrize("more", [-10, 100])
+def test_a_model_with_rows_for_other_tokens(
+    more: int, runner: Harness, tiny_model: TinyModel, harness: MakeHarness
+) -> None:
+    """It guesses none that the model lacks, and nothing where it lacks one itself."""
+    last = runner.spec.vocab_size - 1
+    other = harness(tiny_model("llama", vocab_size=last + 1 + more))
+    engine = runner.engine("fused", speculate=4, drafter=drafter(runner, other))
+    asked = Request([*random_ids(9).tolist(), last], 30, 0)
+    serve(engine, [asked])
+    assert asked.made == alone(runner.engine("fused"), Request(asked.prompt, 30, 0))
 
 
 def test_a_runner_with_one(tiny_model: TinyModel) -> None:
