@@ -14,7 +14,7 @@ _LINE = re.compile(r"([0-9a-fA-F]{64})(\s.*)?")
 
 
 class ApiKeys:
-    """Raises ``ConfigError`` for a file that can't be read, or has another line than a digest."""
+    """Raises ``ConfigError`` for a file that can't be read, or has another line than a digest of a key."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -31,7 +31,13 @@ class ApiKeys:
                     f"api.keys: line {number} of {path} does not begin with a SHA-256 digest: make one with "
                     "printf %s KEY | sha256sum"
                 )
-            self._digests.append(bytes.fromhex(found[1]))
+            digest = bytes.fromhex(found[1])
+            if digest == hashlib.sha256(b"").digest():
+                raise ConfigError(
+                    f"api.keys: line {number} of {path} is the digest of an empty key, which lets everybody "
+                    "in: make it anew, of a KEY that is set"
+                )
+            self._digests.append(digest)
         if not self._digests:
             raise ConfigError(f"api.keys: {path} has no digest, so that nobody could use this endpoint")
 

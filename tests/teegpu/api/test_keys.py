@@ -39,7 +39,7 @@ def test_a_key_is_the_bytes_that_are_sent(key: str, tmp_path: Path) -> None:
     assert ApiKeys(str(path)).whose(f"Bearer  {key} ".encode().decode("latin-1")) == digest(key)
 
 
-@pytest.mark.parametrize("text", ["", "# none\n", "abc\n", digest("a")[:-1], digest("a") + "b"])
+@pytest.mark.parametrize("text", ["", "# none\n", "abc\n", digest("a")[:-1], digest("a") + "b", digest("")])
 def test_files_that_hold_no_digests(text: str, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(text)
