@@ -41,9 +41,6 @@ BODY_SECONDS: Final = 30.0
 DISCARDED: Final = 8
 """Times the longest body that are read and thrown away, so that who sends too much reads why it is refused."""
 
-SEND_SECONDS: Final = 30.0
-"""How long a client may leave what it was sent unread before its request is given up."""
-
 PUBLIC: Final = frozenset({"/health", "/v1/attestation"})
 """What is asked without an API key; evidence, since who has not seen it should send no key."""
 
@@ -296,7 +293,6 @@ class _Answer(Response):
         self._queue = queue
         self._form = form
         self._wanted = wanted
-        self._sender: _Sender | None = None
         self.background = None
 
     def begin(self) -> None:
@@ -312,10 +308,9 @@ class _Answer(Response):
         work = asyncio.ensure_future(self._respond(scope, receive, send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            while not work.done():
-                await asyncio.wait((work, gone), timeout=SEND_SECONDS / 2, return_when=asyncio.FIRST_COMPLETED)
-                if not work.done() and (gone.done() or self._unread_seconds > SEND_SECONDS):
-                    raise ClientDisconnect
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
             work.result()
         finally:
             self._end()
@@ -332,16 +327,9 @@ class _Answer(Response):
         for choice in self._choices:
             self._worker.cancel(choice.sequence)
 
-    @property
-    def _unread_seconds(self) -> float:
-        """For how long the client has left unread what it was sent."""
-        since = None if self._sender is None else self._sender.since
-        return 0.0 if since is None else asyncio.get_running_loop().time() - since
-
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._wanted.stream:
-            self._sender = _Sender(send)
-            await self._stream(self._sender)
+            await self._stream(_Sender(send))
             return
         try:
             body = await self._whole()
@@ -401,13 +389,10 @@ class _Answer(Response):
 
 
 class _Sender:
-    """The body of a stream. ``since`` is when what is being sent was begun to be, None where nothing is: a timer for
-    each event would cost more than the event."""
+    """The body of a stream."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._time = asyncio.get_running_loop().time
-        self.since: float | None = None
 
     async def begin(self) -> None:
         headers = [
@@ -418,9 +403,7 @@ class _Sender:
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def send(self, body: bytes, *, more: bool = True) -> None:
-        self.since = self._time()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        self.since = None
 
     async def end(self) -> None:
         await self.send(b"", more=False)

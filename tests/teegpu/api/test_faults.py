@@ -45,6 +45,14 @@ def connected(endpoint: Endpoint) -> Iterator[socket.socket]:
         yield connection
 
 
+@contextlib.contextmanager
+def who_reads_little(endpoint: Endpoint) -> Iterator[socket.socket]:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(endpoint.address)
+        yield connection
+
+
 def answer(connection: socket.socket) -> bytes:
     """All that comes until the other side closes."""
     return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -92,11 +100,9 @@ def test_who_goes_is_gone_within_one_step(where: str, stream: bool, start: Start
 
 
 def test_who_does_not_read_is_given_up(start: StartEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teegpu.api.app.SEND_SECONDS", 0.2)
+    monkeypatch.setattr("teegpu.api.listening.UNREAD_SECONDS", 0.2)
     endpoint = start()
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect(endpoint.address)
+    with who_reads_little(endpoint) as connection:
         body = {"prompt": ["a"] * 16, "n": 2, "max_tokens": 1900, "ignore_eos": True, "stream": True, "logprobs": 20}
         connection.sendall(request(body))
         until(lambda: endpoint.engine.running)
@@ -147,9 +153,7 @@ def test_a_head_that_comes_byte_by_byte(sent: bytes, start: StartEndpoint, monke
 def test_answers_that_nobody_reads(start: StartEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teegpu.api.listening.UNREAD_SECONDS", 0.3)
     endpoint = start()
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect(endpoint.address)
+    with who_reads_little(endpoint) as connection:
         connection.settimeout(1.0)
         with contextlib.suppress(OSError):
             for _ in range(1000):
