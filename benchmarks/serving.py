@@ -198,10 +198,9 @@ class Products:
         spec = read_spec(folder)
         self._dtype = dtype
         with contextlib.closing(WeightStore(folder, spec)) as store:
-            layers = [load_matrix(store, spec, one.weights, dtype)
-                      for layer in programs(spec, facts.plan("local")) for one in layer.plain]  # fmt: skip
+            self._layers = [load_matrix(store, spec, one.weights, dtype)
+                            for layer in programs(spec, facts.LOCAL) for one in layer.plain]  # fmt: skip
             self._head = load_matrix(store, spec, LM_HEAD.weights, dtype)
-        self._layers = layers
 
     def seconds(self, rows: int, wanted: int) -> float:
         """Of ``rows`` rows, ``wanted`` of which go through lm_head too."""

@@ -14,7 +14,7 @@ import stat
 import struct
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -297,17 +297,24 @@ def _bind_ipc(socket: zmq.Socket[bytes], address: addresses.Address) -> Binding:
     try:
         path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
         remove_stale(path, f"ipc://{path}")
-        # Private from its first moment on, even in a directory that others can enter.
-        previous = os.umask(PRIVATE_SOCKET_UMASK)
-        try:
+        with private_socket():
             socket.bind(address.text)
-        finally:
-            os.umask(previous)
         return Binding(address.text, path, path.lstat().st_ino)
     except zmq.ZMQError as error:
         raise BadAddressError(f"can't listen on {address.text}: {_why(error)}") from error
     except OSError as error:
         raise BadAddressError(f"can't listen on {address.text}: {(error.strerror or str(error)).lower()}") from error
+
+
+@contextlib.contextmanager
+def private_socket() -> Iterator[None]:
+    """A socket's file that is made within it is private from its first moment on, even in a directory that others can
+    enter."""
+    previous = os.umask(PRIVATE_SOCKET_UMASK)
+    try:
+        yield
+    finally:
+        os.umask(previous)
 
 
 def remove_stale(path: Path, text: str) -> None:

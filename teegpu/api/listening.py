@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import ssl
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from teegpu.errors import ConfigError
 from teegpu.files import expanded
 from transports import addresses
 from transports.errors import BadAddressError
-from transports.sockets import Binding, remove_stale
+from transports.sockets import Binding, private_socket, remove_stale
 
 HEAD_SECONDS: Final = 10.0
 """How long a connection may take to send the head of its first request, and how long it may be idle afterwards."""
@@ -67,15 +66,13 @@ class Address:
             path = Path(self.path)
             remove_stale(path, self.text)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            before = os.umask(0o177)
             try:
-                listener.bind(self.path)
+                with private_socket():
+                    listener.bind(self.path)
                 listener.listen()
             except OSError:
                 listener.close()
                 raise
-            finally:
-                os.umask(before)
             return listener, Binding(self.text, path, path.lstat().st_ino)
         except OSError as error:
             raise ConfigError(f"{setting}: can't listen at {self.text} ({error.strerror or error})") from None

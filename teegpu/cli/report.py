@@ -15,6 +15,7 @@ from teegpu.cli.advising import advised
 from teegpu.cli.common import Commands, ConfigFile, message_console, result_console
 from teegpu.cli.destination import STDOUT, Destination
 from teegpu.errors import RecordError, ThresholdError, UsageError
+from teegpu.files import there
 from teegpu.units import plural
 
 if TYPE_CHECKING:
@@ -181,8 +182,6 @@ def rm(
     if not chosen:
         message_console().print("there is nothing to delete")
         return
-    from teegpu.files import there
-
     if not (yes or _confirmed(chosen)):
         message_console().print("nothing is deleted")
         return
@@ -325,7 +324,6 @@ def _print(blocks: Any, destination: Destination) -> None:
 
 def _line(run: RunFolder) -> Line | None:
     """A run for the list. One that can't be read has a line that says so, and one that went meanwhile has none."""
-    from teegpu.files import there
     from teegpu.report import look
     from teegpu.report.listing import Line
     from teegpu.stats.document import recorded

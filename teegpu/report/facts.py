@@ -186,10 +186,9 @@ def server(document: look.Document, *, version: bool = True) -> list[str]:
 
 def answers(document: look.Document) -> list[Mapping[str, Any]]:
     """What became of each prompt, as far as the record has it; ``text`` only where that was to be saved."""
-    before = look.at(document, "output")  # as older documents have it, of one prompt and of several
-    return (
-        [before] if isinstance(before, Mapping) else look.entries(document, "outputs" if before is None else "output")
-    )
+    if isinstance(before := look.at(document, "output"), Mapping):  # as older documents have it, of one prompt
+        return [before]
+    return look.entries(document, "outputs") or look.entries(document, "output")
 
 
 def advice(document: look.Document) -> list[dict[str, Any]]:
