@@ -154,7 +154,9 @@ def down(name: Name = "fleet", ray: Ray = "") -> None:
             on.ask_to_end()
             seconds = said["drain_seconds"] + 2 * _MORE_SECONDS
             deadline = time.monotonic() + seconds
-            while on.status() is not None:
+            # A Ray of the fleet's own ends with the controller. Asked while it does, Ray waits for it for a minute, and
+            # ends this process.
+            while on.status() is not None if ray else cluster.is_controlled(name):
                 if time.monotonic() > deadline:
                     raise ConnectionFailedError(
                         f"'teegpu fleet up' was asked to end fleet '{name}' and has not within {seconds:g} s: kill it, "

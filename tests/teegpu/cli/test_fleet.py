@@ -178,6 +178,19 @@ def test_a_controller_that_does_not_end_is_not_waited_for_for_ever(
     assert (done.code, "asked to end fleet 'fleet' and has not within 0.1 s: kill it" in done.err) == (4, True)
 
 
+def test_a_ray_that_ends_with_its_controller_is_not_asked_while_it_does(
+    teegpu: Teegpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter([{"groups": [{}], "drain_seconds": 1.0}])  # who asks again is told nothing, and fails
+    there = iter([True, True, False])
+    asked = SimpleNamespace(status=lambda: next(said), ask_to_end=lambda: None)
+    monkeypatch.setattr("teegpu.fleet.cluster.recorded", lambda _: "127.0.0.1:1")
+    monkeypatch.setattr("teegpu.fleet.cluster.joined", lambda *_: contextlib.nullcontext(asked))
+    monkeypatch.setattr("teegpu.fleet.cluster.is_controlled", lambda _: next(there))
+    done = teegpu("fleet", "down")
+    assert (done.code, done.err, list(there)) == (0, "ended 1 group\n", [])
+
+
 @pytest.fixture(scope="module")
 def short() -> Iterator[Path]:
     """A folder whose path is short enough for Ray's sockets."""
